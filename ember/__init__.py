@@ -1,0 +1,30 @@
+"""Robust concept erasure by precise editing of token embeddings (EMBER, arXiv 2606.03695).
+
+The names below load lazily, so that ``import ember`` and the command line stay fast.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load_model": "ember.models",
+    "load_concept": "ember.data",
+    "load_suite": "ember.evaluation",
+    "sparse_mf": "ember.factorization",
+    "semi_nmf": "ember.factorization",
+    "concept_features": "ember.features",
+    "preview_rows": "ember.tokens",
+    "Edit": "ember.editing",
+    "evaluate": "ember.evaluation",
+    "compare": "ember.metrics",
+    "METHODS": "ember.methods",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'ember' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

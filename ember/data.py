@@ -1,0 +1,214 @@
+"""Concept data: fit sentences, questions, paragraphs, and the texts that are shared by all concepts.
+
+The folder format is documented in ``data/README.md``. Every error names file, line and field.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ember.errors import DataError, UnknownNameError
+from ember.files import digest
+from ember.paths import data_dir, slug
+
+QUESTION_SETS = ("concept", "simdom", "general")
+SPLITS = ("train", "test")
+_QUESTION_FIELDS = {"id", "set", "split", "question", "answer", "distractors", "aliases"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with one right answer, three wrong ones, and other accepted forms of the right one."""
+
+    id: str
+    set: str
+    split: str
+    question: str
+    answer: str
+    distractors: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The four options in an order fixed by the question's id."""
+        shuffled = [self.answer, *self.distractors]
+        random.Random(self.id).shuffle(shuffled)
+        return tuple(shuffled)
+
+    @property
+    def gold(self) -> int:
+        """Index of the right answer in ``options``."""
+        return self.options.index(self.answer)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An everyday instruction with a reference response."""
+
+    id: str
+    split: str
+    instruction: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Everything known about one concept.
+
+    ``sentences`` and ``neutral`` fit the factorization; ``questions`` hold the concept and similar-domain
+    (``simdom``) sets; ``paragraphs`` are for relearning; ``other_sense`` uses the concept's words in another sense.
+    """
+
+    name: str
+    simdom: str
+    sentences: tuple[str, ...]
+    neutral: tuple[str, ...]
+    questions: tuple[Question, ...]
+    paragraphs: tuple[str, ...]
+    other_sense: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
+
+    @property
+    def data_hash(self) -> str:
+        """Short hash of all its texts; part of every cache key."""
+        return digest(self)
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """General-knowledge questions, held-out neutral sentences and instructions."""
+
+    questions: tuple[Question, ...]
+    neutral: Mapping[str, tuple[str, ...]]
+    instructions: tuple[Instruction, ...]
+
+
+def list_concepts() -> list[str]:
+    """Display names of the concepts in the data folder."""
+    return sorted(_concept_json(path.parent)["name"] for path in data_dir().glob("*/concept.json"))
+
+
+def load_concept(name: str, *, folder: str | Path | None = None) -> Concept:
+    """Load a concept by its display name, or from a ``folder`` of the documented format.
+
+    Raises
+    ------
+    UnknownNameError
+        If no concept of the data folder has this name.
+    DataError
+        If a file breaks the format; the message names file, line and field.
+    """
+    if folder is None:
+        # The name is compared, never used as a path.
+        folders = {_concept_json(path.parent)["name"]: path.parent for path in data_dir().glob("*/concept.json")}
+        by_slug = {slug(known): path for known, path in folders.items()}
+        if slug(name) not in by_slug:
+            raise UnknownNameError("concept", name, folders, "Your own: load_concept(name, folder=...).")
+        root = by_slug[slug(name)]
+    else:
+        root = Path(folder)
+    about = _concept_json(root)
+    return Concept(
+        name=about["name"],
+        simdom=about["simdom"],
+        sentences=_lines(root / "sentences.txt"),
+        neutral=tuple(row["text"] for row in _rows(data_dir() / "shared/neutral_fit.jsonl", {"text", "subject"})),
+        questions=_questions(root / "questions.jsonl", ("concept", "simdom")),
+        paragraphs=_lines(root / "paragraphs.txt"),
+        other_sense=_lines(root / "other_sense.txt"),
+    )
+
+
+def load_shared() -> SharedData:
+    """Load what all concepts share; errors as in ``load_concept``."""
+    root = data_dir() / "shared"
+    neutral: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for row in _rows(root / "neutral_heldout.jsonl", {"text", "subject", "split"}):
+        neutral[row["split"]].append(row["text"])
+    instructions = tuple(
+        Instruction(row["id"], row["split"], row["instruction"], row["response"])
+        for row in _rows(root / "instructions.jsonl", {"id", "split", "instruction", "response", "kind"})
+    )
+    questions = _questions(root / "general.jsonl", ("general",))
+    return SharedData(questions, {split: tuple(texts) for split, texts in neutral.items()}, instructions)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    return text
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    lines = _read(path).splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"{path}, line {number}: empty line")
+    return tuple(lines)
+
+
+def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, each with exactly these fields; ``_line`` tells where it stood."""
+    rows = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        for field in sorted(row.keys() ^ fields):
+            kind = "missing" if field in fields else "unknown"
+            raise DataError(f"{path}, line {number}: {kind} field {field!r}")
+        for field, value in row.items():
+            if isinstance(value, str) and not value.strip():
+                raise DataError(f"{path}, line {number}, field {field!r}: empty")
+        if row.get("split", "train") not in SPLITS:
+            raise DataError(f"{path}, line {number}, field 'split': {row['split']!r} is not one of {SPLITS}")
+        rows.append(row | {"_line": number})
+    return rows
+
+
+def _questions(path: Path, sets: tuple[str, ...]) -> tuple[Question, ...]:
+    questions, seen = [], set()
+    for row in _rows(path, _QUESTION_FIELDS):
+        where = f"{path}, line {row.pop('_line')}"
+        for field in ("id", "set", "question", "answer"):
+            if not isinstance(row[field], str):
+                raise DataError(f"{where}, field {field!r}: expected text")
+        for field in ("distractors", "aliases"):
+            if not isinstance(row[field], list) or not all(isinstance(x, str) and x.strip() for x in row[field]):
+                raise DataError(f"{where}, field {field!r}: expected a list of texts")
+        if len({row["answer"], *row["distractors"]}) != 4:
+            raise DataError(f"{where}, field 'distractors': need three, different from each other and the answer")
+        if row["set"] not in sets:
+            raise DataError(f"{where}, field 'set': {row['set']!r} is not one of {sets}")
+        if row["id"] in seen:
+            raise DataError(f"{where}, field 'id': {row['id']!r} occurs twice")
+        seen.add(row["id"])
+        questions.append(Question(**row | {f: tuple(row[f]) for f in ("distractors", "aliases")}))
+    return tuple(questions)
+
+
+def _concept_json(root: Path) -> dict[str, str]:
+    path = root / "concept.json"
+    try:
+        about = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    for field in ("name", "simdom"):
+        if not isinstance(about, dict) or not isinstance(about.get(field), str) or not about[field].strip():
+            raise DataError(f"{path}: field {field!r} must be a non-empty text")
+    return {field: about[field] for field in ("name", "simdom")}

@@ -1,0 +1,223 @@
+"""Edits: new values for named tensors of a model, applied, undone, composed and saved."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ember.errors import DamagedFileError, EmberError, WrongWeightsError
+from ember.files import atomic_dir, sha256_of
+from ember.models import LoadedModel, weights_hash
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """New values of one parameter.
+
+    ``rows`` [r] are indices along its first dimension, ``values`` [r, …] the new rows, and ``before`` [r] int64
+    fingerprints of the rows they replace.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+    before: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an edit was made from. ``side`` tells which embedding matrices it may touch."""
+
+    base_model: str
+    base_hash: str
+    method: str
+    config: Mapping[str, Any]
+    seed: int
+    concept: str = ""
+    side: str = "input"
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of a model's parameters that can be applied, undone to the bit, composed and saved.
+
+    ``tensors`` maps parameter names to their new values. Applying an edit to weights other than those it was made
+    for raises ``WrongWeightsError``.
+    """
+
+    tensors: Mapping[str, TensorEdit]
+    provenance: Provenance
+
+    @classmethod
+    def from_values(
+        cls, loaded: LoadedModel, values: Mapping[str, tuple[torch.Tensor | None, torch.Tensor]], provenance: Provenance
+    ) -> "Edit":
+        """Build an edit of the model's present parameters from ``{name: (rows or None for all, new values)}``."""
+        tensors = {}
+        for name, (rows, new) in values.items():
+            parameter = _parameter(loaded.model, name).detach()
+            where = torch.arange(len(parameter)) if rows is None else rows.cpu()
+            old = parameter[where.to(parameter.device)]
+            if old.shape != new.shape:
+                raise ValueError(f"{name}: new values have shape {tuple(new.shape)}, the rows {tuple(old.shape)}")
+            if len(where.unique()) != len(where):
+                raise ValueError(f"{name}: a row occurs twice")
+            tensors[name] = TensorEdit(where, new.detach().to("cpu", old.dtype).clone(), _fingerprint(old))
+        return cls(tensors, provenance)
+
+    @contextmanager
+    def applied(self, model: LoadedModel | nn.Module) -> Iterator[None]:
+        """Apply on entry; restore every touched parameter bit for bit on exit, also after an exception."""
+        module = self._checked(model)
+        saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        try:
+            for name, change in self.tensors.items():
+                data = module.get_parameter(name).detach()
+                rows = change.rows.to(data.device)
+                saved.append((data, rows, data[rows].clone()))
+                _write(data, rows, change.values)
+            yield
+        finally:
+            for data, rows, old in reversed(saved):
+                _write(data, rows, old)
+
+    def apply(self, model: LoadedModel | nn.Module) -> None:
+        """Apply for good. The whole model is hashed first, so a model that differs anywhere is refused."""
+        module = self._checked(model)
+        found = weights_hash(module)
+        if found != self.provenance.base_hash:
+            raise WrongWeightsError(self._refusal(f"its weights hash to {found[:12]}"))
+        for name, change in self.tensors.items():
+            data = module.get_parameter(name).detach()
+            _write(data, change.rows.to(data.device), change.values)
+
+    def then(self, later: "Edit") -> "Edit":
+        """The edit that equals this one followed by ``later``, which was made with this one applied."""
+        tensors = dict(self.tensors)
+        for name, change in later.tensors.items():
+            tensors[name] = _compose(tensors[name], change) if name in tensors else change
+        provenance = replace(
+            self.provenance,
+            method=f"{self.provenance.method}+{later.provenance.method}",
+            config={self.provenance.method: self.provenance.config, later.provenance.method: later.provenance.config},
+        )
+        return Edit(tensors, provenance)
+
+    def changed(self) -> pd.DataFrame:
+        """What is replaced: one line for each row (index along the first dimension) of each parameter."""
+        frames = [pd.DataFrame({"parameter": name, "row": change.rows.numpy()}) for name, change in self.tensors.items()]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["parameter", "row"])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``edit.safetensors``, ``edit.json`` and a model card; whole or not at all."""
+        folder = Path(folder)
+        arrays = {
+            f"{name}::{part}": getattr(change, part).contiguous()
+            for name, change in self.tensors.items()
+            for part in ("rows", "values", "before")
+        }
+        with atomic_dir(folder) as target:
+            save_file(arrays, target / "edit.safetensors")
+            about = {
+                "format": FORMAT,
+                "provenance": {**vars(self.provenance)},
+                "tensors": sorted(self.tensors),
+                "sha256": sha256_of(target / "edit.safetensors"),
+            }
+            (target / "edit.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            (target / "README.md").write_text(_model_card(self), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Edit":
+        """Read an edit written by ``save``; a missing, foreign or damaged file is an error that names it."""
+        folder = Path(folder)
+        path = folder / "edit.safetensors"
+        try:
+            about = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
+                raise DamagedFileError(f"{folder} has edit format {about['format']}, this version reads {FORMAT}")
+            if sha256_of(path) != about["sha256"]:
+                raise DamagedFileError(f"{path} is damaged: its SHA-256 is not the one in edit.json")
+            arrays = load_file(path)
+            tensors = {
+                name: TensorEdit(*(arrays[f"{name}::{part}"] for part in ("rows", "values", "before")))
+                for name in about["tensors"]
+            }
+            return cls(tensors, Provenance(**about["provenance"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(f"{folder} does not hold a whole edit: {error!r}") from error
+
+    def _checked(self, model: LoadedModel | nn.Module) -> nn.Module:
+        module = model.model if isinstance(model, LoadedModel) else model
+        if isinstance(model, LoadedModel) and model.weights_hash != self.provenance.base_hash:
+            raise WrongWeightsError(self._refusal(f"its weights hash to {model.weights_hash[:12]}"))
+        storage: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            storage.setdefault(parameter.data_ptr(), []).append(name)
+        for name, change in self.tensors.items():
+            parameter = _parameter(module, name)
+            shared = storage[parameter.data_ptr()]
+            if len(shared) > 1:
+                raise EmberError(f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.untie)")
+            old = parameter.detach()[change.rows.to(parameter.device)]
+            same_kind = old.shape == change.values.shape and old.dtype == change.values.dtype
+            if not same_kind or not torch.equal(_fingerprint(old), change.before):
+                raise WrongWeightsError(self._refusal(f"{name} holds other values than when the edit was made"))
+        return module
+
+    def _refusal(self, found: str) -> str:
+        made = self.provenance
+        return f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {found}"
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    try:
+        return module.get_parameter(name)
+    except AttributeError as error:
+        raise WrongWeightsError(f"the model has no parameter {name!r}") from error
+
+
+def _write(data: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        data[rows] = values.to(data)
+
+
+def _fingerprint(values: torch.Tensor) -> torch.Tensor:
+    """One int64 for each row, from its bytes; catches accidents, not forgery (that is ``weights_hash``'s work)."""
+    flat = values.detach().cpu().reshape(len(values), -1).contiguous()
+    words = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
+    limit = 2**62
+    weights = torch.randint(-limit, limit, (words.shape[1],), generator=torch.Generator().manual_seed(0))
+    return (words * weights).sum(1)
+
+
+def _compose(first: TensorEdit, later: TensorEdit) -> TensorEdit:
+    """Rows of both; values of the later one where they meet, fingerprints of the earlier one."""
+    values = {int(r): v for change in (first, later) for r, v in zip(change.rows, change.values, strict=True)}
+    before = {int(r): b for change in (later, first) for r, b in zip(change.rows, change.before, strict=True)}
+    rows = sorted(values)
+    return TensorEdit(torch.tensor(rows), torch.stack([values[r] for r in rows]), torch.stack([before[r] for r in rows]))
+
+
+def _model_card(edit: Edit) -> str:
+    made, rows = edit.provenance, edit.changed()
+    touched = "\n".join(
+        f"- `{name}`: {len(group)} rows" for name, group in rows.groupby("parameter")
+    )
+    return (
+        f"---\nbase_model: {made.base_model}\nlibrary_name: ember\ntags: [concept-erasure, model-editing]\n---\n\n"
+        f"# {made.method} edit: {made.concept or 'no concept named'}\n\n"
+        f"New parameter values for {made.base_model} (weights {made.base_hash}), seed {made.seed}.\n\n{touched}\n\n"
+        "Apply with `Edit.load(folder).apply(load_model(name))`; other weights are refused. It contains no base\n"
+        "weights beyond the rows it changes and is subject to the base model's licence.\n"
+    )

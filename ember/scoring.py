@@ -1,0 +1,185 @@
+"""Batched log-likelihoods of continuations and texts, and greedy generation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ember.editing import Edit
+from ember.models import LoadedModel
+
+
+def continuation_ids(loaded: LoadedModel, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Split the token ids of ``prompt + continuation`` into the prompt's and the continuation's.
+
+    A space at the end of the prompt moves to the continuation, and a token that spans the boundary belongs to the
+    continuation, so that everything the continuation needs is scored.
+
+    Raises
+    ------
+    ValueError
+        If the continuation is empty, or nothing is left to condition on.
+    """
+    if not continuation.strip():
+        raise ValueError(f"empty continuation after {prompt!r}")
+    stripped = prompt.rstrip(" ")
+    whole = loaded.encode(prompt + continuation)
+    before = loaded.encode(stripped)
+    shared = 0
+    while shared < min(len(before), len(whole) - 1) and before[shared] == whole[shared]:
+        shared += 1
+    if shared == 0:
+        raise ValueError(f"no token of {prompt!r} precedes the continuation {continuation!r}")
+    return whole[:shared], whole[shared:]
+
+
+@torch.inference_mode()
+def option_logprobs(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[np.ndarray]:
+    """Log-likelihood (nats, summed over tokens) of every option after its prompt.
+
+    Each prompt runs through the model once; its key-value cache serves all its options. Returns one array
+    [n_options] a prompt.
+    """
+    split = []
+    for prompt, choices in zip(prompts, options, strict=True):
+        pairs = [continuation_ids(loaded, prompt, choice) for choice in choices]
+        shared = min(len(before) for before, _ in pairs)
+        split.append((pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
+    order = sorted(range(len(split)), key=lambda i: len(split[i][0]))
+    scores: list[np.ndarray] = [np.empty(0)] * len(split)
+    for chunk in _batches(order, batch_size, progress, "options"):
+        values = _score_options(loaded, [split[i][0] for i in chunk], [split[i][1] for i in chunk])
+        for i, value in zip(chunk, values, strict=True):
+            scores[i] = value
+    return scores
+
+
+def _score_options(
+    loaded: LoadedModel, prefixes: list[list[int]], options: list[list[list[int]]]
+) -> list[np.ndarray]:
+    prefix, prefix_mask = _pad(loaded, prefixes, left=True)
+    positions = (prefix_mask.cumsum(1) - 1).clamp_min(0)
+    out = loaded.model(
+        input_ids=prefix, attention_mask=prefix_mask, position_ids=positions, use_cache=True, logits_to_keep=1
+    )
+    counts = [len(choices) for choices in options]
+    owner = torch.repeat_interleave(torch.arange(len(options)), torch.tensor(counts)).to(prefix.device)
+    ids, mask = _pad(loaded, [choice for choices in options for choice in choices], left=False)
+    first = out.logits[:, -1].float().log_softmax(-1)[owner]
+    logprobs = [first.gather(1, ids[:, :1])]
+    if ids.shape[1] > 1:
+        cache = out.past_key_values
+        cache.batch_select_indices(owner)
+        steps = positions[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=ids.device)
+        logits = loaded.model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([prefix_mask[owner], mask[:, :-1]], 1),
+            position_ids=steps,
+            past_key_values=cache,
+        ).logits
+        logprobs.append(logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2))
+    totals = (torch.cat(logprobs, 1) * mask).sum(1).cpu().numpy()
+    return np.split(totals, np.cumsum(counts)[:-1])
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per-token scores of one sequence: ``loss`` and ``base_loss`` (nats) and ``kl`` (nats, base ‖ edited)."""
+
+    loss: np.ndarray
+    base_loss: np.ndarray
+    kl: np.ndarray
+
+
+@torch.inference_mode()
+def sequence_scores(
+    loaded: LoadedModel,
+    sequences: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    edit: Edit | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> list[TokenScores]:
+    """Next-token loss with and without an edit, and the divergence between the two.
+
+    Sequence i is scored from token ``starts[i]`` (at least 1) on. ``kl`` is KL(p_base ‖ p_edited) of each next-token
+    distribution.
+    """
+    if any(not 1 <= start < len(sequence) for sequence, start in zip(sequences, starts, strict=True)):
+        raise ValueError("every sequence needs at least one scored token after its first")
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    scores: list[TokenScores | None] = [None] * len(sequences)
+    for chunk in _batches(order, batch_size, progress, "texts"):
+        ids, mask = _pad(loaded, [list(sequences[i]) for i in chunk], left=False)
+        base = _next_logprobs(loaded, ids, mask)
+        if edit is None:
+            edited = base
+        else:
+            with edit.applied(loaded):
+                edited = _next_logprobs(loaded, ids, mask)
+        kl = (base.exp() * (base - edited)).sum(-1).cpu().numpy()
+        targets = ids[:, 1:, None]
+        loss, base_loss = (-p.gather(2, targets).squeeze(2).cpu().numpy() for p in (edited, base))
+        for row, i in enumerate(chunk):
+            span = slice(starts[i] - 1, len(sequences[i]) - 1)
+            scores[i] = TokenScores(loss[row, span], base_loss[row, span], kl[row, span])
+    return [score for score in scores if score is not None]
+
+
+def _next_logprobs(loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    logits = loaded.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits[:, :-1].float().log_softmax(-1)
+
+
+@torch.inference_mode()
+def generate_greedy(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 40,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Greedy continuations (token ids, without the end token) of tokenized prompts."""
+    results: list[list[int]] = []
+    for chunk in _batches(list(range(len(prompts))), batch_size, progress, "generate"):
+        ids, mask = _pad(loaded, [list(prompts[i]) for i in chunk], left=True)
+        out = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=loaded.pad_id,
+        )
+        for row in out[:, ids.shape[1] :].tolist():
+            stop = next((k for k, i in enumerate(row) if i in loaded.special_ids), len(row))
+            results.append(row[:stop])
+    return results
+
+
+def _batches(order: list[int], size: int, progress: bool, label: str) -> Iterator[list[int]]:
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    return iter(tqdm(chunks, desc=label, disable=not progress, leave=False))
+
+
+def _pad(loaded: LoadedModel, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask [batch, longest]."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), loaded.pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span] = torch.tensor(row)
+        mask[i, span] = 1
+    return ids.to(loaded.device), mask.to(loaded.device)
