@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from ember.errors import EmberError
+from ember.progress import bar
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _iterate(X, step, G, max_iter, patience, tol, progress):  # type: ignore[no-
     """Run ``step: G → (F, G)`` until it stops paying; return the best pair seen."""
     curve: list[float] = []
     best, best_loss, since = None, math.inf, 0
-    bar = tqdm(total=max_iter, disable=not progress, desc="factorize", leave=False)
+    shown = bar(total=max_iter, show=progress, desc="factorize")
     while len(curve) < max_iter and since < patience:
         F, G = step(G)
         loss = float((X - G @ F.T).square().sum())
@@ -193,7 +193,7 @@ def _iterate(X, step, G, max_iter, patience, tol, progress):  # type: ignore[no-
         since = 0 if loss < best_loss - tol else since + 1
         if loss < best_loss:
             best, best_loss = (F, G), loss
-        bar.update()
-    bar.close()
+        shown.update()
+    shown.close()
     assert best is not None
     return Factorization(*best, tuple(curve), since >= patience)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ember.editing import Edit
 from ember.models import LoadedModel
+from ember.progress import bar
 
 
 def continuation_ids(loaded: LoadedModel, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -170,7 +170,7 @@ def generate_greedy(
 
 def _batches(order: list[int], size: int, progress: bool, label: str) -> Iterator[list[int]]:
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    return iter(tqdm(chunks, desc=label, disable=not progress, leave=False))
+    return iter(bar(chunks, show=progress, desc=label))
 
 
 def _pad(loaded: LoadedModel, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

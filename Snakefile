@@ -1,0 +1,116 @@
+"""Runs a profile's notebooks: `snakemake --cores 2 --config profile=laptop`.
+
+Each rule executes one notebook through papermill and is done when the run's manifest is there. A run is repeated when
+its parameters, its code (not its prose) or the runs it needs have changed.
+"""
+
+import shlex
+import sys
+from json import dumps
+
+from ember.notebooks import code_hash
+from ember.paths import results_dir
+from ember.profiles import frame_path, load_profile, manifest_path, plan
+
+PROFILE = load_profile(config.get("profile", "laptop"))
+JOBS = {job.name: job for job in plan(PROFILE)}
+MODEL = str(results_dir(PROFILE.name) / "records" / "model.json")
+
+
+def outputs(notebook, *frames):
+    stem = f"{notebook}__{{run}}"
+    return [str(manifest_path(PROFILE.name, stem)), *(str(frame_path(PROFILE.name, stem, f)) for f in frames)]
+
+
+def needs(notebook):
+    return lambda wildcards: [
+        str(manifest_path(PROFILE.name, name)) for name in JOBS[f"{notebook}__{wildcards.run}"].needs
+    ]
+
+
+def settings(notebook):
+    return lambda wildcards: dumps(dict(JOBS[f"{notebook}__{wildcards.run}"].parameters), sort_keys=True)
+
+
+RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
+
+
+rule all:
+    input:
+        [str(manifest_path(PROFILE.name, name)) for name in JOBS],
+
+
+rule fetch_model:
+    output:
+        MODEL,
+    params:
+        model=PROFILE.model,
+    shell:
+        f"{shlex.quote(sys.executable)} -m ember fetch-model {{params.model:q}} --record {{output:q}}"
+
+
+rule factorize_embeddings:
+    input:
+        ancient(MODEL),
+    output:
+        outputs("01_factorize_embeddings", "loss"),
+    params:
+        notebook="01_factorize_embeddings",
+        settings=settings("01_factorize_embeddings"),
+        fit=dumps(dict(PROFILE.fit)),
+        code=code_hash("01_factorize_embeddings"),
+    shell:
+        RUN
+
+
+rule select_features:
+    input:
+        needs("02_select_features"),
+    output:
+        outputs("02_select_features", "scores", "preview"),
+    params:
+        notebook="02_select_features",
+        settings=settings("02_select_features"),
+        code=code_hash("02_select_features"),
+    shell:
+        RUN
+
+
+rule erase_concept:
+    input:
+        needs("03_erase_concept"),
+    output:
+        outputs("03_erase_concept", "records", "cells", "items", "samples"),
+    params:
+        notebook="03_erase_concept",
+        settings=settings("03_erase_concept"),
+        grid=dumps([PROFILE.deltas, {k: dict(v) for k, v in PROFILE.sizes.items()}]),
+        code=code_hash("03_erase_concept"),
+    shell:
+        RUN
+
+
+rule tour:
+    input:
+        needs("00_tour"),
+    output:
+        outputs("00_tour"),
+    params:
+        notebook="00_tour",
+        settings=settings("00_tour"),
+        code=code_hash("00_tour"),
+    shell:
+        RUN
+
+
+rule report:
+    input:
+        [str(manifest_path(PROFILE.name, name)) for name in JOBS["08_report"].needs],
+    output:
+        str(manifest_path(PROFILE.name, "08_report")),
+    params:
+        notebook="08_report",
+        settings=dumps(dict(JOBS["08_report"].parameters)),
+        code=code_hash("08_report"),
+    shell:
+        RUN

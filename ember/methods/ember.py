@@ -1,0 +1,102 @@
+"""EMBER: subtract the concept features' contribution from the embedding rows of concept-only tokens."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ember.data import Concept
+from ember.editing import Edit, Provenance
+from ember.errors import EmberError
+from ember.features import RULES, ConceptFeatures, concept_features
+from ember.models import LoadedModel
+from ember.environment import library_versions
+
+SIDES = ("input", "output", "both")
+
+
+@dataclass(frozen=True)
+class EmberConfig:
+    """Settings of an EMBER edit (paper, section 3).
+
+    ``delta`` is the edit strength δ; ``rank``, ``sparsity``, ``ridge``, ``max_iter``, ``patience`` and ``tol`` are
+    the factorization's; ``rule``, ``threshold`` and ``features`` select features (``ConceptFeatures.select``);
+    ``side`` names the embedding matrices to edit: ``input`` (the paper's), ``output`` or ``both``.
+    """
+
+    delta: float = 1.0
+    rank: int = 300
+    sparsity: float = 0.01
+    ridge: float = 1e-4
+    max_iter: int = 20_000
+    patience: int = 500
+    tol: float = 1e-4
+    rule: str = "keyness"
+    threshold: float | None = None
+    features: tuple[int, ...] | None = None
+    side: str = "input"
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise ValueError(f"side must be one of {', '.join(SIDES)}, got {self.side!r}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 < self.sparsity <= 1:
+            raise ValueError(f"sparsity must be in (0, 1], got {self.sparsity}")
+
+
+def run(
+    loaded: LoadedModel, concept: Concept, config: EmberConfig = EmberConfig(), *, seed: int = 42, progress: bool = False
+) -> Edit:  # fmt: skip
+    """Make the EMBER edit e_i ← e_i − δ c_i for a concept; the model is left bit-identical.
+
+    Errors are those of ``concept_features`` (rank, texts), ``ConceptFeatures.select`` (nothing selected) and
+    ``edit_from_features``.
+    """
+    features = fit(loaded, concept, config, seed=seed, progress=progress)
+    return edit_from_features(loaded, features, config, seed=seed)
+
+
+def fit(
+    loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, progress: bool = False
+) -> ConceptFeatures:
+    """The factorization behind ``run``; cached, because every strength and method shares it."""
+    return concept_features(
+        loaded, concept, rank=config.rank, sparsity=config.sparsity, ridge=config.ridge, max_iter=config.max_iter,
+        patience=config.patience, tol=config.tol, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def edit_from_features(
+    loaded: LoadedModel, features: ConceptFeatures, config: EmberConfig = EmberConfig(), *, seed: int = 42
+) -> Edit:  # fmt: skip
+    """The edit of already fitted features.
+
+    Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the edit is
+    divided by the scale.
+
+    Raises
+    ------
+    EmberError
+        If the features were fitted on other weights, or touch no row.
+    """
+    if features.weights_hash != loaded.weights_hash:
+        raise EmberError(f"the features were fitted on {features.model} ({features.weights_hash[:12]}), not this model")
+    selected = features.select(rule=config.rule, threshold=config.threshold, features=config.features)
+    contributions = features.contributions(selected)
+    if not contributions:
+        raise EmberError(f"features {selected} are active on no concept-only token; nothing to edit")
+    rows = torch.tensor(sorted(contributions))
+    change = config.delta / loaded.embedding_scale * torch.stack([contributions[int(i)] for i in rows])
+    names = {"input": [loaded.embedding_name], "output": [loaded.head_name]}
+    names["both"] = names["input"] + names["output"]
+    values = {}
+    for name in names[config.side]:
+        old = loaded.model.get_parameter(name).detach()[rows.to(loaded.device)]
+        values[name] = (rows, (old.float() - change.to(old.device)).to(old.dtype))
+    provenance = Provenance(
+        base_model=loaded.name, base_hash=loaded.weights_hash, method="ember", seed=seed, concept=features.concept,
+        config=asdict(config) | {"selected": selected}, side=config.side, versions=library_versions(),
+    )  # fmt: skip
+    return Edit.from_values(loaded, values, provenance)

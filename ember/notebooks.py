@@ -1,0 +1,182 @@
+"""Running a notebook as a batch job: checked parameters, private folders, success only when a manifest is there."""
+
+import ast
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ember.errors import EmberError, UnknownNameError
+from ember.files import atomic_file, write_text
+from ember.paths import notebooks_dir
+from ember.profiles import manifest_path, run_name
+
+# A change of the figures' looks must not rerun the experiments; the report draws them all again.
+_LOOKS = {"plots"}
+
+
+def list_notebooks() -> list[str]:
+    """Names of the numbered notebooks."""
+    return sorted(path.stem for path in notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
+
+
+def read_notebook(name: str) -> dict[str, Any]:
+    """The parsed notebook; an unknown name is an error that lists the known ones."""
+    if name not in list_notebooks():
+        raise UnknownNameError("notebook", name, list_notebooks())
+    notebook: dict[str, Any] = json.loads((notebooks_dir() / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return notebook
+
+
+def default_parameters(name: str) -> dict[str, Any]:
+    """The literals of the notebook's ``parameters`` cell.
+
+    Raises
+    ------
+    EmberError
+        If there is not exactly one such cell, or it holds anything but assignments of literals.
+    """
+    cells = [c for c in read_notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    if len(cells) != 1:
+        raise EmberError(f"{name} needs exactly one cell tagged 'parameters', found {len(cells)}")
+    values = {}
+    for node in ast.parse("".join(cells[0]["source"])).body:
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise EmberError(f"{name}: the parameters cell may only assign literals, line {node.lineno} does not")
+        try:
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError as error:
+            raise EmberError(f"{name}: parameter {node.targets[0].id!r} is not a literal") from error
+    return values
+
+
+def check_parameters(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse names the notebook does not have and values of another type than its default's (None takes any)."""
+    defaults = default_parameters(name)
+    for key, value in given.items():
+        if key not in defaults:
+            raise UnknownNameError(f"parameter of {name}", key, defaults)
+        default = defaults[key]
+        accepted = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and (not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool)):
+            raise EmberError(
+                f"parameter {key!r} of {name} must be {type(default).__name__}, got {type(value).__name__} {value!r}"
+            )
+
+
+def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = False) -> Path:
+    """Execute a notebook with papermill into the profile's results; return the manifest's path.
+
+    The executed copy moves into place after the last cell; the manifest (parameters, code hash, wall seconds, peak
+    memory) is written last of all, so that a run without one did not finish. The copy of a failed run is kept beside
+    it under ``….failed.ipynb``.
+
+    Raises
+    ------
+    EmberError
+        If a parameter is unknown or of the wrong type (before anything runs), or a cell fails.
+    """
+    check_parameters(name, parameters)
+    import papermill
+
+    profile = parameters.get("profile", default_parameters(name)["profile"])
+    stem = run_name(name, **parameters)
+    manifest = manifest_path(profile, stem)
+    target = manifest.with_name(f"{stem}.ipynb")
+    manifest.unlink(missing_ok=True)
+    started = time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        # Kernels side by side race for the folders that Jupyter and IPython share.
+        for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+            os.environ[variable] = str(Path(scratch) / variable.lower())
+        try:
+            with atomic_file(target) as temporary:
+                papermill.execute_notebook(
+                    str(notebooks_dir() / f"{name}.ipynb"),
+                    str(temporary),
+                    parameters=dict(parameters),
+                    kernel_name="python3",
+                    progress_bar=progress,
+                    cwd=str(notebooks_dir()),
+                )
+        except papermill.PapermillExecutionError as error:
+            raise EmberError(f"{stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+    about = {
+        "notebook": name,
+        "parameters": dict(parameters),
+        "code_hash": code_hash(name),
+        "wall_seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+    write_text(manifest, json.dumps(about, indent=1) + "\n")
+    return manifest
+
+
+def code_hash(name: str) -> str:
+    """Hash of what a notebook's results depend on: its code cells and the ``ember`` modules they reach.
+
+    Markdown, comments, docstrings and layout do not count, nor do the figures' looks, except for the report.
+    """
+    cells = [c for c in read_notebook(name)["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in cells]
+    skipped = set() if name.startswith("08_") else _LOOKS
+    pending = {module for source in sources for module in _imports(source)}
+    seen: dict[str, str] = {}
+    while pending:
+        module = pending.pop()
+        path = _module_path(module)
+        if module in seen or path is None or module.split(".")[-1] in skipped:
+            continue
+        text = path.read_text(encoding="utf-8")
+        seen[module] = _canonical(text)
+        pending |= _imports(text)
+    running = hashlib.sha256()
+    for part in [*map(_canonical, sources), *(f"{k}\n{seen[k]}" for k in sorted(seen))]:
+        running.update(part.encode() + b"\0")
+    return running.hexdigest()[:16]
+
+
+def _imports(source: str) -> set[str]:
+    """Dotted names of ``ember`` modules that a source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "ember"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ember":
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    # ``from ember import x`` resolves lazily; the export table says where x lives.
+    from ember import _EXPORTS
+
+    return found | {_EXPORTS[name.split(".")[1]] for name in found if name.count(".") == 1 and name.split(".")[1] in _EXPORTS}
+
+
+def _module_path(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _canonical(source: str) -> str:
+    """The syntax tree without docstrings, as text."""
+    tree = copy.deepcopy(ast.parse(source))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and body and ast.get_docstring(node) is not None:
+            node.body = body[1:]
+    return ast.dump(tree)
+
+
+def run_summary(started: float) -> str:
+    """One line for a notebook's last cell: minutes since ``started`` and this process's peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+    return f"{(time.time() - started) / 60:.1f} minutes, peak memory {peak / 1024:.1f} GB"

@@ -1,0 +1,118 @@
+"""Records with provenance: written whole or not at all, read strictly, resumed tolerantly."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ember.environment import device_name, git_commit, library_versions
+from ember.errors import DamagedFileError
+from ember.evaluation import Evaluation
+from ember.files import atomic_dir, atomic_file, digest
+from ember.models import LoadedModel
+
+RECORD_COLUMNS = (
+    "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "seed", "split", "set",
+    "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
+    "wall_seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all records of one experiment share."""
+
+    loaded: LoadedModel
+    profile: str
+    concept: str
+    method: str
+    ember: bool
+    seed: int
+
+    def records(self, summary: pd.DataFrame, *, config: Any, split: str, wall_seconds: float) -> pd.DataFrame:
+        """Rows of ``RECORD_COLUMNS`` for a comparison's summary. Missing values are NaN, never 0."""
+        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+        return summary.assign(
+            model=self.loaded.name,
+            revision=self.loaded.spec.revision,
+            weights_hash=self.loaded.weights_hash,
+            profile=self.profile,
+            concept=self.concept,
+            method=self.method,
+            ember=self.ember,
+            config=json.dumps(settings, sort_keys=True),
+            seed=self.seed,
+            split=split,
+            git_commit=git_commit(),
+            versions=json.dumps(library_versions()),
+            device=device_name(self.loaded.device),
+            dtype=self.loaded.dtype,
+            wall_seconds=wall_seconds,
+        )[list(RECORD_COLUMNS)]
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> Path:
+    """Write a frame as parquet or, by the suffix, CSV; atomically."""
+    with atomic_file(path) as temporary:
+        if path.suffix == ".csv":
+            frame.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        else:
+            frame.to_parquet(temporary, index=False)
+    return path
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Read what ``write_frame`` wrote; a missing or damaged file is an error that names it, never an empty table."""
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's and pandas' parse errors are both
+        raise DamagedFileError(f"{path} is damaged ({error}). Delete it and run the notebook that writes it") from error
+
+
+def read_records(paths: Iterable[Path]) -> pd.DataFrame:
+    """Concatenate record files strictly: each must hold all of ``RECORD_COLUMNS``."""
+    frames = []
+    for path in sorted(paths):
+        frame = read_frame(path)
+        missing = sorted(set(RECORD_COLUMNS) - set(frame.columns))
+        if missing:
+            raise DamagedFileError(f"{path} lacks the record columns {', '.join(missing)}")
+        frames.append(frame)
+    if not frames:
+        raise FileNotFoundError("no records found; run the profile's notebooks first (python -m ember reproduce)")
+    return pd.concat(frames, ignore_index=True)
+
+
+class EvaluationCache:
+    """Evaluations on disk, so that an interrupted grid resumes at the last finished cell.
+
+    The key must name everything a value depends on; build it with ``key``, which puts the weights' hash first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(loaded: LoadedModel, *parts: object) -> str:
+        """Cache key of the model's weights and dtype and whatever else the value depends on."""
+        return digest(loaded.weights_hash, loaded.dtype, *parts)
+
+    def get_or_run(self, key: str, run: Callable[[], Evaluation]) -> Evaluation:
+        """The stored evaluation, or a fresh one that is stored. A damaged entry is named, dropped and redone."""
+        entry = self.folder / key
+        if entry.exists():
+            try:
+                return Evaluation(read_frame(entry / "items.parquet"), read_frame(entry / "samples.parquet"))
+            except (DamagedFileError, FileNotFoundError) as error:
+                warnings.warn(f"recomputing a damaged cell: {error}", stacklevel=2)
+        value = run()
+        with atomic_dir(entry) as target:
+            value.items.to_parquet(target / "items.parquet", index=False)
+            value.samples.to_parquet(target / "samples.parquet", index=False)
+        return value
