@@ -63,7 +63,9 @@ def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str], kn
     candidates = []
     for line in (folder / f"candidates_{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        question = Question("", name, "", row["question"], row["answer"], tuple(row["distractors"]), tuple(row["aliases"]))
+        question = Question(
+            "", name, "", row["question"], row["answer"], tuple(row["distractors"]), tuple(row["aliases"])
+        )
         candidates.append(question)
     numbered = [Question(**{**vars(q), "id": f"{name}-{i:03d}"}) for i, q in enumerate(candidates, 1)]
     verdict = screen(loaded, numbered)

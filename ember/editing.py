@@ -114,7 +114,9 @@ class Edit:
 
     def changed(self) -> pd.DataFrame:
         """What is replaced: one line for each row (index along the first dimension) of each parameter."""
-        frames = [pd.DataFrame({"parameter": name, "row": change.rows.numpy()}) for name, change in self.tensors.items()]
+        frames = [
+            pd.DataFrame({"parameter": name, "row": change.rows.numpy()}) for name, change in self.tensors.items()
+        ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["parameter", "row"])
 
     def save(self, folder: str | Path) -> Path:
@@ -168,7 +170,9 @@ class Edit:
             parameter = _parameter(module, name)
             shared = storage[parameter.data_ptr()]
             if len(shared) > 1:
-                raise EmberError(f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.untie)")
+                raise EmberError(
+                    f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.untie)"
+                )
             old = parameter.detach()[change.rows.to(parameter.device)]
             same_kind = old.shape == change.values.shape and old.dtype == change.values.dtype
             if not same_kind or not torch.equal(_fingerprint(old), change.before):
@@ -206,14 +210,14 @@ def _compose(first: TensorEdit, later: TensorEdit) -> TensorEdit:
     values = {int(r): v for change in (first, later) for r, v in zip(change.rows, change.values, strict=True)}
     before = {int(r): b for change in (later, first) for r, b in zip(change.rows, change.before, strict=True)}
     rows = sorted(values)
-    return TensorEdit(torch.tensor(rows), torch.stack([values[r] for r in rows]), torch.stack([before[r] for r in rows]))
+    return TensorEdit(
+        torch.tensor(rows), torch.stack([values[r] for r in rows]), torch.stack([before[r] for r in rows])
+    )
 
 
 def _model_card(edit: Edit) -> str:
     made, rows = edit.provenance, edit.changed()
-    touched = "\n".join(
-        f"- `{name}`: {len(group)} rows" for name, group in rows.groupby("parameter")
-    )
+    touched = "\n".join(f"- `{name}`: {len(group)} rows" for name, group in rows.groupby("parameter"))
     return (
         f"---\nbase_model: {made.base_model}\nlibrary_name: ember\ntags: [concept-erasure, model-editing]\n---\n\n"
         f"# {made.method} edit: {made.concept or 'no concept named'}\n\n"

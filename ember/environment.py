@@ -30,4 +30,8 @@ def git_commit() -> str:
 
 def device_name(device: torch.device) -> str:
     """Kind of device, with its name where it has one."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({torch.get_num_threads()} threads)"
+    )

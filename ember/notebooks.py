@@ -66,7 +66,9 @@ def check_parameters(name: str, given: Mapping[str, Any]) -> None:
             raise UnknownNameError(f"parameter of {name}", key, defaults)
         default = defaults[key]
         accepted = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool)):
+        if default is not None and (
+            not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool)
+        ):
             raise EmberError(
                 f"parameter {key!r} of {name} must be {type(default).__name__}, got {type(value).__name__} {value!r}"
             )
@@ -155,7 +157,9 @@ def _imports(source: str) -> set[str]:
     # ``from ember import x`` resolves lazily; the export table says where x lives.
     from ember import _EXPORTS
 
-    return found | {_EXPORTS[name.split(".")[1]] for name in found if name.count(".") == 1 and name.split(".")[1] in _EXPORTS}
+    return found | {
+        _EXPORTS[name.split(".")[1]] for name in found if name.count(".") == 1 and name.split(".")[1] in _EXPORTS
+    }
 
 
 def _module_path(module: str) -> Path | None:
@@ -171,7 +175,11 @@ def _canonical(source: str) -> str:
     tree = copy.deepcopy(ast.parse(source))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and body and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and body
+            and ast.get_docstring(node) is not None
+        ):
             node.body = body[1:]
     return ast.dump(tree)
 

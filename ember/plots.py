@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 PALETTE = {
     "concept": "#D55E00", "simdom": "#0072B2", "general": "#009E73", "neutral": "#999999",
@@ -98,7 +99,9 @@ def item_changes(changes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         mean = values.mean()
         error = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
         ax.errorbar(k + 0.33, mean, error, fmt="D", color=PALETTE["base"], capsize=3, markersize=5)
-        ax.annotate(f"{mean:+.3f}", (k + 0.33, mean), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center")
+        ax.annotate(
+            f"{mean:+.3f}", (k + 0.33, mean), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center"
+        )
     ax.axhline(0, color=PALETTE["base"], linewidth=1, label="base model")
     labels = [f"{LABELS[name]}\n(n = {(changes.set == name).sum()})" for name in order]
     ax.set_xticks(range(len(order)), labels)
@@ -145,7 +148,7 @@ def token_preview(rows: pd.DataFrame, *, top: int = 25, ax: Axes | None = None) 
     ax.barh(y, shown.change / shown.norm, color=colours)
     ax.set_yticks(y, [token.strip() for token in shown.token], fontsize=8)
     ax.set(ylim=(len(shown) - 0.5, -0.5), xlabel="‖δ c‖ / ‖e‖", title="Rows the edit moves, and how far")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[name]) for name in ("concept", "general")]
+    handles = [Patch(color=PALETTE[name]) for name in ("concept", "general")]
     ax.legend(handles, ["key in concept text", "ordinary word"], fontsize=8, loc="lower right")
     return ax
 
@@ -154,7 +157,10 @@ def text_panel(samples: pd.DataFrame, *, width: int = 58, ax: Axes | None = None
     """Generations side by side; ``samples`` has columns prompt, base, edited."""
     from textwrap import fill
 
-    cells = [[fill(str(value), wide) for value, wide in zip(row, (30, width, width), strict=True)] for row in samples.to_numpy()]
+    cells = [
+        [fill(str(value), wide) for value, wide in zip(row, (30, width, width), strict=True)]
+        for row in samples.to_numpy()
+    ]
     lines = [max(text.count("\n") + 1 for text in row) for row in cells]
     ax = _axes(ax, (12, 0.19 * sum(lines) + 0.34 * len(lines) + 0.6))
     ax.axis("off")

@@ -7,13 +7,17 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ember.environment import device_name, git_commit, library_versions
 from ember.errors import DamagedFileError
 from ember.evaluation import Evaluation
 from ember.files import atomic_dir, atomic_file, digest
 from ember.models import LoadedModel
+from ember.paths import results_dir
+from ember.profiles import frame_path
 
 RECORD_COLUMNS = (
     "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "seed", "split", "set",
@@ -116,3 +120,38 @@ class EvaluationCache:
             value.items.to_parquet(target / "items.parquet", index=False)
             value.samples.to_parquet(target / "samples.parquet", index=False)
         return value
+
+
+def write_run(profile: str, run: str, **frames: pd.DataFrame) -> Path:
+    """Write the result frames of one notebook run to ``records/RUN/NAME.parquet``; return the folder."""
+    for name, frame in frames.items():
+        write_frame(frame_path(profile, run, name), frame)
+    return frame_path(profile, run, "x").parent
+
+
+def read_runs(profile: str, notebook: str, frame: str) -> pd.DataFrame:
+    """One frame of all runs of a notebook, one under the other, with the run's name in column ``run``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no run of the notebook has written it.
+    DamagedFileError
+        If a file cannot be read.
+    """
+    paths = sorted((results_dir(profile) / "records").glob(f"{notebook}__*/{frame}.parquet"))
+    if not paths:
+        raise FileNotFoundError(
+            f"no {frame!r} of {notebook} in {results_dir(profile)}; run: python -m ember reproduce --profile {profile}"
+        )
+    reader = (lambda path: read_records([path])) if frame == "records" else read_frame
+    return pd.concat([reader(path).assign(run=path.parent.name) for path in paths], ignore_index=True)
+
+
+def save_figure(figure: Figure, profile: str, name: str) -> None:
+    """Write a figure as PNG and SVG to the profile's figures, the same bytes for the same figure."""
+    folder = results_dir(profile) / "figures"
+    with plt.rc_context({"svg.hashsalt": name}), atomic_file(folder / f"{name}.svg") as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
+    with atomic_file(folder / f"{name}.png") as temporary:
+        figure.savefig(temporary, metadata={"Software": None})

@@ -63,9 +63,7 @@ def option_logprobs(
     return scores
 
 
-def _score_options(
-    loaded: LoadedModel, prefixes: list[list[int]], options: list[list[list[int]]]
-) -> list[np.ndarray]:
+def _score_options(loaded: LoadedModel, prefixes: list[list[int]], options: list[list[list[int]]]) -> list[np.ndarray]:
     prefix, prefix_mask = _pad(loaded, prefixes, left=True)
     positions = (prefix_mask.cumsum(1) - 1).clamp_min(0)
     out = loaded.model(

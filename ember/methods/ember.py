@@ -2,14 +2,16 @@
 
 from dataclasses import asdict, dataclass
 
+import pandas as pd
 import torch
 
 from ember.data import Concept
 from ember.editing import Edit, Provenance
+from ember.environment import library_versions
 from ember.errors import EmberError
 from ember.features import RULES, ConceptFeatures, concept_features
 from ember.models import LoadedModel
-from ember.environment import library_versions
+from ember.tokens import preview_rows
 
 SIDES = ("input", "output", "both")
 
@@ -47,8 +49,13 @@ class EmberConfig:
 
 
 def run(
-    loaded: LoadedModel, concept: Concept, config: EmberConfig = EmberConfig(), *, seed: int = 42, progress: bool = False
-) -> Edit:  # fmt: skip
+    loaded: LoadedModel,
+    concept: Concept,
+    config: EmberConfig = EmberConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> Edit:
     """Make the EMBER edit e_i ← e_i − δ c_i for a concept; the model is left bit-identical.
 
     Errors are those of ``concept_features`` (rank, texts), ``ConceptFeatures.select`` (nothing selected) and
@@ -100,3 +107,19 @@ def edit_from_features(
         config=asdict(config) | {"selected": selected}, side=config.side, versions=library_versions(),
     )  # fmt: skip
     return Edit.from_values(loaded, values, provenance)
+
+
+def preview(
+    loaded: LoadedModel,
+    concept: Concept,
+    config: EmberConfig = EmberConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The rows that ``run`` would change, before anything is edited (``ember.tokens.preview_rows``)."""
+    features = fit(loaded, concept, config, seed=seed, progress=progress)
+    selected = features.select(rule=config.rule, threshold=config.threshold, features=config.features)
+    scale = config.delta / loaded.embedding_scale
+    change = {token: scale * vector for token, vector in features.contributions(selected).items()}
+    return preview_rows(loaded, features.table, change)

@@ -1,0 +1,154 @@
+"""The command line: ``python -m ember COMMAND``."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ember.errors import EmberError
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from ember.batch import describe, write_run_times
+    from ember.paths import REPOSITORY, results_dir
+    from ember.profiles import load_profile
+
+    profile = load_profile(options.profile)
+    print(describe(profile), flush=True)
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1",
+        "--config", f"profile={profile.name}", "--rerun-triggers", "mtime", "params", "input",
+        "--rerun-incomplete", "--nolock",
+    ]  # fmt: skip
+    override = os.environ.get("EMBER_RESULTS")
+    command += ["--directory", str(Path(override).resolve() if override else REPOSITORY)]
+    if options.dry_run:
+        return subprocess.run([*command, "--dry-run", "--quiet", "rules"], check=False).returncode
+    code = subprocess.run([*command, "--quiet", "rules"], check=False).returncode
+    if code:
+        print(f"stopped; what finished is kept. Run the same command again to go on (exit {code}).", file=sys.stderr)
+        return code
+    write_run_times(profile)
+    print(f"tables and figures: {os.path.relpath(results_dir(profile.name))}")
+    return 0
+
+
+def _run_notebook(options: argparse.Namespace) -> int:
+    from ember.notebooks import run_notebook
+
+    manifest = run_notebook(options.notebook, json.loads(options.parameters), progress=sys.stderr.isatty())
+    about = json.loads(manifest.read_text(encoding="utf-8"))
+    print(f"{manifest.stem}: {about['wall_seconds']:.0f} s, {about['peak_memory_mb']} MB")
+    return 0
+
+
+def _fetch_model(options: argparse.Namespace) -> int:
+    from ember.files import write_text
+    from ember.models import fetch_model
+
+    folder = fetch_model(options.model, force=options.force)
+    print(f"{options.model}: ready")
+    if options.record:
+        write_text(Path(options.record), json.dumps({"model": options.model, "folder": folder.name}) + "\n")
+    return 0
+
+
+def _load(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from ember.data import load_concept
+    from ember.methods.ember import EmberConfig
+    from ember.models import load_model
+
+    concept = load_concept(options.concept or "", folder=options.folder)
+    features = tuple(options.features) if options.features else None
+    config = EmberConfig(delta=options.delta, rank=options.rank, threshold=options.threshold, features=features)
+    return load_model(options.model), concept, config
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from ember.methods.ember import preview
+
+    loaded, concept, config = _load(options)
+    rows = preview(loaded, concept, config, seed=options.seed, progress=True)
+    print(rows.to_string(index=False, float_format="%.2f"))
+    print(f"{len(rows)} rows would change; {rows.ordinary.mean():.0%} of them belong to ordinary words")
+    return 0
+
+
+def _erase(options: argparse.Namespace) -> int:
+    from ember.methods import METHODS
+
+    loaded, concept, config = _load(options)
+    edit = METHODS["ember"].run(loaded, concept, config, seed=options.seed, progress=True)
+    folder = edit.save(options.output)
+    print(f"{len(edit.changed())} rows of {loaded.name} edited; saved in {folder}")
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from ember.batch import data_report
+
+    print(data_report(options.folder).to_string(index=False))
+    return 0
+
+
+def _update_readme(_: argparse.Namespace) -> int:
+    from ember.batch import update_readme
+
+    update_readme()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ember", description="Erase a concept from a language model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name, run, help_):  # type: ignore[no-untyped-def]
+        command = commands.add_parser(name, help=help_, description=help_)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("reproduce", _reproduce, "run a profile's notebooks and write its tables and figures")
+    command.add_argument("--profile", default="laptop")
+    command.add_argument("--dry-run", action="store_true", help="only list what would run")
+    for name, run, help_ in (
+        ("erase", _erase, "make an EMBER edit and save it"),
+        ("preview", _preview, "list the embedding rows that an EMBER edit would change"),
+    ):
+        command = add(name, run, help_)
+        command.add_argument("concept", nargs="?", help="a concept of the data folder")
+        command.add_argument("--folder", help="a folder with your own concept instead")
+        command.add_argument("--model", default="smollm2-135m")
+        command.add_argument("--delta", type=float, default=1.0, help="edit strength (default 1)")
+        command.add_argument("--rank", type=int, default=300)
+        command.add_argument("--threshold", type=float, help="selection threshold in bits (default 1)")
+        command.add_argument("--features", type=int, nargs="+", help="feature numbers, instead of the threshold")
+        command.add_argument("--seed", type=int, default=42)
+        if name == "erase":
+            command.add_argument("--output", required=True, help="folder for the edit")
+    command = add("check-data", _check_data, "check the format of all concepts, or of one folder")
+    command.add_argument("folder", nargs="?")
+    command = add("fetch-model", _fetch_model, "download and convert a model")
+    command.add_argument("model", nargs="?", default="smollm2-135m")
+    command.add_argument("--force", action="store_true", help="discard what is cached")
+    command.add_argument("--record", help=argparse.SUPPRESS)
+    command = add("run-notebook", _run_notebook, "run one notebook as a batch job")
+    command.add_argument("notebook")
+    command.add_argument("parameters", nargs="?", default="{}", help="JSON object of parameters")
+    add("update-readme", _update_readme, "write the measured tables into README.md")
+    return parser
+
+
+def main() -> int:
+    """Parse the command line and run the command; errors meant for users print without a traceback."""
+    options = _parser().parse_args()
+    try:
+        return int(options.run(options))
+    except (EmberError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

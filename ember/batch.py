@@ -1,0 +1,120 @@
+"""Around a batch run: what it will do and take, what it took, and the tables of the README."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+
+from ember.errors import EmberError
+from ember.paths import REPOSITORY, notebooks_dir, results_dir
+from ember.profiles import Job, Profile, load_profile, manifest_path, plan
+
+
+def describe(profile: Profile) -> str:
+    """What a profile's run consists of, and how long each part took when it was last measured."""
+    measured = _measured(profile.name)
+    lines = [f"Profile {profile.name}: {profile.model}; {', '.join(profile.concepts)}; {', '.join(profile.methods)}"]
+    total = 0.0
+    for job in plan(profile):
+        done = manifest_path(profile.name, job.name).exists()
+        seconds = measured.get(job.name)
+        total += 0.0 if done or seconds is None else seconds
+        time = "not measured yet" if seconds is None else f"about {max(1, round(seconds))} s"
+        lines.append(f"  {job.notebook:<26} {time:<18} {'done before' if done else 'to run'}")
+    return "\n".join([*lines, f"About {total / 60:.0f} minutes to go on a machine like the one measured (2 cores)."])
+
+
+def _measured(profile: str) -> dict[str, float]:
+    path = results_dir(profile) / "tables" / "run_times.csv"
+    if not path.exists():
+        # Where results go elsewhere, the committed measurement still tells how long it takes.
+        path = REPOSITORY / "results" / profile / "tables" / "run_times.csv"
+    if not path.exists():
+        return {}
+    frame = pd.read_csv(path)
+    return dict(zip(frame.run, frame.wall_seconds, strict=True))
+
+
+def write_run_times(profile: Profile) -> Path:
+    """Collect wall seconds and peak memory from the manifests into ``tables/run_times.csv``."""
+    from ember.results import write_frame
+
+    rows = [_run_time(profile, job) for job in plan(profile)]
+    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", pd.DataFrame(rows))
+
+
+def _run_time(profile: Profile, job: Job) -> dict[str, object]:
+    about = json.loads(manifest_path(profile.name, job.name).read_text(encoding="utf-8"))
+    keep = {key: about[key] for key in ("wall_seconds", "peak_memory_mb")}
+    return {"run": job.name, "notebook": job.notebook} | keep
+
+
+def data_report(folder: str | None = None) -> pd.DataFrame:
+    """Counts of every concept's files (or of one folder's), after a strict read of all of them."""
+    from ember.data import list_concepts, load_concept, load_shared
+
+    concepts = [load_concept("", folder=folder)] if folder else [load_concept(name) for name in list_concepts()]
+    if not concepts:
+        raise EmberError("the data folder holds no concept")
+    load_shared()
+    rows = []
+    for concept in concepts:
+        row: dict[str, object] = {"concept": concept.name, "similar domain": concept.simdom}
+        row |= {"sentences": len(concept.sentences), "neutral": len(concept.neutral)}
+        for name in ("concept", "simdom"):
+            for split in ("train", "test"):
+                row[f"{name} {split}"] = sum((q.set, q.split) == (name, split) for q in concept.questions)
+        rows.append(row | {"paragraphs": len(concept.paragraphs), "other sense": len(concept.other_sense)})
+    return pd.DataFrame(rows)
+
+
+def readme_tables() -> dict[str, str]:
+    """The README's generated blocks: notebooks with run times, headline results, and default settings."""
+    from ember.methods import METHODS
+
+    profile = load_profile("laptop")
+    tables = REPOSITORY / "results" / profile.name / "tables"
+    times = pd.read_csv(tables / "run_times.csv").groupby("notebook")[["wall_seconds", "peak_memory_mb"]].max()
+    notebooks = ["| notebook | shows | run time | peak memory |", "| --- | --- | --- | --- |"]
+    for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
+        row = times.loc[path.stem]
+        shows = json.loads(path.read_text(encoding="utf-8"))["metadata"]["ember"]["shows"]
+        notebooks.append(
+            f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {row.wall_seconds:.0f} s "
+            f"| {row.peak_memory_mb / 1024:.1f} GB |"
+        )
+    main = pd.read_csv(tables / "headline.csv")
+    headline = ["| " + " | ".join(main.columns) + " |", "|" + " --- |" * len(main.columns)]
+    headline += ["| " + " | ".join(str(v) for v in row) + " |" for row in main.astype(str).to_numpy()]
+    settings = ["| setting | default | laptop profile |", "| --- | --- | --- |"]
+    for setting in fields(METHODS["ember"].config):
+        used = profile.fit.get(setting.name, profile.deltas if setting.name == "delta" else setting.default)
+        shown = "grid " + ", ".join(f"{d:g}" for d in used) if isinstance(used, tuple) else used
+        settings.append(f"| `{setting.name}` | {setting.default} | {shown} |")
+    return {
+        "notebooks": "\n".join(notebooks),
+        "headline": "\n".join(headline),
+        "settings": "\n".join(settings),
+        "total": f"{times.wall_seconds.sum() / 60:.0f} minutes",
+    }
+
+
+def render_readme(text: str) -> str:
+    """``text`` with every block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced by its generated content."""
+    for name, block in readme_tables().items():
+        gap = "" if "\n" not in block else "\n"
+        pattern = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise EmberError(f"README.md has no block named {name!r}")
+        text = pattern.sub(lambda match, b=block, g=gap: f"{match[1]}{g}{b}{g}{match[2]}", text)
+    return text
+
+
+def update_readme() -> None:
+    """Write the measured tables into README.md."""
+    from ember.files import write_text
+
+    path = REPOSITORY / "README.md"
+    write_text(path, render_readme(path.read_text(encoding="utf-8")))
