@@ -105,10 +105,11 @@ def render_readme(text: str) -> str:
     """``text`` with every block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced by its generated content."""
     for name, block in readme_tables().items():
         gap = "" if "\n" not in block else "\n"
-        pattern = re.compile(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         if not pattern.search(text):
             raise EmberError(f"README.md has no block named {name!r}")
-        text = pattern.sub(lambda match, b=block, g=gap: f"{match[1]}{g}{b}{g}{match[2]}", text)
+        filled = f"<!-- {name} -->{gap}{block}{gap}<!-- /{name} -->"
+        text = pattern.sub(filled.replace("\\", r"\\"), text)
     return text
 
 

@@ -72,7 +72,7 @@ def load_suite(concept: Concept, sizes: Mapping[str, Sizes] | None = None) -> Su
     }
     texts = {name: {split: pools[name][split][: sizes[split].texts] for split in SPLITS} for name in TEXT_SETS}
     # Paragraphs are four times as long as sentences.
-    texts["paragraph"] = {split: chosen[: max(1, len(chosen) // 4)] for split, chosen in texts["paragraph"].items()}
+    texts["paragraph"] = {split: chosen[: max(2, len(chosen) // 4)] for split, chosen in texts["paragraph"].items()}
     instructions = {split: tuple(i for i in shared.instructions if i.split == split) for split in SPLITS}
     return Suite(concept, questions, texts, instructions, sizes)
 

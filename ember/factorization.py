@@ -5,6 +5,7 @@ two of them after ``Factorization.normalized()``.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -179,10 +180,19 @@ def _keep_largest(M: torch.Tensor, kept: int) -> torch.Tensor:
     return torch.zeros_like(M).scatter_(0, top, M.gather(0, top))
 
 
-def _iterate(X, step, G, max_iter, patience, tol, progress):  # type: ignore[no-untyped-def]
+def _iterate(
+    X: torch.Tensor,
+    step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    G: torch.Tensor,
+    max_iter: int,
+    patience: int,
+    tol: float,
+    progress: bool,
+) -> Factorization:
     """Run ``step: G → (F, G)`` until it stops paying; return the best pair seen."""
     curve: list[float] = []
-    best, best_loss, since = None, math.inf, 0
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
+    best_loss, since = math.inf, 0
     shown = bar(total=max_iter, show=progress, desc="factorize")
     while len(curve) < max_iter and since < patience:
         F, G = step(G)

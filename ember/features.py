@@ -138,7 +138,13 @@ def concept_features(
     The result is kept in the user cache under a key of the weights, the texts and every setting, so that notebooks
     and methods share one fit; ``cache=False`` neither reads nor writes it. Arguments are those of ``sparse_mf``.
     """
-    settings = {"rank": rank, "sparsity": sparsity, "ridge": ridge, "max_iter": max_iter, "patience": patience}
+    settings: dict[str, Any] = {
+        "rank": rank,
+        "sparsity": sparsity,
+        "ridge": ridge,
+        "max_iter": max_iter,
+        "patience": patience,
+    }
     settings |= {"tol": tol, "seed": seed}
     key = digest(loaded.weights_hash, concept.sentences, concept.neutral, sorted(settings.items()))
     folder = cache_dir() / "features" / f"{concept.slug}-{key}"

@@ -85,7 +85,10 @@ def compare(
 
     def statistic(*index: np.ndarray, axis: int = -1) -> np.ndarray:
         where = dict(zip(sets, index, strict=True))
-        means = {key: tuple(_nanmean(values[where[key[0]]], axis) for values in pair) for key, pair in wide.items()}
+        means: dict[tuple[str, str], Pair] = {}
+        for key, (before, after) in wide.items():
+            chosen = where[key[0]]
+            means[key] = (_nanmean(before[chosen], axis), _nanmean(after[chosen], axis))
         table = _per_set(means) | {("", name): value for name, value in _composites(means).items()}
         names[:] = list(table)
         return np.stack([np.asarray(v, dtype=float) for v in table.values()])

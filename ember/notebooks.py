@@ -99,6 +99,11 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
         # Kernels side by side race for the folders that Jupyter and IPython share.
         for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
             os.environ[variable] = str(Path(scratch) / variable.lower())
+        # Otherwise each kernel warns that its loopback connection is not encrypted.
+        write_text(
+            Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py",
+            "get_config().IPKernelApp.log_level = 40\n",
+        )
         try:
             with atomic_file(target) as temporary:
                 papermill.execute_notebook(

@@ -44,9 +44,13 @@ class Job:
         return run_name(self.notebook, **self.parameters)
 
 
+_ORDER = ("model", "concept", "method", "ember", "rank", "sparsity", "seed")
+
+
 def run_name(notebook: str, **parameters: Any) -> str:
     """File name of a run: the notebook's name and its parameters, profile excepted (that is the folder)."""
-    parts = [f"{key}={_text(value)}" for key, value in parameters.items() if key != "profile"]
+    order = sorted(parameters, key=lambda key: (_ORDER.index(key) if key in _ORDER else len(_ORDER), key))
+    parts = [f"{key}={_text(parameters[key])}" for key in order if key != "profile"]
     return "__".join([notebook, *parts])
 
 

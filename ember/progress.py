@@ -9,5 +9,6 @@ from tqdm.auto import tqdm
 def bar(iterable: Iterable[Any] | None = None, *, show: bool, **options: Any) -> Any:
     """A transient ``tqdm`` bar if ``show``; the iterable without one otherwise."""
     # An explicit disable=False would override TQDM_DISABLE.
-    hidden = {} if show else {"disable": True}
-    return tqdm(iterable, leave=False, **options, **hidden)
+    if not show:
+        options["disable"] = True
+    return tqdm(iterable, leave=False, **options)

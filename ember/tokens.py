@@ -1,6 +1,6 @@
 """The tokens of the concept and neutral sentences (V'): roles, background frequency, keyness, preview of an edit."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cache
 
@@ -91,7 +91,7 @@ def background_frequency(loaded: LoadedModel) -> dict[int, float]:
     key = loaded.tokenizer.name_or_path
     if key not in _BACKGROUNDS:
         words, frequencies = _word_list()
-        totals: Counter[int] = Counter()
+        totals: defaultdict[int, float] = defaultdict(float)
         for form in (lambda w: " " + w, lambda w: " " + w.capitalize(), str.capitalize):
             encoded = loaded.tokenizer([form(word) for word in words], add_special_tokens=False)["input_ids"]
             for ids, frequency in zip(encoded, frequencies, strict=True):
