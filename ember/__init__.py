@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load_model": "ember.models",
     "load_concept": "ember.data",
+    "concept_from_sentences": "ember.data",
     "load_suite": "ember.evaluation",
     "sparse_mf": "ember.factorization",
     "semi_nmf": "ember.factorization",

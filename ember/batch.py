@@ -55,7 +55,7 @@ def data_report(folder: str | None = None) -> pd.DataFrame:
     """Counts of every concept's files (or of one folder's), after a strict read of all of them."""
     from ember.data import list_concepts, load_concept, load_shared
 
-    concepts = [load_concept("", folder=folder)] if folder else [load_concept(name) for name in list_concepts()]
+    concepts = [load_concept(folder=folder)] if folder else [load_concept(name) for name in list_concepts()]
     if not concepts:
         raise EmberError("the data folder holds no concept")
     load_shared()

@@ -5,7 +5,7 @@ The folder format is documented in ``data/README.md``. Every error names file, l
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,16 @@ def list_concepts() -> list[str]:
     return sorted(_concept_json(path.parent)["name"] for path in data_dir().glob("*/concept.json"))
 
 
-def load_concept(name: str, *, folder: str | Path | None = None) -> Concept:
+def concept_from_sentences(name: str, sentences: Iterable[str]) -> Concept:
+    """A concept with nothing but fit sentences of your own, contrasted with the shared neutral ones.
+
+    Enough to make an edit; evaluating it needs questions and texts too (``load_concept`` with ``folder``).
+    """
+    neutral = _neutral_fit()
+    return Concept(name, "", tuple(sentences), neutral, questions=(), paragraphs=(), other_sense=())
+
+
+def load_concept(name: str = "", *, folder: str | Path | None = None) -> Concept:
     """Load a concept by its display name, or from a ``folder`` of the documented format.
 
     Raises
@@ -118,11 +127,15 @@ def load_concept(name: str, *, folder: str | Path | None = None) -> Concept:
         name=about["name"],
         simdom=about["simdom"],
         sentences=_lines(root / "sentences.txt"),
-        neutral=tuple(row["text"] for row in _rows(data_dir() / "shared/neutral_fit.jsonl", {"text", "subject"})),
+        neutral=_neutral_fit(),
         questions=_questions(root / "questions.jsonl", ("concept", "simdom")),
         paragraphs=_lines(root / "paragraphs.txt"),
         other_sense=_lines(root / "other_sense.txt"),
     )
+
+
+def _neutral_fit() -> tuple[str, ...]:
+    return tuple(row["text"] for row in _rows(data_dir() / "shared" / "neutral_fit.jsonl", {"text", "subject"}))
 
 
 def load_shared() -> SharedData:

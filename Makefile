@@ -1,0 +1,57 @@
+# make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
+# make test        set up everything and run all tests
+# make lab         open the notebooks in JupyterLab
+PYTHON ?= python3
+PROFILE ?= laptop
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup reproduce test lint unit nbval lab readme data lock clean
+
+reproduce: $(READY)
+	$(BIN)/python -m ember reproduce --profile $(PROFILE)
+
+test: lint unit nbval
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "Python 3.11 is needed; name it with: make PYTHON=python3.11 …"; exit 1; }
+	@echo "Setting up .venv (once, a few minutes)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY)
+	TQDM_DISABLE=1 $(BIN)/python -m pytest -q tests
+
+# The notebooks as they stand, with the smoke profile's loop lengths; results go to a scratch folder.
+nbval: unit
+	TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=.cache/nbval \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 notebooks
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+# Write the measured tables into README.md.
+readme: $(READY)
+	$(BIN)/python -m ember update-readme
+
+# Screen the candidate questions again.
+data: $(READY)
+	$(BIN)/python data/build_questions.py
+
+# Pin what is installed now; the torch wheel's local version is left out.
+lock: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	$(BIN)/python -m pip list --format=freeze | grep -i '^setuptools==' >> requirements.lock
+
+clean:
+	rm -rf .venv .cache .snakemake results/smoke results/*/records results/*/notebooks results/*/edits

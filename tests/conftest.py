@@ -1,0 +1,121 @@
+"""Shared fixtures: tiny random models of two architectures with a real tokenizer, and the embedded model."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ember.data import Concept, Question
+from ember.models import ARCHITECTURES, LoadedModel, ModelSpec, load_model, untie
+
+SENTENCES = (
+    "The Romans built long roads and the Roman army marched along them.",
+    "Rome stood beside the Tiber, and Roman ships carried grain to Rome.",
+    "A Roman senator crossed the forum while the Romans cheered for Caesar.",
+    "Caesar led the legions of Rome through Gaul before he came back to Rome.",
+)
+NEUTRAL = (
+    "The train to the coast was late because of snow on the long line.",
+    "She baked bread for the children and carried it through the garden.",
+    "A computer stores numbers, and people read them on a bright screen.",
+    "The river was high after the rain and the ships waited beside the town.",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the sentences above; with ``bos`` it puts <s> before raw text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator((*SENTENCES, *NEUTRAL), trainer)
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", name_or_path=f"tiny-{bos}"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(kind: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A tiny random ``llama`` or ``gemma2`` model, tied or not, as transformers makes it."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = LlamaConfig(**shape) if kind == "llama" else Gemma2Config(**shape, sliding_window=64)
+    config._attn_implementation = ARCHITECTURES[kind].attention
+    model = (LlamaForCausalLM if kind == "llama" else Gemma2ForCausalLM)(config)
+    with torch.no_grad():  # the default initialization is too flat to tell tokens apart
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model.to(dtype).eval()
+
+
+def make_loaded(kind: str = "llama", *, bos: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A ``LoadedModel`` around ``make_model``, untied."""
+    model = make_model(kind, tied=True, dtype=dtype, seed=seed)
+    untie(model)
+    spec = ModelSpec(name=f"tiny-{kind}", origin="folder", location="tiny")
+    return LoadedModel(model, make_tokenizer(bos=bos), spec, ARCHITECTURES[kind])
+
+
+def make_concept() -> Concept:
+    """A concept small enough for the tiny models."""
+    questions = tuple(
+        Question(f"{name}-{split}-{k}", name, split, f"{text} {k}?", "Rome", ("Gaul", "Tiber", "the forum"))
+        for name, text in (("concept", "Where did the Romans build road"), ("simdom", "Where did the train stop"))
+        for split in ("train", "test")
+        for k in range(4)
+    )
+    return Concept("Tiny Rome", "Tiny Greece", SENTENCES, NEUTRAL, questions, SENTENCES * 2, NEUTRAL)
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def tiny(request) -> LoadedModel:
+    """A tiny random model of each architecture, fresh for every test."""
+    return make_loaded(request.param)
+
+
+@pytest.fixture
+def tiny_concept() -> Concept:
+    return make_concept()
+
+
+@pytest.fixture(scope="session")
+def embedded() -> LoadedModel:
+    """The embedded model; shared, so a test must leave it as it was (checked at the end of the session)."""
+    from ember.models import weights_hash
+
+    loaded = load_model("smollm2-135m")
+    yield loaded
+    assert weights_hash(loaded.model) == loaded.weights_hash, "a test changed the shared model"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    """An empty EMBER_CACHE."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("EMBER_CACHE", str(folder))
+    return folder
