@@ -58,8 +58,8 @@ def leaks(question: Question, sentences: list[str]) -> bool:
     return False
 
 
-def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str], known: list[str]) -> list[Question]:
-    """Screened questions of one candidate file; those whose answer occurs in ``known`` texts go to train first."""
+def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str]) -> list[Question]:
+    """Screened questions of one candidate file, split at random; those that a fit sentence answers go to train."""
     candidates = []
     for line in (folder / f"candidates_{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -71,8 +71,7 @@ def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str], kn
     verdict = screen(loaded, numbered)
     kept = [q for q in numbered if verdict.keep[q.id]]
     random.Random(name).shuffle(kept)
-    text = "\n".join(known).lower()
-    kept.sort(key=lambda q: (not leaks(q, sentences), q.answer.lower() not in text))
+    kept.sort(key=lambda q: not leaks(q, sentences))
     cut = round(len(kept) * (1 - TEST_SHARE))
     split = [Question(**{**vars(q), "split": "train" if i < cut else "test"}) for i, q in enumerate(kept)]
     print(f"{folder.name}/{name}: {len(numbered)} candidates, {len(kept)} kept, {cut} train, {len(kept) - cut} test")
@@ -84,14 +83,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if the written files differ")
     check = parser.parse_args().check
     loaded = load_model("smollm2-135m")
-    targets = {DATA / "shared/general.jsonl": build(loaded, DATA / "shared", "general", [], [])}
+    targets = {DATA / "shared/general.jsonl": build(loaded, DATA / "shared", "general", [])}
     for folder in sorted(path.parent for path in DATA.glob("*/concept.json")):
         sentences = (folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
-        paragraphs = (folder / "paragraphs.txt").read_text(encoding="utf-8").splitlines()
         targets[folder / "questions.jsonl"] = [
-            question
-            for name in ("concept", "simdom")
-            for question in build(loaded, folder, name, sentences, sentences + paragraphs)
+            question for name in ("concept", "simdom") for question in build(loaded, folder, name, sentences)
         ]
     stale = []
     for path, questions in targets.items():

@@ -12,7 +12,7 @@ from ember.errors import EmberError
 
 def _reproduce(options: argparse.Namespace) -> int:
     from ember.batch import describe, write_run_times
-    from ember.paths import REPOSITORY, results_dir
+    from ember.paths import REPOSITORY, results_dir, results_root
     from ember.profiles import load_profile
 
     profile = load_profile(options.profile)
@@ -22,8 +22,9 @@ def _reproduce(options: argparse.Namespace) -> int:
         "--config", f"profile={profile.name}", "--rerun-triggers", "mtime", "params", "input",
         "--rerun-incomplete", "--nolock",
     ]  # fmt: skip
-    override = os.environ.get("EMBER_RESULTS")
-    command += ["--directory", str(Path(override).resolve() if override else REPOSITORY)]
+    # Snakemake's own notes stand beside the results they are about.
+    command += ["--directory", str(results_root())]
+    results_root().mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         return subprocess.run([*command, "--dry-run", "--quiet", "rules"], check=False).returncode
     code = subprocess.run([*command, "--quiet", "rules"], check=False).returncode

@@ -1,7 +1,7 @@
 """Scoring a factorization's features, selecting the concept's, and keeping both in portable files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def score_features(table: pd.DataFrame, G: torch.Tensor, *, top: int = 10) -> pd
     rows
         How many ``concept`` tokens are active: the rows an edit by this feature touches.
     top_tokens
-        The ``top`` most activating tokens, with * on shared and - on neutral ones.
+        The ``top`` most activating tokens, each form once, with * on shared and - on neutral ones.
     """
     A = G.abs().double().cpu().numpy()
     mass = np.maximum(A.sum(0), np.finfo(float).tiny)
@@ -211,10 +211,14 @@ def score_features(table: pd.DataFrame, G: torch.Tensor, *, top: int = 10) -> pd
             "ordinary_share": A[ordinary].sum(0) / np.maximum(A[concept].sum(0), np.finfo(float).tiny),
             "ratio_abs": ratio,
             "rows": (A[concept] > 0).sum(0),
-            "top_tokens": [" ".join(labels[i] for i in order[:, k]) for k in range(A.shape[1])],
+            "top_tokens": [_distinct(labels[i] for i in order[:, k] if A[i, k] > 0) for k in range(A.shape[1])],
         }
     )
     return scores.sort_values("score", ascending=False, ignore_index=True)
+
+
+def _distinct(labels: Iterable[str]) -> str:
+    return " ".join(dict.fromkeys(labels))
 
 
 def _plain(value: Any) -> Any:

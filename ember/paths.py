@@ -22,10 +22,15 @@ def data_dir() -> Path:
     return Path(override).expanduser() if override else REPOSITORY / "data"
 
 
-def results_dir(profile: str) -> Path:
-    """Folder of one profile's results: ``$EMBER_RESULTS``/profile, else ``results/``/profile."""
+def results_root() -> Path:
+    """Folder of all results: ``$EMBER_RESULTS``, else ``results/`` of this repository."""
     override = os.environ.get("EMBER_RESULTS")
-    return (Path(override).expanduser() if override else REPOSITORY / "results") / profile
+    return Path(override).expanduser().resolve() if override else REPOSITORY / "results"
+
+
+def results_dir(profile: str) -> Path:
+    """Folder of one profile's results."""
+    return results_root() / profile
 
 
 def notebooks_dir() -> Path:

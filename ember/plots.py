@@ -1,6 +1,7 @@
 """Figures: tidy frame in, matplotlib Axes out. Nothing here reads or writes files."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,9 @@ LABELS = {
     "other_sense": "other-sense text", "paragraph": "concept text", "efficacy_cont": "efficacy",
     "specificity_cont": "specificity", "coherence": "coherence", "final_cont": "final score",
 }  # fmt: skip
+
+
+_PATCH = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
 
 
 def use_theme() -> None:
@@ -52,10 +56,11 @@ def feature_scores(
     ax.barh(y, best.score, color=colours)
     for k, row in enumerate(best.itertuples()):
         text = " ".join(row.top_tokens.split()[:8])
-        ax.text(row.score + 0.02 * float(best.score.max()), k, text, va="center", fontsize=8)
+        ax.text(row.score + 0.02 * float(best.score.max()), k, text, va="center", fontsize=8, bbox=_PATCH)
     ax.axvline(threshold, color=PALETTE["base"], linestyle="--", linewidth=1)
     ax.text(threshold, -0.75, " selection threshold", fontsize=8, color=PALETTE["base"], va="center")
     ax.set_yticks(y, [f"feature {f}" for f in best.feature])
+    ax.grid(visible=False, axis="y")
     ax.set(xlim=(0, 1.9 * float(best.score.max())), ylim=(len(best) - 0.4, -1.1))
     ax.set(xlabel="keyness score (bits); * shared token, - neutral token", title="Which features carry the concept")
     return ax
@@ -146,7 +151,8 @@ def token_preview(rows: pd.DataFrame, *, top: int = 25, ax: Axes | None = None) 
     colours = np.where(shown.ordinary, PALETTE["general"], PALETTE["concept"])
     y = np.arange(len(shown))
     ax.barh(y, shown.change / shown.norm, color=colours)
-    ax.set_yticks(y, [token.strip() for token in shown.token], fontsize=8)
+    ax.set_yticks(y, [token.replace(" ", "␣") for token in shown.token], fontsize=8)
+    ax.grid(visible=False, axis="y")
     ax.set(ylim=(len(shown) - 0.5, -0.5), xlabel="‖δ c‖ / ‖e‖", title="Rows the edit moves, and how far")
     handles = [Patch(color=PALETTE[name]) for name in ("concept", "general")]
     ax.legend(handles, ["key in concept text", "ordinary word"], fontsize=8, loc="lower right")
@@ -155,24 +161,22 @@ def token_preview(rows: pd.DataFrame, *, top: int = 25, ax: Axes | None = None) 
 
 def text_panel(samples: pd.DataFrame, *, width: int = 58, ax: Axes | None = None) -> Axes:
     """Generations side by side; ``samples`` has columns prompt, base, edited."""
-    from textwrap import fill
-
+    columns = (("prompt", 0.0, 34), ("base model", 0.26, width), ("edited model", 0.63, width))
     cells = [
-        [fill(str(value), wide) for value, wide in zip(row, (30, width, width), strict=True)]
+        [fill(str(value), wide) or "(nothing)" for value, (_, _, wide) in zip(row, columns, strict=True)]
         for row in samples.to_numpy()
     ]
     lines = [max(text.count("\n") + 1 for text in row) for row in cells]
-    ax = _axes(ax, (12, 0.19 * sum(lines) + 0.34 * len(lines) + 0.6))
+    total = sum(lines) + 0.9 * len(lines) + 1.6
+    ax = _axes(ax, (12, 0.165 * total))
     ax.axis("off")
-    total = sum(lines) + 1.8 * len(lines) + 2
-    y = 1.0
-    for text, x in zip(("prompt", "base model", "edited model"), (0.0, 0.24, 0.62), strict=True):
-        ax.text(x, y, text, fontsize=9, fontweight="bold", va="top", transform=ax.transAxes)
-    y -= 2 / total
+    for title, x, _ in columns:
+        ax.text(x, 1.0, title, fontsize=9, fontweight="bold", va="top", transform=ax.transAxes)
+    y = 1.0 - 1.6 / total
     for row, count in zip(cells, lines, strict=True):
-        ax.axhline(y + 0.6 / total, color="#DDDDDD", linewidth=0.8)
-        for text, x in zip(row, (0.0, 0.24, 0.62), strict=True):
-            ax.text(x, y, text.replace("$", r"\$"), fontsize=8, va="top", transform=ax.transAxes)
-        y -= (count + 1.8) / total
+        ax.axhline(y, color="#DDDDDD", linewidth=0.8)
+        for text, (_, x, _) in zip(row, columns, strict=True):
+            ax.text(x, y - 0.35 / total, text.replace("$", r"\$"), fontsize=8, va="top", transform=ax.transAxes)
+        y -= (count + 0.9) / total
     ax.set(ylim=(0, 1), xlim=(0, 1))
     return ax

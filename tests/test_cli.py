@@ -1,0 +1,230 @@
+"""The command line: what it prints, and that errors are one line without a traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_loaded
+from test_data import write_concept, write_shared
+
+from ember.__main__ import main
+from ember.data import list_concepts
+from ember.models import MODELS
+from ember.profiles import list_profiles
+
+COMMANDS = ["reproduce", "erase", "preview", "check-data", "fetch-model", "run-notebook", "update-readme"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, cache, tmp_path):
+    """Run a command in this process, with cache and results elsewhere: (exit status, output, errors)."""
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ember", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model as a user's own folder."""
+    folder = tmp_path_factory.mktemp("model")
+    loaded = make_loaded()
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def concept(tmp_path, monkeypatch) -> Path:
+    """A concept folder of one's own, with small shared data."""
+    write_shared(tmp_path / "data" / "shared")
+    monkeypatch.setenv("EMBER_DATA", str(tmp_path / "data"))
+    return write_concept(tmp_path / "mine")
+
+
+def assert_one_line(errors: str, *words: str) -> None:
+    assert re.fullmatch(r"error: [^\n]+\n", errors)
+    for word in words:
+        assert word in errors
+
+
+def test_help_lists_the_commands(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}\b", out, re.M), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(run, command):
+    status, out, _ = run(command, "--help")
+    assert status == 0
+    assert out.startswith(f"usage: python -m ember {command}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nope"], ["erase", "Ancient Rome"], ["preview", "--rank", "many"]])
+def test_wrong_usage_exits_2(run, arguments):
+    status, _, errors = run(*arguments)
+    assert status == 2
+    assert "usage: " in errors
+
+
+def test_starts_as_a_module_and_shows_no_traceback():
+    command = [sys.executable, "-m", "ember", "preview", "Atlantis"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert_one_line(done.stderr, "'Atlantis'", *list_concepts())
+
+
+@pytest.mark.parametrize("name", ["Atlantis", "../ancient", "/etc", ""])
+def test_unknown_concept(run, name):
+    status, out, errors = run("preview", name)
+    assert (status, out) == (1, "")
+    assert_one_line(errors, repr(name), *list_concepts())
+
+
+@pytest.mark.parametrize("name", ["nope", "../nope", "/nope/nope"])
+def test_unknown_model(run, name):
+    status, out, errors = run("preview", list_concepts()[0], "--model", name)
+    assert (status, out) == (1, "")
+    assert_one_line(errors, repr(name), *MODELS)
+
+
+@pytest.mark.parametrize("name", ["nope", "../smoke", ""])
+def test_unknown_profile(run, name):
+    status, out, errors = run("reproduce", "--profile", name)
+    assert (status, out) == (1, "")
+    assert_one_line(errors, repr(name), *list_profiles())
+
+
+def test_unknown_notebook(run):
+    status, _, errors = run("run-notebook", "nope")
+    assert status == 1
+    assert_one_line(errors, "'nope'", "00_tour")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "word"),
+    [('{"prfile": "x"}', "prfile"), ('{"profile": 5}', "profile"), ("{profile", "JSON"), ("[1]", "object")],
+)
+def test_bad_notebook_parameters(run, parameters, word):
+    status, _, errors = run("run-notebook", "08_report", parameters)
+    assert status == 1
+    assert_one_line(errors, word)
+
+
+def test_an_unknown_profile_of_a_notebook_is_refused_before_it_runs(run, monkeypatch):
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("the notebook was started"))
+    status, _, errors = run("run-notebook", "08_report", json.dumps({"profile": "nope"}))
+    assert status == 1
+    assert_one_line(errors, "'nope'", *list_profiles())
+
+
+def test_dry_run_tells_what_would_run(run):
+    """Nothing is there yet, so everything would."""
+    status, out, _ = run("reproduce", "--profile", "smoke", "--dry-run")
+    assert status == 0
+    assert out.startswith("Profile smoke: ")
+    assert out.count("to run") == 5
+    assert not list(Path(os.environ["EMBER_RESULTS"]).rglob("*.json"))
+
+
+def test_check_data_prints_the_counts(run):
+    status, out, _ = run("check-data")
+    assert status == 0
+    header, *rows = out.splitlines()
+    assert "sentences" in header and "paragraphs" in header
+    assert len(rows) == len(list_concepts())
+    assert re.search(r"Ancient Rome\s+Ancient Greece\s+240\b", out)
+
+
+def test_check_data_of_ones_own_folder(run, concept):
+    status, out, _ = run("check-data", concept)
+    assert status == 0
+    assert "Tiny Rome" in out
+
+
+def test_check_data_names_file_line_and_field(run, concept):
+    path = concept / "questions.jsonl"
+    path.write_text(path.read_text().replace('"split": "test"', '"split": "dev"', 1))
+    status, out, errors = run("check-data", concept)
+    assert (status, out) == (1, "")
+    assert_one_line(errors, f"{path}, line 1, field 'split'", "'dev'")
+
+
+def test_check_data_of_a_missing_folder(run, tmp_path):
+    status, _, errors = run("check-data", tmp_path / "nope")
+    assert status == 1
+    assert_one_line(errors, str(tmp_path / "nope"))
+
+
+def features(count: int) -> list[str]:
+    return ["--rank", str(count), "--features", *map(str, range(count))]
+
+
+def test_preview_lists_the_rows(run, model, concept):
+    status, out, _ = run("preview", "--folder", concept, "--model", model, *features(8))
+    assert status == 0
+    *table, last = out.splitlines()
+    assert last.startswith(f"{len(table) - 1} rows would change; ")
+    assert len(table) > 1
+
+
+def test_erase_saves_the_edit_that_preview_shows(run, model, concept, tmp_path):
+    from ember.editing import Edit
+    from ember.models import load_model
+
+    options = ["--folder", concept, "--model", model, *features(8)]
+    _, shown, _ = run("preview", *options)
+    status, out, _ = run("erase", *options, "--delta", "2", "--output", tmp_path / "edit")
+    assert status == 0
+    edit = Edit.load(tmp_path / "edit")
+    assert out == f"{len(edit.changed())} rows of {model.name} edited; saved in {tmp_path / 'edit'}\n"
+    assert f"{len(edit.changed())} rows would change" in shown
+    assert edit.provenance.config["delta"] == 2.0
+    with edit.applied(load_model(str(model))):
+        pass
+
+
+def test_rank_above_the_bound_names_it(run, model, concept):
+    """The tiny model has d = 32; the default rank is meant for real ones."""
+    status, out, errors = run("preview", "--folder", concept, "--model", model, "--rank", "300")
+    assert (status, out) == (1, "")
+    assert_one_line(errors, "rank", "300", "32")
+
+
+def test_unknown_feature_names_the_bound(run, model, concept):
+    status, out, errors = run("preview", "--folder", concept, "--model", model, "--rank", "8", "--features", "8")
+    assert (status, out) == (1, "")
+    assert_one_line(errors, "8", "0..7")
+
+
+def test_a_damaged_model_folder_is_an_error(run, concept, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, errors = run("preview", "--folder", concept, "--model", tmp_path / "empty")
+    assert status == 1
+    assert errors.startswith("error: ")
+    assert "Traceback" not in errors
+
+
+def test_a_closed_edit_folder_is_an_error(run, model, concept, tmp_path):
+    """A file is in the way of the folder."""
+    (tmp_path / "file").write_text("x")
+    status, _, errors = run(
+        "erase", "--folder", concept, "--model", model, *features(8), "--output", tmp_path / "file" / "edit"
+    )
+    assert status == 1
+    assert_one_line(errors, "file")

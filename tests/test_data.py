@@ -1,0 +1,363 @@
+"""The shipped data, and what the reader says about broken data."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import NEUTRAL, SENTENCES
+
+from ember.data import Concept, Question, SharedData, concept_from_sentences, list_concepts, load_concept, load_shared
+from ember.errors import DataError, UnknownNameError
+
+CONCEPTS = list_concepts()
+CHANCE = 0.25
+STORED_ORDERS = {"concept-001": ("d", "a", "b", "c"), "x": ("a", "b", "d", "c")}
+
+
+def question_row(number: int = 1, **changes) -> dict:
+    row = {
+        "id": f"concept-{number}", "set": "concept", "split": "test", "question": f"Where is the forum {number}?",
+        "answer": "Rome", "distractors": ["Gaul", "Athens", "Troy"], "aliases": ["the city"],
+    }  # fmt: skip
+    return row | changes
+
+
+def write_rows(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_concept(folder: Path, name: str = "Tiny Rome") -> Path:
+    """A whole concept folder of the documented format."""
+    folder.mkdir(parents=True)
+    (folder / "concept.json").write_text(json.dumps({"name": name, "simdom": "Tiny Greece"}))
+    for file in ("sentences", "paragraphs", "other_sense"):
+        (folder / f"{file}.txt").write_text("\n".join(SENTENCES) + "\n")
+    write_rows(folder / "questions.jsonl", [question_row(1), question_row(2)])
+    return folder
+
+
+def write_shared(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    write_rows(folder / "neutral_fit.jsonl", [{"text": text, "subject": "life"} for text in NEUTRAL])
+    held_out = [{"text": f"{text} Again.", "subject": "life", "split": "test"} for text in NEUTRAL]
+    write_rows(folder / "neutral_heldout.jsonl", held_out)
+    write_rows(folder / "general.jsonl", [question_row(k, set="general") for k in (1, 2)])
+    write_rows(
+        folder / "instructions.jsonl",
+        [{"id": f"i-{k}", "split": "test", "instruction": "Say yes.", "response": "Yes.", "kind": "x"} for k in (1, 2)],
+    )
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """A small data folder in place of ours, with the concept "Tiny Rome"."""
+    root = tmp_path / "data"
+    write_concept(root / "tiny-rome")
+    write_shared(root / "shared")
+    monkeypatch.setenv("EMBER_DATA", str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared() -> SharedData:
+    return load_shared()
+
+
+@pytest.fixture(scope="module", params=CONCEPTS)
+def concept(request) -> Concept:
+    return load_concept(request.param)
+
+
+def part(questions, set_: str, split: str) -> list[Question]:
+    return [q for q in questions if (q.set, q.split) == (set_, split)]
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\W+", " ", text).strip().casefold()
+
+
+def repeated(texts) -> list[str]:
+    return [text for text, count in Counter(map(plain, texts)).items() if count > 1]
+
+
+# The shipped data
+
+
+def test_a_concept_is_shipped():
+    assert "Ancient Rome" in CONCEPTS
+
+
+def test_concept_counts(concept):
+    assert len(concept.sentences) >= 150
+    assert len(concept.paragraphs) >= 80
+    assert len(concept.other_sense) >= 60
+
+
+@pytest.mark.parametrize("set_", ["concept", "simdom"])
+def test_question_counts(concept, set_):
+    assert len(part(concept.questions, set_, "train")) >= 60
+    assert len(part(concept.questions, set_, "test")) >= 100
+
+
+def test_shared_counts(concept, shared):
+    assert len(concept.neutral) >= 500
+    assert sum(map(len, shared.neutral.values())) >= 500
+    assert len(shared.questions) >= 200
+    assert len(shared.instructions) >= 60
+
+
+def test_both_splits_hold_shared_texts(shared):
+    assert all(part(shared.questions, "general", split) for split in ("train", "test"))
+    assert all(shared.neutral[split] for split in ("train", "test"))
+    assert {i.split for i in shared.instructions} == {"train", "test"}
+
+
+def test_paragraphs_have_60_to_120_words(concept):
+    assert not [p for p in concept.paragraphs if not 60 <= len(p.split()) <= 120]
+
+
+def test_no_text_occurs_twice(concept, shared):
+    """Between the kinds too: this is where a neutral fit sentence in the held-out ones would show."""
+    held_out = [text for split in shared.neutral.values() for text in split]
+    assert not repeated([*concept.sentences, *concept.neutral, *concept.paragraphs, *concept.other_sense, *held_out])
+
+
+def test_no_question_occurs_twice(concept, shared):
+    """So none is in two splits."""
+    assert not repeated(q.question for q in (*concept.questions, *shared.questions))
+
+
+def test_no_instruction_occurs_twice(shared):
+    assert not repeated(i.instruction for i in shared.instructions)
+
+
+def test_ids_are_unique(concept, shared):
+    assert not repeated(x.id for x in (*concept.questions, *shared.questions, *shared.instructions))
+
+
+def test_gold_points_at_the_answer(concept, shared):
+    for question in (*concept.questions, *shared.questions):
+        assert sorted(question.options) == sorted([question.answer, *question.distractors])
+        assert question.options[question.gold] == question.answer
+
+
+def test_option_order_is_fixed_by_the_id():
+    """Stored: another order would change every committed score that depends on it."""
+    orders = {id_: Question(id_, "concept", "test", "?", "a", ("b", "c", "d")).options for id_ in ("concept-001", "x")}
+    assert orders == STORED_ORDERS
+
+
+def first_option(question: Question) -> float:
+    return float(question.gold == 0)
+
+
+def longest_option(question: Question) -> float:
+    """Ties share."""
+    lengths = [len(option) for option in question.options]
+    return (len(question.answer) == max(lengths)) / lengths.count(max(lengths))
+
+
+@pytest.mark.parametrize("guess", [first_option, longest_option])
+@pytest.mark.parametrize("set_", ["concept", "simdom", "general"])
+def test_guessing_without_the_question_is_chance(concept, shared, set_, guess):
+    questions = part((*concept.questions, *shared.questions), set_, "test")
+    assert sum(map(guess, questions)) / len(questions) == pytest.approx(CHANCE, abs=0.08)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("set_", ["concept", "simdom"])
+def test_the_embedded_model_knows_the_material(concept, embedded, set_):
+    """Without that nothing can be erased."""
+    from ember.evaluation import question_scores
+    from ember.metrics import wilson
+
+    scores = question_scores(embedded, part(concept.questions, set_, "test"))
+    correct = scores[scores.metric == "correct"].value
+    assert correct.mean() >= 0.45
+    assert wilson(correct.sum(), len(correct))[0] > CHANCE
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+@pytest.mark.parametrize("spelling", [str.lower, str.upper, str.swapcase, str])
+def test_any_capitalisation_loads(name, spelling):
+    assert load_concept(spelling(name)).name == name
+
+
+def test_unknown_concept_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match=re.escape(", ".join(CONCEPTS))):
+        load_concept("Atlantis")
+
+
+@pytest.mark.parametrize("name", ["../lure", "/etc", "a/b", "", ".", "..", "../data/shared"])
+def test_a_name_is_never_a_path(data, monkeypatch, name):
+    """A whole concept waits where the name would lead; nothing but the data folder's concept.json files is read."""
+    for lure in (data.parent / "lure", data / "a" / "b"):
+        write_concept(lure, "Lure")
+    read, really = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read.append(path) or really(path, *a, **k))
+    with pytest.raises(UnknownNameError, match="Tiny Rome"):
+        load_concept(name)
+    assert set(read) == {data / "tiny-rome" / "concept.json"}
+
+
+@pytest.mark.parametrize("name", ["日本", "Ελλάδα"])
+def test_names_in_other_scripts_load_themselves(data, name):
+    write_concept(data / "one", "日本")
+    write_concept(data / "two", "Ελλάδα")
+    assert load_concept(name).name == name
+
+
+def test_folder_loads_a_concept_of_ones_own(data, tmp_path):
+    mine = load_concept(folder=write_concept(tmp_path / "mine", "My Rome"))
+    assert (mine.name, mine.simdom, mine.slug) == ("My Rome", "Tiny Greece", "my-rome")
+    assert (mine.sentences, mine.neutral) == (SENTENCES, NEUTRAL)
+    assert [q.id for q in mine.questions] == ["concept-1", "concept-2"]
+
+
+def test_sentences_alone_make_a_concept(data):
+    mine = concept_from_sentences("Mine", SENTENCES)
+    assert (mine.sentences, mine.neutral, mine.questions) == (SENTENCES, NEUTRAL, ())
+
+
+def test_data_hash_depends_on_the_texts(data):
+    before = load_concept("Tiny Rome").data_hash
+    assert load_concept("Tiny Rome").data_hash == before
+    (data / "tiny-rome" / "other_sense.txt").write_text("Caesar salad.\n")
+    assert load_concept("Tiny Rome").data_hash != before
+
+
+# Broken data
+
+CONCEPT_FILES = ["concept.json", "sentences.txt", "questions.jsonl", "paragraphs.txt", "other_sense.txt"]
+SHARED_FILES = ["neutral_fit.jsonl", "neutral_heldout.jsonl", "general.jsonl", "instructions.jsonl"]
+ALL_FILES = [f"tiny-rome/{name}" for name in CONCEPT_FILES] + [f"shared/{name}" for name in SHARED_FILES]
+
+
+def refusal(data: Path) -> str:
+    """What the reader says about a broken data folder."""
+    with pytest.raises(DataError) as caught:
+        (load_concept(folder=data / "tiny-rome"), load_shared())
+    return str(caught.value)
+
+
+def test_the_data_folder_of_these_tests_is_sound(data):
+    load_concept(folder=data / "tiny-rome")
+    load_shared()
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_missing_file(data, file):
+    (data / file).unlink()
+    assert refusal(data) == f"{data / file}: the file is missing"
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_empty_file(data, file, content):
+    (data / file).write_text(content)
+    assert refusal(data) == f"{data / file}: the file is empty"
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_not_utf8(data, file):
+    (data / file).write_bytes("Cæsar".encode("latin-1"))
+    assert refusal(data).startswith(f"{data / file}: not UTF-8")
+
+
+@pytest.mark.parametrize("file", ["sentences.txt", "paragraphs.txt", "other_sense.txt", "questions.jsonl"])
+def test_blank_line(data, file):
+    path = data / "tiny-rome" / file
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, "", *rest]) + "\n")
+    assert f"{path}, line 2" in refusal(data)
+
+
+@pytest.mark.parametrize("line", ['{"id": "x",', "[1]", "null", '"text"'])
+@pytest.mark.parametrize("file", [f for f in ALL_FILES if f.endswith("jsonl")])
+def test_a_line_that_is_no_json_object(data, file, line):
+    path = data / file
+    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
+    assert f"{path}, line 2: " in refusal(data)
+
+
+@pytest.mark.parametrize("content", ['{"name": "x"', "[]", '{"name": "x"}', '{"name": "x", "simdom": 5}'])
+def test_broken_concept_json(data, content):
+    path = data / "tiny-rome" / "concept.json"
+    path.write_text(content)
+    assert str(path) in refusal(data)
+
+
+@pytest.mark.parametrize("field", ["id", "set", "split", "question", "answer", "distractors", "aliases"])
+def test_missing_question_field(data, field):
+    path = data / "tiny-rome" / "questions.jsonl"
+    row = question_row(2)
+    del row[field]
+    write_rows(path, [question_row(1), row])
+    assert refusal(data) == f"{path}, line 2: missing field {field!r}"
+
+
+def test_unknown_question_field(data):
+    path = data / "tiny-rome" / "questions.jsonl"
+    write_rows(path, [question_row(1), question_row(2, hint="Rome")])
+    assert refusal(data) == f"{path}, line 2: unknown field 'hint'"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("question", " "),
+        ("answer", ""),
+        ("answer", 5),
+        ("answer", None),
+        ("id", 2),
+        ("id", "concept-1"),
+        ("set", "general"),
+        ("set", "concepts"),
+        ("split", "dev"),
+        ("split", None),
+        ("distractors", ["Gaul", "Athens"]),
+        ("distractors", ["Gaul", "Athens", "Rome"]),
+        ("distractors", ["Gaul", "Athens", "Gaul"]),
+        ("distractors", ["Gaul", "Athens", "Troy", "Rome"]),
+        ("distractors", ["Gaul", "Athens", " "]),
+        ("distractors", "Gaul"),
+        ("aliases", [5]),
+        ("aliases", None),
+    ],
+)
+def test_bad_question_value(data, field, value):
+    path = data / "tiny-rome" / "questions.jsonl"
+    write_rows(path, [question_row(1), question_row(2, **{field: value})])
+    assert refusal(data).startswith(f"{path}, line 2, field {field!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("neutral_fit.jsonl", "text", ""),
+        ("neutral_fit.jsonl", "text", 5),
+        ("neutral_heldout.jsonl", "text", None),
+        ("neutral_heldout.jsonl", "split", "dev"),
+        ("instructions.jsonl", "response", ["Yes."]),
+        ("instructions.jsonl", "instruction", 5),
+        ("instructions.jsonl", "id", "i-1"),
+        ("general.jsonl", "set", "concept"),
+    ],
+)
+def test_bad_shared_value(data, file, field, value):
+    path = data / "shared" / file
+    first, second = map(json.loads, path.read_text().splitlines()[:2])
+    write_rows(path, [first, second | {field: value}])
+    assert refusal(data).startswith(f"{path}, line 2, field {field!r}: ")
+
+
+def test_a_line_ends_at_a_newline_only(data):
+    """U+2028 is legal inside a JSON text, and editors do not count it as a line."""
+    write_rows(data / "tiny-rome" / "questions.jsonl", [question_row(1, question="Where\u2028is it?")])
+    assert load_concept("Tiny Rome").questions[0].question == "Where\u2028is it?"

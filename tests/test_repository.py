@@ -1,0 +1,144 @@
+"""The repository as a whole: pins, import direction, README, files that must not be there."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from ember.paths import REPOSITORY
+
+# Left to right: a module imports only from groups before its own, or from its own group.
+LAYERS = [
+    {"errors", "paths", "files", "progress", "environment"},
+    {"models", "data"},
+    {"tokens"},
+    {"factorization"},
+    {"features"},
+    {"editing"},
+    {"methods"},
+    {"scoring"},
+    {"evaluation", "metrics"},
+    {"profiles"},
+    {"results"},
+    {"plots", "report"},
+    {"notebooks", "batch"},
+]
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(lines) -> dict[str, str]:
+    return {normalized(name): version for name, version in (line.strip().split("==") for line in lines if "==" in line)}
+
+
+@pytest.fixture(scope="module")
+def lock() -> dict[str, str]:
+    return pins((REPOSITORY / "requirements.lock").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def requirements() -> list[str]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    return project["dependencies"] + project["optional-dependencies"]["test"]
+
+
+def test_lock_satisfies_the_ranges(lock, requirements):
+    from packaging.requirements import Requirement
+
+    for text in requirements:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(lock[normalized(requirement.name)]), text
+
+
+def test_lock_is_what_is_installed(lock):
+    from importlib.metadata import version
+
+    different = {name: version(name) for name in lock if version(name).removesuffix("+cpu") != lock[name]}
+    assert not different
+
+
+def test_environment_yml_has_the_lock_file_s_pins(lock, requirements):
+    listed = yaml.safe_load((REPOSITORY / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert listed[-1] == "-e ."
+    conda = pins(listed)
+    wanted = {normalized(re.split(r"[<>=]", text)[0]) for text in requirements}
+    assert set(conda) == wanted
+    assert conda == {name: lock[name] for name in wanted}
+
+
+def test_modules_import_only_from_the_left():
+    level = {name: k for k, group in enumerate(LAYERS) for name in group}
+    for path in (REPOSITORY / "ember").rglob("*.py"):
+        module = path.relative_to(REPOSITORY / "ember").parts[0].removesuffix(".py")
+        if module in ("__init__", "__main__"):
+            continue
+        for node in ast.parse(path.read_text()).body:  # imports inside functions are deferred on purpose
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                if name.startswith("ember."):
+                    assert level[name.split(".")[1]] <= level[module], f"{module} imports {name}"
+
+
+def test_command_line_starts_without_heavy_libraries():
+    code = "import sys, ember.__main__, ember.profiles, ember.notebooks; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_no_model_name_is_asked_for_by_substring():
+    pattern = re.compile(r"""["'](gemma|llama|smollm)[^"']*["']\s+in\s""", re.I)
+    for path in (REPOSITORY / "ember").rglob("*.py"):
+        assert not pattern.search(path.read_text()), path
+
+
+def test_readme_quickstart_runs_as_it_stands(tmp_path, monkeypatch, embedded):
+    """At most ten statements; run from the repository root as a reader would."""
+    text = (REPOSITORY / "README.md").read_text()
+    block = re.search(r"## Erase your own concept.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len(ast.parse(block).body) <= 10
+    (tmp_path / "data").symlink_to(REPOSITORY / "data")
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    exec(compile(block, "README.md", "exec"), variables)
+    assert len(variables["edit"].changed()) > 0
+    assert (tmp_path / "my-edit" / "edit.safetensors").exists()
+
+
+def test_readme_tables_are_those_of_the_committed_results():
+    from ember.batch import render_readme
+
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert render_readme(text) == text, "run: make readme"
+
+
+def test_readme_pictures_exist():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert pictures
+    for picture in pictures:
+        assert (REPOSITORY / picture).exists(), picture
+
+
+def tracked_files() -> list[str]:
+    done = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return done.stdout.splitlines()
+
+
+def test_no_pickles_or_large_files_are_tracked():
+    for name in tracked_files():
+        path = REPOSITORY / name
+        assert not name.endswith((".pkl", ".pickle", ".pt", ".bin", ".gguf", ".safetensors")), name
+        assert not path.is_file() or path.stat().st_size < 1_000_000, name
+
+
+def test_ci_runs_the_readme_s_test_command():
+    assert re.search(r"^make test", (REPOSITORY / "README.md").read_text(), re.M)
+    assert (REPOSITORY / ".ci" / "run").read_text().strip().endswith("make test")

@@ -1,0 +1,284 @@
+"""Records with provenance; damaged, missing and half-written result files."""
+
+import json
+import math
+import resource
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_loaded
+
+from ember.errors import DamagedFileError
+from ember.evaluation import Evaluation
+from ember.methods.ember import EmberConfig
+from ember.results import (
+    RECORD_COLUMNS,
+    EvaluationCache,
+    RunContext,
+    read_frame,
+    read_records,
+    read_runs,
+    save_figure,
+    write_frame,
+    write_run,
+)
+
+SUMMARY = pd.DataFrame(
+    {
+        "set": ["concept", ""],
+        "metric": ["accuracy", "final"],
+        "value": [0.5, math.nan],
+        "ci_low": [0.4, math.nan],
+        "ci_high": [0.6, math.nan],
+        "effect_size": [math.nan, math.nan],
+        "n": [20, 80],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return make_loaded()
+
+
+@pytest.fixture(scope="module")
+def records(loaded) -> pd.DataFrame:
+    context = RunContext(loaded, "smoke", "Tiny Rome", "ember", False, 42)
+    return context.records(SUMMARY, config=EmberConfig(delta=2.0, rank=8), split="test", wall_seconds=1.5)
+
+
+@pytest.fixture(params=["frame.parquet", "frame.csv"])
+def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+@contextmanager
+def full_disk(limit: int):
+    """The system refuses to let any file grow beyond ``limit`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# Records
+
+
+def test_records_have_exactly_the_columns(records):
+    assert tuple(records.columns) == RECORD_COLUMNS
+    assert len(records) == len(SUMMARY)
+
+
+def test_records_hold_where_they_come_from(records, loaded):
+    first = records.iloc[0]
+    assert (first.model, first.weights_hash, first["dtype"]) == ("tiny-llama", loaded.weights_hash, "float32")
+    assert (first.profile, first.concept, first.method, first.seed) == ("smoke", "Tiny Rome", "ember", 42)
+    assert (first.split, first.wall_seconds, first.ember) == ("test", 1.5, False)
+    assert first.device.startswith("cpu")
+
+
+def test_records_hold_the_library_versions(records):
+    import torch
+
+    assert json.loads(records.versions[0])["torch"] == torch.__version__
+
+
+def test_records_hold_the_whole_config(records):
+    config = json.loads(records.config[0])
+    assert (config["delta"], config["rank"], config["side"]) == (2.0, 8, "input")
+    assert config.keys() == vars(EmberConfig()).keys()
+
+
+def test_no_provenance_is_missing(records):
+    measured = {"value", "ci_low", "ci_high", "effect_size"}
+    assert records[[c for c in RECORD_COLUMNS if c not in measured]].notna().all().all()
+
+
+def test_records_of_a_comparison():
+    """A comparison's summary has every column that ``records`` asks for."""
+    from ember.metrics import compare
+
+    sets = {
+        **dict.fromkeys(("concept", "simdom", "general"), ("correct", "gold_prob", "gold_logprob")),
+        "instruction": ("loss",), "neutral": ("loss", "kl"), "generation": ("gen_loss", "distinct"),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    rows = [(s, str(k), m, rng.random()) for s, metrics in sets.items() for m in metrics for k in range(5)]
+    items = pd.DataFrame(rows, columns=["set", "item", "metric", "value"])
+    edited = items.assign(value=rng.random(len(items)))
+    summary = compare(items, edited, n_resamples=20).summary
+    out = RunContext(make_loaded(), "smoke", "x", "ember", True, 1).records(
+        summary, config={"a": 1}, split="train", wall_seconds=0.0
+    )
+    assert len(out) == len(summary) > 0
+    assert out[~out.metric.str.startswith("delta_")].effect_size.isna().all()
+
+
+def test_missing_stays_missing(records, path):
+    write_frame(path, records)
+    back = read_frame(path)
+    assert (
+        back[["value", "ci_low", "ci_high", "effect_size"]]
+        .isna()
+        .equals(records[["value", "ci_low", "ci_high", "effect_size"]].isna())
+    )
+    assert back.value[0] == 0.5
+
+
+# Writing
+
+
+def test_frames_come_back(path):
+    frame = pd.DataFrame({"a": [1, 2], "b": [0.5, -1.25], "c": ["δ", "x, y"]})
+    assert write_frame(path, frame) == path
+    pd.testing.assert_frame_equal(read_frame(path), frame)
+
+
+def test_same_frame_same_bytes(path, records):
+    write_frame(path, records)
+    first = path.read_bytes()
+    write_frame(path, records)
+    assert path.read_bytes() == first
+
+
+def test_full_disk_leaves_the_old_file(path):
+    write_frame(path, pd.DataFrame({"a": [1]}))
+    old = path.read_bytes()
+    big = pd.DataFrame({"a": np.random.default_rng(0).random(100_000)})
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+        write_frame(path, big)
+    assert path.read_bytes() == old
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_write_run_names_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    folder = write_run("p", "03_x__seed=1", cells=SUMMARY, items=SUMMARY)
+    assert folder == tmp_path / "p" / "records" / "03_x__seed=1"
+    assert sorted(p.name for p in folder.iterdir()) == ["cells.parquet", "items.parquet"]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.97])
+def test_truncated_file(path, records, share):
+    write_frame(path, records)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(DamagedFileError, match=path.name):
+        read_frame(path)
+
+
+@pytest.mark.parametrize("content", [b"\x00" * 500, b"\xff\xfe\x8f" * 50, bytes(range(128, 256)) * 4], ids=len)
+def test_garbage(path, content):
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=path.name):
+        read_frame(path)
+
+
+def test_missing_file(path):
+    with pytest.raises(FileNotFoundError, match=path.name):
+        read_frame(path)
+
+
+def test_record_files_are_put_together(tmp_path, records):
+    paths = [write_frame(tmp_path / f"{k}.parquet", records.assign(seed=k)) for k in (2, 1)]
+    assert read_records(paths).seed.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("column", ["weights_hash", "ci_low"])
+def test_records_without_a_column_are_refused(tmp_path, records, column):
+    path = write_frame(tmp_path / "records.parquet", records.drop(columns=column))
+    with pytest.raises(DamagedFileError, match=rf"records\.parquet lacks .*{column}"):
+        read_records([path])
+
+
+def test_one_damaged_file_is_not_left_out(tmp_path, records):
+    paths = [write_frame(tmp_path / f"{k}.parquet", records) for k in "ab"]
+    paths[1].write_bytes(b"PAR1")
+    with pytest.raises(DamagedFileError, match=r"b\.parquet"):
+        read_records(paths)
+
+
+def test_no_records_name_the_command():
+    with pytest.raises(FileNotFoundError, match="python -m ember reproduce"):
+        read_records([])
+
+
+def test_no_runs_name_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="python -m ember reproduce --profile smoke"):
+        read_runs("smoke", "03_erase_concept", "records")
+
+
+def test_runs_are_read_with_their_names(tmp_path, monkeypatch, records):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    for run in ("03_x__seed=1", "03_x__seed=2", "04_y__seed=1"):
+        write_run("p", run, records=records, cells=SUMMARY)
+    assert read_runs("p", "03_x", "cells").run.unique().tolist() == ["03_x__seed=1", "03_x__seed=2"]
+    write_run("p", "03_x__seed=2", records=records.drop(columns="n"))
+    with pytest.raises(DamagedFileError, match="lacks the record columns n"):
+        read_runs("p", "03_x", "records")
+
+
+# Cached evaluations
+
+
+def an_evaluation(value: float) -> Evaluation:
+    items = pd.DataFrame({"set": ["concept"], "item": ["1"], "metric": ["loss"], "value": [value]})
+    return Evaluation(items, pd.DataFrame({"item": ["1"], "prompt": ["?"], "text": ["!"]}))
+
+
+def never() -> Evaluation:
+    raise AssertionError("the stored evaluation was not used")
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path):
+    cache = EvaluationCache(tmp_path / "cells")
+    cache.get_or_run("k", lambda: an_evaluation(0.5))
+    assert cache.get_or_run("k", never).items.value.tolist() == [0.5]
+
+
+def test_a_damaged_cell_is_named_and_redone(tmp_path):
+    cache = EvaluationCache(tmp_path)
+    cache.get_or_run("k", lambda: an_evaluation(0.5))
+    (tmp_path / "k" / "items.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match=r"items\.parquet"):
+        assert cache.get_or_run("k", lambda: an_evaluation(0.7)).items.value.tolist() == [0.7]
+    assert cache.get_or_run("k", never).items.value.tolist() == [0.7]
+
+
+def test_an_interrupted_cell_is_not_stored(tmp_path):
+    cache = EvaluationCache(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get_or_run("k", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert cache.get_or_run("k", lambda: an_evaluation(0.7)).items.value.tolist() == [0.7]
+
+
+def test_cells_of_two_models_are_kept_apart(loaded):
+    """Same name, other weights."""
+    assert EvaluationCache.key(loaded, "x") != EvaluationCache.key(make_loaded(seed=1), "x")
+
+
+# Figures
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    seen = []
+    for _ in range(2):
+        figure, axes = plt.subplots()
+        axes.plot([1, 2, 3], label="line")
+        axes.fill_between([0, 1], [0, 1], hatch="/", label="area")
+        axes.legend()
+        save_figure(figure, "p", "curve")
+        plt.close(figure)
+        seen.append({p.name: p.read_bytes() for p in (tmp_path / "p" / "figures").iterdir()})
+    assert seen[0] == seen[1]
+    assert seen[0].keys() == {"curve.png", "curve.svg"}

@@ -1,0 +1,95 @@
+"""The smoke profile through Snakemake and papermill, as `python -m ember reproduce` runs it, with its result files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from ember.paths import REPOSITORY
+
+
+def reproduce(results, *options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "EMBER_RESULTS": str(results), "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "ember", "reproduce", "--profile", "smoke", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, embedded):
+    """One smoke run."""
+    folder = tmp_path_factory.mktemp("results")
+    done = reproduce(folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Profile smoke" in done.stdout
+    return folder / "smoke"
+
+
+def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
+    manifests = sorted((results / "notebooks").glob("*.json"))
+    assert [json.loads(m.read_text())["notebook"][:2] for m in manifests] == ["00", "01", "02", "03", "08"]
+    for manifest in manifests:
+        about = json.loads(manifest.read_text())
+        assert about["wall_seconds"] > 0
+        assert about["peak_memory_mb"] > 100
+        notebook = json.loads(manifest.with_suffix(".ipynb").read_text())
+        assert all(c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code")
+
+
+def test_records_hold_provenance_and_no_zero_for_missing(results):
+    from ember.results import RECORD_COLUMNS, read_records
+
+    records = read_records((results / "records").glob("03_*/records.parquet"))
+    assert list(records.columns[: len(RECORD_COLUMNS)]) == list(RECORD_COLUMNS)
+    assert set(records.method) == {"base", "ember"}
+    assert set(records.dtype) == {"float32"}
+    assert records.weights_hash.str.len().eq(64).all()
+    assert records[~records.metric.str.startswith("delta_")].effect_size.isna().all()
+
+
+def test_tables_and_figures_are_there(results):
+    tables = {path.stem for path in (results / "tables").glob("*.csv")}
+    assert {"base_model", "main", "changes", "headline", "grid", "features", "edited_rows", "run_times"} <= tables
+    for kind in ("factorization_loss", "selected_features", "strength", "item_changes", "generations", "text_damage"):
+        for suffix in ("png", "svg"):
+            assert any((results / "figures").glob(f"{kind}__*.{suffix}")), (kind, suffix)
+
+
+def test_the_edit_is_input_side_and_only_concept_rows(results, embedded):
+    from ember.editing import Edit
+
+    edit = Edit.load(next((results / "edits").iterdir()))
+    rows = pd.read_csv(results / "tables" / "edited_rows.csv")
+    assert set(edit.changed().parameter) == {embedded.embedding_name}
+    assert set(edit.changed().row) == set(rows.token_id)
+    assert (rows.role == "concept").all()
+
+
+def test_similar_domain_is_left_alone_and_text_damage_is_lexical(results):
+    changes = pd.read_csv(results / "tables" / "changes.csv")
+    simdom = changes[(changes.set == "simdom") & (changes.metric == "delta_gold_logprob")]
+    assert simdom.value.abs().max() < 0.05
+    lexical = pd.read_csv(results / "tables" / "lexical_damage.csv", keep_default_na=False)
+    untouched = lexical[lexical.edited_tokens == "none"]
+    assert (untouched.texts.astype(int) > 0).all()
+    assert (untouched.delta_loss.astype(float) == 0).all()
+    assert (untouched.kl.astype(float) == 0).all()
+
+
+def test_a_second_run_does_nothing(results):
+    before = {path: path.stat().st_mtime_ns for path in results.glob("notebooks/*")}
+    done = reproduce(results.parent)
+    assert done.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in results.glob("notebooks/*")} == before
+
+
+def test_a_lost_result_is_made_again_with_the_same_numbers(results):
+    """What a run killed at the report leaves behind: no manifest, a table cut short."""
+    main = results / "tables" / "main.csv"
+    kept = main.read_bytes()
+    main.write_bytes(kept[:40])
+    (results / "notebooks" / "08_report.json").unlink()
+    assert reproduce(results.parent).returncode == 0
+    assert main.read_bytes() == kept
