@@ -6,7 +6,10 @@ PROFILE ?= laptop
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup reproduce test lint unit nbval lab readme data lock clean
+# The tests run the notebooks as they stand, with the smoke profile's loop lengths and results in a scratch folder.
+QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
+
+.PHONY: setup reproduce test lint unit nbval lab notebooks readme data lock clean
 
 reproduce: $(READY)
 	$(BIN)/python -m ember reproduce --profile $(PROFILE)
@@ -32,13 +35,15 @@ lint: $(READY)
 unit: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python -m pytest -q tests
 
-# The notebooks as they stand, with the smoke profile's loop lengths; results go to a scratch folder.
 nbval: unit
-	TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=.cache/nbval \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(QUICK) $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+# Renew the checked outputs in the committed notebooks.
+notebooks: $(READY)
+	$(QUICK) $(BIN)/python -m ember refresh-notebooks
 
 # Write the measured tables into README.md.
 readme: $(READY)

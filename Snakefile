@@ -8,8 +8,9 @@ import shlex
 import sys
 from json import dumps
 
+from ember.files import digest, sha256_of
 from ember.notebooks import code_hash
-from ember.paths import results_dir
+from ember.paths import data_dir, results_dir
 from ember.profiles import frame_path, load_profile, manifest_path, plan
 
 PROFILE = load_profile(config.get("profile", "laptop"))
@@ -32,6 +33,8 @@ def settings(notebook):
     return lambda wildcards: dumps(dict(JOBS[f"{notebook}__{wildcards.run}"].parameters), sort_keys=True)
 
 
+# Whatever the texts are, a change of one of them changes the results.
+DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
 RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
 
 
@@ -59,6 +62,7 @@ rule factorize_embeddings:
         settings=settings("01_factorize_embeddings"),
         fit=dumps(dict(PROFILE.fit)),
         code=code_hash("01_factorize_embeddings"),
+        data=DATA,
     shell:
         RUN
 
@@ -72,6 +76,7 @@ rule select_features:
         notebook="02_select_features",
         settings=settings("02_select_features"),
         code=code_hash("02_select_features"),
+        data=DATA,
     shell:
         RUN
 
@@ -80,12 +85,13 @@ rule erase_concept:
     input:
         needs("03_erase_concept"),
     output:
-        outputs("03_erase_concept", "records", "cells", "items", "samples"),
+        outputs("03_erase_concept", "records", "cells", "items", "samples", "lexical"),
     params:
         notebook="03_erase_concept",
         settings=settings("03_erase_concept"),
         grid=dumps([PROFILE.deltas, {k: dict(v) for k, v in PROFILE.sizes.items()}]),
         code=code_hash("03_erase_concept"),
+        data=DATA,
     shell:
         RUN
 
@@ -99,6 +105,7 @@ rule tour:
         notebook="00_tour",
         settings=settings("00_tour"),
         code=code_hash("00_tour"),
+        data=DATA,
     shell:
         RUN
 

@@ -8,7 +8,9 @@ The rule is the same for every set and was fixed before any erasure was run:
     Under the wording "Q: …\\nA:" (the evaluation uses another), the embedded model must give the right option at
     least probability 0.1 among the four, and more than after an empty question.
 
-So the question helps, guessable options do not count, and the evaluation's wording has not been selected on.
+So the question helps, guessable options do not count, and the evaluation's wording has not been selected on. Then,
+in each split, questions whose answer is the longest option are dropped until guessing "the longest option" is no better
+than chance.
 ``--check`` recomputes and fails if the written files differ.
 """
 
@@ -58,6 +60,14 @@ def leaks(question: Question, sentences: list[str]) -> bool:
     return False
 
 
+def balance(questions: list[Question]) -> list[Question]:
+    """Drop questions whose answer is the strictly longest option, the last ones first, until guessing it is chance."""
+    longest = [q for q in questions if all(len(q.answer) > len(d) for d in q.distractors)]
+    surplus = len(longest) - round((len(questions) - len(longest)) / 3)
+    dropped = {q.id for q in longest[len(longest) - surplus :]} if surplus > 0 else set()
+    return [q for q in questions if q.id not in dropped]
+
+
 def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str]) -> list[Question]:
     """Screened questions of one candidate file, split at random; those that a fit sentence answers go to train."""
     candidates = []
@@ -72,10 +82,12 @@ def build(loaded: LoadedModel, folder: Path, name: str, sentences: list[str]) ->
     kept = [q for q in numbered if verdict.keep[q.id]]
     random.Random(name).shuffle(kept)
     kept.sort(key=lambda q: not leaks(q, sentences))
-    cut = round(len(kept) * (1 - TEST_SHARE))
-    split = [Question(**{**vars(q), "split": "train" if i < cut else "test"}) for i, q in enumerate(kept)]
-    print(f"{folder.name}/{name}: {len(numbered)} candidates, {len(kept)} kept, {cut} train, {len(kept) - cut} test")
-    return sorted(split, key=lambda q: q.id)
+    known, cut = len(kept), round(len(kept) * (1 - TEST_SHARE))
+    parts = {"train": balance(kept[:cut]), "test": balance(kept[cut:])}
+    sizes = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
+    print(f"{folder.name}/{name}: {len(numbered)} candidates, {known} known, balanced {sizes}")
+    placed = [Question(**{**vars(q), "split": split}) for split, part in parts.items() for q in part]
+    return sorted(placed, key=lambda q: q.id)
 
 
 def main() -> int:

@@ -39,7 +39,13 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _run_notebook(options: argparse.Namespace) -> int:
     from ember.notebooks import run_notebook
 
-    manifest = run_notebook(options.notebook, json.loads(options.parameters), progress=sys.stderr.isatty())
+    try:
+        parameters = json.loads(options.parameters)
+    except ValueError as error:
+        raise EmberError(f"the parameters are not JSON: {error}") from error
+    if not isinstance(parameters, dict):
+        raise EmberError(f"the parameters must be a JSON object, got {options.parameters}")
+    manifest = run_notebook(options.notebook, parameters, progress=sys.stderr.isatty())
     about = json.loads(manifest.read_text(encoding="utf-8"))
     print(f"{manifest.stem}: {about['wall_seconds']:.0f} s, {about['peak_memory_mb']} MB")
     return 0
@@ -94,6 +100,15 @@ def _check_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refresh_notebooks(options: argparse.Namespace) -> int:
+    from ember.notebooks import list_notebooks, refresh_outputs
+
+    for name in options.notebooks or list_notebooks():
+        refresh_outputs(name)
+        print(f"{name}: checked outputs refreshed")
+    return 0
+
+
 def _update_readme(_: argparse.Namespace) -> int:
     from ember.batch import update_readme
 
@@ -137,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("run-notebook", _run_notebook, "run one notebook as a batch job")
     command.add_argument("notebook")
     command.add_argument("parameters", nargs="?", default="{}", help="JSON object of parameters")
+    command = add("refresh-notebooks", _refresh_notebooks, "execute notebooks in place, keep their checked outputs")
+    command.add_argument("notebooks", nargs="*")
     add("update-readme", _update_readme, "write the measured tables into README.md")
     return parser
 

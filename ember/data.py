@@ -144,12 +144,14 @@ def load_shared() -> SharedData:
     neutral: dict[str, list[str]] = {split: [] for split in SPLITS}
     for row in _rows(root / "neutral_heldout.jsonl", {"text", "subject", "split"}):
         neutral[row["split"]].append(row["text"])
-    instructions = tuple(
-        Instruction(row["id"], row["split"], row["instruction"], row["response"])
-        for row in _rows(root / "instructions.jsonl", {"id", "split", "instruction", "response", "kind"})
-    )
+    path = root / "instructions.jsonl"
+    instructions: list[Instruction] = []
+    for row in _rows(path, {"id", "split", "instruction", "response", "kind"}):
+        if any(row["id"] == known.id for known in instructions):
+            raise DataError(f"{path}, line {row['_line']}, field 'id': {row['id']!r} occurs twice")
+        instructions.append(Instruction(row["id"], row["split"], row["instruction"], row["response"]))
     questions = _questions(root / "general.jsonl", ("general",))
-    return SharedData(questions, {split: tuple(texts) for split, texts in neutral.items()}, instructions)
+    return SharedData(questions, {split: tuple(texts) for split, texts in neutral.items()}, tuple(instructions))
 
 
 def _read(path: Path) -> str:
@@ -165,7 +167,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    lines = _read(path).splitlines()
+    lines = _read(path).rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"{path}, line {number}: empty line")
@@ -175,7 +177,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, each with exactly these fields; ``_line`` tells where it stood."""
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -186,6 +188,8 @@ def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
             kind = "missing" if field in fields else "unknown"
             raise DataError(f"{path}, line {number}: {kind} field {field!r}")
         for field, value in row.items():
+            if not isinstance(value, (str, list) if field in ("distractors", "aliases") else str):
+                raise DataError(f"{path}, line {number}, field {field!r}: expected text")
             if isinstance(value, str) and not value.strip():
                 raise DataError(f"{path}, line {number}, field {field!r}: empty")
         if row.get("split", "train") not in SPLITS:
@@ -204,7 +208,7 @@ def _questions(path: Path, sets: tuple[str, ...]) -> tuple[Question, ...]:
         for field in ("distractors", "aliases"):
             if not isinstance(row[field], list) or not all(isinstance(x, str) and x.strip() for x in row[field]):
                 raise DataError(f"{where}, field {field!r}: expected a list of texts")
-        if len({row["answer"], *row["distractors"]}) != 4:
+        if len(row["distractors"]) != 3 or len({row["answer"], *row["distractors"]}) != 4:
             raise DataError(f"{where}, field 'distractors': need three, different from each other and the answer")
         if row["set"] not in sets:
             raise DataError(f"{where}, field 'set': {row['set']!r} is not one of {sets}")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
 from ember.files import atomic_dir, sha256_of
-from ember.models import LoadedModel, weights_hash
+from ember.models import LoadedModel, tensor_hash, weights_hash
 
 FORMAT = 1
 
@@ -45,6 +45,10 @@ class Provenance:
     side: str = "input"
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # As JSON will give it back: lists for tuples.
+        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -56,6 +60,7 @@ class Edit:
 
     tensors: Mapping[str, TensorEdit]
     provenance: Provenance
+    _edited: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_values(
@@ -65,7 +70,11 @@ class Edit:
         tensors = {}
         for name, (rows, new) in values.items():
             parameter = _parameter(loaded.model, name).detach()
-            where = torch.arange(len(parameter)) if rows is None else rows.cpu()
+            where = torch.arange(len(parameter)) if rows is None else rows.detach().cpu().clone()
+            if where.dtype != torch.int64:
+                raise ValueError(f"{name}: rows must be int64 indices, got {where.dtype}")
+            if len(where) and not 0 <= int(where.min()) <= int(where.max()) < len(parameter):
+                raise ValueError(f"{name}: rows must be 0..{len(parameter) - 1}")
             old = parameter[where.to(parameter.device)]
             if old.shape != new.shape:
                 raise ValueError(f"{name}: new values have shape {tuple(new.shape)}, the rows {tuple(old.shape)}")
@@ -85,10 +94,30 @@ class Edit:
                 rows = change.rows.to(data.device)
                 saved.append((data, rows, data[rows].clone()))
                 _write(data, rows, change.values)
-            yield
+            with self._tracked(model):
+                yield
         finally:
             for data, rows, old in reversed(saved):
                 _write(data, rows, old)
+
+    @contextmanager
+    def _tracked(self, model: LoadedModel | nn.Module) -> Iterator[None]:
+        """Keep a loaded model's hashes true while the edit is applied, so that no cache mistakes it for the base."""
+        if not isinstance(model, LoadedModel):
+            yield
+            return
+        before = model.parameter_hashes
+        model.parameter_hashes = before | self._edited_hashes(model.model)
+        try:
+            yield
+        finally:
+            model.parameter_hashes = before
+
+    def _edited_hashes(self, module: nn.Module) -> dict[str, str]:
+        """Hashes of the touched parameters with the edit in place; always the same, as the base is."""
+        if not self._edited:
+            self._edited.update({name: tensor_hash(module.get_parameter(name)) for name in self.tensors})
+        return self._edited
 
     def apply(self, model: LoadedModel | nn.Module) -> None:
         """Apply for good. The whole model is hashed first, so a model that differs anywhere is refused."""
@@ -99,16 +128,34 @@ class Edit:
         for name, change in self.tensors.items():
             data = module.get_parameter(name).detach()
             _write(data, change.rows.to(data.device), change.values)
+        if isinstance(model, LoadedModel):
+            model.parameter_hashes = model.parameter_hashes | self._edited_hashes(module)
 
     def then(self, later: "Edit") -> "Edit":
-        """The edit that equals this one followed by ``later``, which was made with this one applied."""
+        """The edit that equals this one followed by ``later``, which was made with this one applied.
+
+        Raises
+        ------
+        WrongWeightsError
+            If ``later`` expects other values in a row that this edit sets.
+        """
         tensors = dict(self.tensors)
         for name, change in later.tensors.items():
-            tensors[name] = _compose(tensors[name], change) if name in tensors else change
+            tensors[name] = _compose(name, tensors[name], change) if name in tensors else change
+        first, second = self.provenance, later.provenance
+        steps = [
+            step
+            for made in (first, second)
+            for step in made.config.get(
+                "steps",
+                [{"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}],
+            )
+        ]
         provenance = replace(
-            self.provenance,
-            method=f"{self.provenance.method}+{later.provenance.method}",
-            config={self.provenance.method: self.provenance.config, later.provenance.method: later.provenance.config},
+            first,
+            method=f"{first.method}+{second.method}",
+            config={"steps": steps},
+            side=first.side if first.side == second.side else "both",
         )
         return Edit(tensors, provenance)
 
@@ -122,6 +169,8 @@ class Edit:
     def save(self, folder: str | Path) -> Path:
         """Write ``edit.safetensors``, ``edit.json`` and a model card; whole or not at all."""
         folder = Path(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "edit.json").exists():
+            raise EmberError(f"{folder} holds other files; an edit needs a folder of its own")
         arrays = {
             f"{name}::{part}": getattr(change, part).contiguous()
             for name, change in self.tensors.items()
@@ -151,6 +200,8 @@ class Edit:
             if sha256_of(path) != about["sha256"]:
                 raise DamagedFileError(f"{path} is damaged: its SHA-256 is not the one in edit.json")
             arrays = load_file(path)
+            if {key.split("::")[0] for key in arrays} != set(about["tensors"]):
+                raise DamagedFileError(f"{folder} is damaged: edit.json and edit.safetensors name different tensors")
             tensors = {
                 name: TensorEdit(*(arrays[f"{name}::{part}"] for part in ("rows", "values", "before")))
                 for name in about["tensors"]
@@ -205,8 +256,12 @@ def _fingerprint(values: torch.Tensor) -> torch.Tensor:
     return (words * weights).sum(1)
 
 
-def _compose(first: TensorEdit, later: TensorEdit) -> TensorEdit:
+def _compose(name: str, first: TensorEdit, later: TensorEdit) -> TensorEdit:
     """Rows of both; values of the later one where they meet, fingerprints of the earlier one."""
+    left = dict(zip(first.rows.tolist(), _fingerprint(first.values).tolist(), strict=True))
+    for row, expected in zip(later.rows.tolist(), later.before.tolist(), strict=True):
+        if left.get(row, expected) != expected:
+            raise WrongWeightsError(f"{name}, row {row}: the later edit was not made with the earlier one applied")
     values = {int(r): v for change in (first, later) for r, v in zip(change.rows, change.values, strict=True)}
     before = {int(r): b for change in (later, first) for r, b in zip(change.rows, change.before, strict=True)}
     rows = sorted(values)

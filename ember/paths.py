@@ -40,4 +40,4 @@ def notebooks_dir() -> Path:
 
 def slug(name: str) -> str:
     """File name for a display name: ``"Ancient Rome"`` → ``"ancient-rome"``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")

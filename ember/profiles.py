@@ -87,21 +87,29 @@ def _read(name: str) -> dict[str, Any]:
     if name not in list_profiles():
         raise UnknownNameError("profile", name, list_profiles())
     path = notebooks_dir() / "params" / f"{name}.yaml"
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not YAML ({error})") from None
     known = {f.name for f in fields(Profile)} - {"name"}
+    _checked(path, "the file", raw, dict)
     for key in sorted(raw.keys() ^ known):
         if key in known:
             raise DataError(f"{path}: missing key {key!r}")
         raise UnknownNameError(f"key in {path.name}", key, known)
+    _checked(path, "model", raw["model"], str)
     for key, kind in (("concepts", str), ("methods", str), ("seeds", int), ("deltas", (int, float))):
-        raw[key] = tuple(_checked(path, key, value, kind) for value in raw[key])
+        raw[key] = tuple(_checked(path, key, value, kind) for value in _checked(path, key, raw[key], list))
     raw["deltas"] = tuple(float(delta) for delta in raw["deltas"])
-    for key, value in raw["fit"].items():
+    for key, value in _checked(path, "fit", raw["fit"], dict).items():
         _checked(path, f"fit.{key}", value, (int, float))
-    for split, entries in raw["sizes"].items():
-        for key, value in entries.items():
+    for key in ("rank", "sparsity"):
+        if key not in raw["fit"]:
+            raise DataError(f"{path}: missing key 'fit.{key}'")
+    for split, entries in _checked(path, "sizes", raw["sizes"], dict).items():
+        for key, value in _checked(path, f"sizes.{split}", entries, dict).items():
             _checked(path, f"sizes.{split}.{key}", value, int)
-    return raw
+    return dict(raw)
 
 
 def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
@@ -127,7 +135,7 @@ def plan(profile: Profile) -> list[Job]:
                         "03_erase_concept",
                         {**chosen, "method": method, "ember": False, "seed": seed},
                         (second.name,),
-                        ("records", "cells", "items", "samples"),
+                        ("records", "cells", "items", "samples", "lexical"),
                     )
                 )
         erased = [job.name for job in jobs if job.notebook == "03_erase_concept"]

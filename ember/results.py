@@ -72,7 +72,11 @@ def write_frame(path: Path, frame: pd.DataFrame) -> Path:
 def read_frame(path: Path) -> pd.DataFrame:
     """Read what ``write_frame`` wrote; a missing or damaged file is an error that names it, never an empty table."""
     try:
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        if path.suffix != ".csv":
+            return pd.read_parquet(path)
+        if not path.read_text(encoding="utf-8").endswith("\n"):
+            raise ValueError("it ends in the middle of a line")
+        return pd.read_csv(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's and pandas' parse errors are both

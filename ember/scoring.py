@@ -46,8 +46,8 @@ def option_logprobs(
 ) -> list[np.ndarray]:
     """Log-likelihood (nats, summed over tokens) of every option after its prompt.
 
-    Each prompt runs through the model once; its key-value cache serves all its options. Returns one array
-    [n_options] a prompt.
+    Each prompt runs through the model once; its key-value cache serves all its options. Where one option merges with
+    the prompt's last token, all of them are scored from that token on. Returns one array [n_options] a prompt.
     """
     split = []
     for prompt, choices in zip(prompts, options, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -18,9 +19,10 @@ def reproduce(results, *options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, embedded):
+def results(embedded):
     """One smoke run."""
-    folder = tmp_path_factory.mktemp("results")
+    folder = REPOSITORY / ".cache" / "results"  # the notebooks' own test reuses its cells
+    shutil.rmtree(folder, ignore_errors=True)
     done = reproduce(folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Profile smoke" in done.stdout

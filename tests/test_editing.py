@@ -1,0 +1,568 @@
+"""Edits are applied exactly, undone to the bit, refused elsewhere, composed and saved."""
+
+import errno
+import itertools
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import SENTENCES, make_concept, make_loaded, make_model, make_tokenizer
+from safetensors.torch import load_file
+
+import ember.editing
+from ember.editing import Edit, Provenance
+from ember.errors import DamagedFileError, EmberError, WrongWeightsError
+from ember.evaluation import question_scores, text_scores
+from ember.features import ConceptFeatures, concept_features
+from ember.methods.ember import SIDES, EmberConfig, fit, run
+from ember.models import LoadedModel, load_model, parameter_hashes, untie, weights_hash
+
+SETTINGS = {"rank": 8, "sparsity": 0.1, "max_iter": 60, "patience": 20, "features": (0, 1)}
+FILES = ["README.md", "edit.json", "edit.safetensors"]
+EMBED, HEAD, UP, NORM = (
+    "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight",
+)  # fmt: skip
+
+
+def provenance_of(loaded: LoadedModel, method: str = "noise", **changes) -> Provenance:
+    made = Provenance(loaded.name, loaded.weights_hash, method, {"scale": 0.5}, 7, "Tiny Rome", versions={"torch": "x"})
+    return replace(made, **changes)
+
+
+def noise_edit(loaded: LoadedModel, rows: dict[str, list[int]], *, seed: int = 0, **provenance) -> Edit:
+    """New random values for the named rows of the model as it is now."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, chosen in rows.items():
+        old = loaded.model.get_parameter(name).detach()[chosen]
+        values[name] = (torch.tensor(chosen), old + torch.randn(old.shape, generator=generator).to(old.dtype))
+    return Edit.from_values(loaded, values, provenance_of(loaded, **provenance))
+
+
+def later_edit(loaded: LoadedModel, first: Edit, rows: dict[str, list[int]], **provenance) -> Edit:
+    with first.applied(loaded):
+        return noise_edit(loaded, rows, seed=1, **provenance)
+
+
+def snapshot(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in loaded.model.state_dict().items()}
+
+
+def differing(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[tuple[str, int]]:
+    """Every row of every parameter that is not the same to the bit."""
+    integers = {2: torch.int16, 4: torch.int32}
+    found = set()
+    for name, old in before.items():
+        kind = integers[old.element_size()]
+        rows = (old.view(kind) != after[name].view(kind)).reshape(len(old), -1).any(1)
+        found |= {(name, int(row)) for row in rows.nonzero()}
+    return found
+
+
+def state_with(edit: Edit, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    with edit.applied(loaded):
+        return snapshot(loaded)
+
+
+def listed(edit: Edit) -> set[tuple[str, int]]:
+    return set(edit.changed().itertuples(index=False, name=None))
+
+
+# What an edit changes
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_strength_zero_changes_nothing(tiny, cache, side):
+    edit = run(tiny, make_concept(), EmberConfig(**SETTINGS, delta=0.0, side=side))
+    assert len(edit.changed()) > 0
+    with edit.applied(tiny):
+        assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+@pytest.mark.parametrize(
+    ("side", "names"), [("input", {EMBED}), ("output", {HEAD}), ("both", {EMBED, HEAD})], ids=lambda value: str(value)
+)
+def test_an_edit_keeps_to_its_side_and_its_rows(tiny, cache, side, names):
+    edit = run(tiny, make_concept(), EmberConfig(**SETTINGS, side=side))
+    found = differing(snapshot(tiny), state_with(edit, tiny))
+    assert {name for name, _ in found} == names
+    assert found == listed(edit)
+    assert edit.provenance.side == side
+
+
+def test_changed_lists_exactly_the_rows_that_differ(tiny):
+    rows = {EMBED: [300, 5, 7], HEAD: [1], UP: [0, 63], NORM: [3]}
+    edit = noise_edit(tiny, rows)
+    assert listed(edit) == {(name, row) for name, chosen in rows.items() for row in chosen}
+    assert differing(snapshot(tiny), state_with(edit, tiny)) == listed(edit)
+    assert len(edit.changed()) == len(listed(edit))
+
+
+def test_no_rows_mean_all_rows(tiny):
+    new = torch.zeros(tiny.embedding.shape)
+    edit = Edit.from_values(tiny, {EMBED: (None, new)}, provenance_of(tiny))
+    assert listed(edit) == {(EMBED, row) for row in range(512)}
+    assert torch.equal(state_with(edit, tiny)[EMBED], new)
+
+
+@pytest.mark.parametrize("delta", [1.0, 2.5])
+def test_the_scaled_embedding_moves_by_the_contribution(tiny, cache, delta):
+    """Also for Gemma, whose forward pass multiplies its embeddings."""
+    config = EmberConfig(**SETTINGS, delta=delta)
+    contributions = fit(tiny, make_concept(), config).contributions(config.features)
+    ids = torch.tensor([sorted(contributions)])
+
+    def first_layer() -> torch.Tensor:
+        with torch.inference_mode():
+            return tiny.model(ids, output_hidden_states=True).hidden_states[0][0]
+
+    before = first_layer()
+    with run(tiny, make_concept(), config).applied(tiny):
+        moved = before - first_layer()
+    expected = delta * torch.stack([contributions[int(i)] for i in ids[0]])
+    assert expected.norm(dim=1).min() > 1e-3
+    torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
+
+
+def test_making_an_edit_leaves_the_model_as_it_is(tiny, cache):
+    run(tiny, make_concept(), EmberConfig(**SETTINGS))
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+def test_an_edit_does_not_follow_the_tensors_it_was_made_from(tiny):
+    rows, values = torch.tensor([5, 6]), torch.zeros(2, 32)
+    edit = Edit.from_values(tiny, {EMBED: (rows, values)}, provenance_of(tiny))
+    rows += 1
+    values += 1
+    assert edit.tensors[EMBED].rows.tolist() == [5, 6]
+    assert (edit.tensors[EMBED].values == 0).all()
+
+
+# Undoing
+
+EVERYWHERE = {EMBED: [5, 300, 6], HEAD: [5, 0], UP: [2], NORM: [31]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_applied_is_undone_to_the_bit(kind, dtype):
+    loaded = make_loaded(kind, dtype=dtype)
+    base = loaded.weights_hash
+    with noise_edit(loaded, EVERYWHERE).applied(loaded):
+        assert weights_hash(loaded.model) == loaded.weights_hash != base
+    assert weights_hash(loaded.model) == loaded.weights_hash == base
+
+
+@pytest.mark.parametrize("failure", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_applied_is_undone_after_an_exception(tiny, failure):
+    with pytest.raises(type(failure)), noise_edit(tiny, EVERYWHERE).applied(tiny):
+        raise failure
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+@pytest.mark.parametrize("call", range(1, 1 + len(EVERYWHERE)))
+def test_an_edit_that_fails_halfway_is_undone(tiny, monkeypatch, call):
+    edit, write, calls = noise_edit(tiny, EVERYWHERE), ember.editing._write, itertools.count(1)
+
+    def fail_once(*arguments) -> None:
+        if next(calls) == call:
+            raise MemoryError
+        write(*arguments)
+
+    monkeypatch.setattr(ember.editing, "_write", fail_once)
+    with pytest.raises(MemoryError), edit.applied(tiny):
+        pytest.fail("the edit was applied in part")
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+def test_nested_edits_are_undone_one_by_one(tiny):
+    base = tiny.weights_hash
+    first = noise_edit(tiny, EVERYWHERE)
+    later = later_edit(tiny, first, {EMBED: [6, 7], UP: [2]})
+    with first.applied(tiny):
+        middle = weights_hash(tiny.model)
+        with later.applied(tiny):
+            assert weights_hash(tiny.model) == tiny.weights_hash not in (middle, base)
+        assert weights_hash(tiny.model) == middle
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+def test_zeros_keep_their_sign():
+    loaded = make_loaded()
+    with torch.no_grad():
+        loaded.embedding[5] = -0.0
+    loaded.parameter_hashes = parameter_hashes(loaded.model)
+    with noise_edit(loaded, {EMBED: [5]}).applied(loaded):
+        pass
+    assert weights_hash(loaded.model) == loaded.weights_hash
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1)])
+def test_the_order_of_edits_never_changes_the_base_scores(tiny, order):
+    rows = [tiny.encode(" Romans", bos=False), tiny.encode(" Rome", bos=False)]
+    edits = [noise_edit(tiny, {EMBED: chosen}, seed=k) for k, chosen in enumerate(rows)]
+
+    def scores(edit: Edit | None = None) -> pd.DataFrame:
+        parts = question_scores(tiny, make_concept().questions[:4], edit), text_scores(tiny, SENTENCES, edit)
+        return pd.concat(parts, ignore_index=True)
+
+    base, alone = scores(), [scores(edit) for edit in edits]
+    for k in order:
+        assert not alone[k].equals(base)
+        pd.testing.assert_frame_equal(scores(edits[k]), alone[k], check_exact=True)
+        pd.testing.assert_frame_equal(scores(), base, check_exact=True)
+
+
+def test_features_fitted_under_an_edit_are_not_kept_as_the_bases(tiny, cache):
+    """An edit that is to follow another is made with that one applied (see ``Edit.then``)."""
+    config, settings = EmberConfig(**SETTINGS), {k: v for k, v in SETTINGS.items() if k != "features"}
+    rows = sorted(fit_fresh(tiny, settings).contributions((0, 1)))
+    with noise_edit(tiny, {EMBED: rows}).applied(tiny):
+        under = fit(tiny, make_concept(), config).factorization.F
+        assert torch.equal(under, fit_fresh(tiny, settings).factorization.F)
+    after = fit(tiny, make_concept(), config).factorization.F
+    assert torch.equal(after, fit_fresh(tiny, settings).factorization.F)
+    assert not torch.equal(after, under)
+
+
+def fit_fresh(loaded: LoadedModel, settings: dict) -> ConceptFeatures:
+    return concept_features(loaded, make_concept(), cache=False, **settings)
+
+
+# Applying for good
+
+
+@pytest.mark.parametrize("as_module", [True, False])
+def test_apply_keeps_the_edit(tiny, as_module):
+    before, edit = snapshot(tiny), noise_edit(tiny, EVERYWHERE)
+    expected = state_with(edit, tiny)
+    edit.apply(tiny.model if as_module else tiny)
+    assert not differing(expected, snapshot(tiny))
+    assert differing(before, snapshot(tiny)) == listed(edit)
+
+
+def test_apply_tells_the_model_its_new_hash(tiny):
+    """Caches, features and later edits are keyed by it."""
+    noise_edit(tiny, {EMBED: [5]}).apply(tiny)
+    assert tiny.weights_hash == weights_hash(tiny.model)
+
+
+def test_an_edit_is_not_applied_twice(tiny):
+    edit = noise_edit(tiny, {EMBED: [5]})
+    edit.apply(tiny)
+    kept = weights_hash(tiny.model)
+    for again in (tiny, tiny.model):
+        with pytest.raises(WrongWeightsError):
+            edit.apply(again)
+    assert weights_hash(tiny.model) == kept
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("how", ["apply", "applied"])
+@pytest.mark.parametrize("as_module", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_other_weights_are_refused(kind, as_module, how):
+    edit, other = noise_edit(make_loaded(kind), {EMBED: [5]}), make_loaded(kind, seed=1)
+    with pytest.raises(WrongWeightsError, match=f"noise edit was made for tiny-{kind}"):
+        use(edit, other.model if as_module else other, how)
+    assert weights_hash(other.model) == other.weights_hash
+
+
+def use(edit: Edit, model, how: str) -> None:
+    if how == "apply":
+        edit.apply(model)
+    else:
+        with edit.applied(model):
+            pass
+
+
+@pytest.mark.parametrize("how", ["apply", "applied"])
+def test_a_module_whose_edited_row_differs_in_one_bit_is_refused(tiny, how):
+    edit = noise_edit(tiny, {HEAD: [1], EMBED: [300, 5]})
+    with torch.no_grad():
+        tiny.embedding.view(torch.int32)[5, -1] ^= 1
+    before = weights_hash(tiny.model)
+    with pytest.raises(WrongWeightsError, match=re.escape(EMBED)):
+        use(edit, tiny.model, how)
+    assert weights_hash(tiny.model) == before
+
+
+@pytest.mark.parametrize("name", [UP, NORM, HEAD, EMBED])
+@pytest.mark.parametrize("as_module", [True, False])
+def test_apply_refuses_a_model_that_differs_anywhere(tiny, name, as_module):
+    edit = noise_edit(tiny, {EMBED: [5]})
+    with torch.no_grad():
+        tiny.model.get_parameter(name)[9] += 1
+    before = weights_hash(tiny.model)
+    with pytest.raises(WrongWeightsError, match=before[:12]):
+        edit.apply(tiny.model if as_module else tiny)
+    assert weights_hash(tiny.model) == before
+
+
+def test_another_dtype_is_refused():
+    edit, half = noise_edit(make_loaded(), {EMBED: [5]}), make_loaded(dtype=torch.bfloat16)
+    for model in (half, half.model):
+        with pytest.raises(WrongWeightsError):
+            use(edit, model, "applied")
+
+
+def test_a_missing_parameter_is_named(tiny):
+    edit = noise_edit(tiny, {EMBED: [5]})
+    edit = Edit({"model.wte.weight": edit.tensors[EMBED]}, edit.provenance)
+    with pytest.raises(WrongWeightsError, match=r"model\.wte\.weight"):
+        use(edit, tiny, "applied")
+
+
+@pytest.mark.parametrize("how", ["apply", "applied"])
+@pytest.mark.parametrize("name", [EMBED, HEAD])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_tied_model_is_refused(kind, name, how):
+    edit, tied = noise_edit(make_loaded(kind), {name: [5]}), make_model(kind, tied=True)
+    before = weights_hash(tied)
+    with pytest.raises(EmberError, match=r"share storage; untie them .*ember\.models\.untie"):
+        use(edit, tied, how)
+    assert weights_hash(tied) == before
+    untie(tied)
+    use(edit, tied, how)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[5, 5], [-1, 511], [-513], [512], [5.0, 6.0], [True, False]],
+    ids=["twice", "twice, once from the end", "too low", "too high", "not whole numbers", "a mask"],
+)
+def test_bad_rows_are_refused(tiny, rows):
+    values = {EMBED: (torch.tensor(rows), torch.zeros(len(rows), 32))}
+    with pytest.raises((ValueError, IndexError)):
+        Edit.from_values(tiny, values, provenance_of(tiny))
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (2, 31), (2, 1), (32,), (2,), (2, 32, 1)])
+def test_values_of_another_shape_are_refused(tiny, shape):
+    with pytest.raises(ValueError, match=rf"{re.escape(EMBED)}.*shape \({shape[0]},.*rows \(2, 32\)"):
+        Edit.from_values(tiny, {EMBED: (torch.tensor([5, 6]), torch.zeros(shape))}, provenance_of(tiny))
+
+
+# Composition
+
+PAIRS = {
+    "overlapping rows": ({EMBED: [5, 300, 6]}, {EMBED: [7, 6, 5]}),
+    "the same rows": ({EMBED: [5, 6]}, {EMBED: [6, 5]}),
+    "other rows": ({EMBED: [5]}, {EMBED: [6]}),
+    "other parameters": ({EMBED: [5]}, {HEAD: [5], NORM: [0]}),
+    "several parameters": (EVERYWHERE, {EMBED: [6, 1], UP: [2, 3], NORM: [0]}),
+}
+pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+
+
+@pairs
+def test_then_equals_one_after_the_other(tiny, pair):
+    first = noise_edit(tiny, pair[0])
+    later = later_edit(tiny, first, pair[1])
+    with first.applied(tiny):
+        expected = state_with(later, tiny)
+    both = first.then(later)
+    assert not differing(expected, state_with(both, tiny))
+    assert listed(both) == listed(first) | listed(later)
+    both.apply(tiny)
+    assert not differing(expected, snapshot(tiny))
+
+
+@pairs
+def test_a_composition_comes_back_from_its_folder(tiny, pair, tmp_path):
+    first = noise_edit(tiny, pair[0])
+    both = first.then(later_edit(tiny, first, pair[1], method="more"))
+    again = Edit.load(both.save(tmp_path / "edit"))
+    assert_same_edit(again, both)
+    assert not differing(state_with(both, tiny), state_with(again, tiny))
+
+
+def test_three_edits_in_a_row(tiny):
+    first = noise_edit(tiny, {EMBED: [5, 6]})
+    second = later_edit(tiny, first, {EMBED: [6, 7]})
+    third = later_edit(tiny, first.then(second), {EMBED: [5, 7, 8]})
+    one, other = first.then(second).then(third), first.then(second.then(third))
+    assert not differing(state_with(one, tiny), state_with(other, tiny))
+    assert listed(one) == {(EMBED, row) for row in (5, 6, 7, 8)}
+
+
+def test_then_leaves_both_edits_as_they_are(tiny):
+    first = noise_edit(tiny, {EMBED: [5, 6]})
+    later = later_edit(tiny, first, {EMBED: [6, 7]})
+    before = state_with(first, tiny)
+    first.then(later)
+    assert not differing(before, state_with(first, tiny))
+    with first.applied(tiny):
+        use(later, tiny, "applied")
+
+
+def test_then_refuses_an_edit_that_does_not_follow(tiny):
+    """Two edits of the same row of the base: one after the other is refused, so is their composition."""
+    first, other = noise_edit(tiny, {EMBED: [5, 6]}), noise_edit(tiny, {EMBED: [6, 7]}, seed=1)
+    with first.applied(tiny), pytest.raises(WrongWeightsError):
+        use(other, tiny, "applied")
+    with pytest.raises(WrongWeightsError):
+        first.then(other)
+
+
+@pytest.mark.parametrize("method", ["noise", "other"])
+def test_a_composition_records_both_configs(tiny, method):
+    """Also of two edits by the same method."""
+    first = noise_edit(tiny, {EMBED: [5]}, config={"mark": 111})
+    later = later_edit(tiny, first, {EMBED: [6]}, method=method, config={"mark": 222})
+    recorded = json.dumps(first.then(later).provenance.config)
+    assert "111" in recorded and "222" in recorded
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"), [("input", "input", "input"), ("input", "output", "both"), ("output", "both", "both")]
+)
+def test_a_composition_is_on_the_sides_of_both(tiny, one, other, expected):
+    first = noise_edit(tiny, {EMBED: [5]}, side=one)
+    later = later_edit(tiny, first, {HEAD: [5]}, side=other)
+    assert first.then(later).provenance.side == expected
+
+
+# Saving
+
+
+def assert_same_edit(one: Edit, other: Edit) -> None:
+    assert one.provenance == other.provenance
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, change in one.tensors.items():
+        for part in ("rows", "values", "before"):
+            a, b = getattr(change, part), getattr(other.tensors[name], part)
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_edit_comes_back_to_the_bit(dtype, tmp_path):
+    loaded = make_loaded(dtype=dtype)
+    edit = noise_edit(loaded, EVERYWHERE)
+    again = Edit.load(edit.save(tmp_path / "deep" / "edit"))
+    assert_same_edit(again, edit)
+    assert again.tensors[EMBED].values.dtype == dtype
+    assert not differing(state_with(edit, loaded), state_with(again, loaded))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_an_ember_edit_comes_back_with_its_provenance(tiny, cache, tmp_path, side):
+    edit = run(tiny, make_concept(), EmberConfig(**SETTINGS, side=side))
+    assert_same_edit(Edit.load(edit.save(tmp_path / "edit")), edit)
+
+
+def test_a_saved_edit_meets_the_reloaded_model(tmp_path):
+    """As the model card says."""
+    make_model("gemma2", tied=True).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    edit = noise_edit(load_model(str(tmp_path / "model")), {EMBED: [5]})
+    edit.save(tmp_path / "edit")
+    loaded = load_model(str(tmp_path / "model"))
+    before = snapshot(loaded)
+    Edit.load(tmp_path / "edit").apply(loaded)
+    assert differing(before, snapshot(loaded)) == {(EMBED, 5)}
+
+
+def test_the_files_are_json_safetensors_and_a_card(tiny, tmp_path):
+    edit = noise_edit(tiny, EVERYWHERE)
+    folder = edit.save(tmp_path / "edit")
+    assert entries(folder) == FILES
+    assert json.loads((folder / "edit.json").read_text())["provenance"]["base_hash"] == tiny.weights_hash
+    assert len(load_file(folder / "edit.safetensors")) == 3 * len(EVERYWHERE)
+    card = (folder / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {tiny.name}\n")
+    for part in (tiny.weights_hash, "Tiny Rome", "seed 7", f"`{EMBED}`: 3 rows", f"`{NORM}`: 1 rows"):
+        assert part in card
+
+
+def test_the_same_edit_gives_the_same_bytes(tiny, tmp_path):
+    one, other = (noise_edit(tiny, EVERYWHERE).save(tmp_path / name) for name in "ab")
+    assert [(one / name).read_bytes() for name in FILES] == [(other / name).read_bytes() for name in FILES]
+
+
+def test_saving_replaces_an_older_edit(tiny, tmp_path):
+    noise_edit(tiny, {EMBED: [5]}).save(tmp_path / "edit")
+    newer = noise_edit(tiny, {HEAD: [6]}, seed=1)
+    newer.save(tmp_path / "edit")
+    assert_same_edit(Edit.load(tmp_path / "edit"), newer)
+
+
+def full_disk(*_args) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ember.editing, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        noise_edit(tiny, {EMBED: [5]}).save(tmp_path / "edit")
+    assert entries(tmp_path) == []
+
+
+def test_a_full_disk_keeps_the_older_edit(tiny, tmp_path, monkeypatch):
+    older = noise_edit(tiny, {EMBED: [5]})
+    older.save(tmp_path / "edit")
+    monkeypatch.setattr(ember.editing, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        noise_edit(tiny, {EMBED: [6]}).save(tmp_path / "edit")
+    assert entries(tmp_path) == ["edit"]
+    assert_same_edit(Edit.load(tmp_path / "edit"), older)
+
+
+# Damage
+
+
+def in_file(change):
+    """A damage that changes the bytes of ``edit.safetensors``."""
+    return lambda folder: (folder / "edit.safetensors").write_bytes(change((folder / "edit.safetensors").read_bytes()))
+
+
+def in_json(change):
+    """A damage that changes what ``edit.json`` says."""
+
+    def damage(folder: Path) -> None:
+        about = json.loads((folder / "edit.json").read_text())
+        change(about)
+        (folder / "edit.json").write_text(json.dumps(about))
+
+    return damage
+
+
+DAMAGES = {
+    "truncated values": in_file(lambda data: data[:-8]),
+    "one bit of the values": in_file(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "empty values": in_file(lambda data: b""),
+    "no values": lambda folder: (folder / "edit.safetensors").unlink(),
+    "no json": lambda folder: (folder / "edit.json").unlink(),
+    "no folder": lambda folder: folder.rename(folder.with_name("moved")),
+    "truncated json": lambda folder: (folder / "edit.json").write_text((folder / "edit.json").read_text()[:-20]),
+    "binary json": lambda folder: (folder / "edit.json").write_bytes(b"\xff\xfe\x00"),
+    "json of another shape": lambda folder: (folder / "edit.json").write_text("[1]"),
+    "unknown format": in_json(lambda about: about.update(format=2)),
+    "no format": in_json(lambda about: about.pop("format")),
+    "another hash": in_json(lambda about: about.update(sha256="0" * 64)),
+    "a tensor renamed": in_json(lambda about: about["tensors"].__setitem__(0, "model.wte.weight")),
+    "a tensor left out": in_json(lambda about: about["tensors"].pop()),
+    "no base": in_json(lambda about: about["provenance"].pop("base_hash")),
+    "an unknown field": in_json(lambda about: about["provenance"].update(mood="good")),
+    "no provenance": in_json(lambda about: about.update(provenance=None)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_edit_is_named(tmp_path, damage):
+    loaded = make_loaded()
+    folder = noise_edit(loaded, {EMBED: [5], HEAD: [6]}).save(tmp_path / "the-edit")
+    damage(folder)
+    with pytest.raises(DamagedFileError, match=re.escape(str(folder))):
+        Edit.load(folder)

@@ -1,0 +1,316 @@
+"""Both factorizations against a slow reference in plain numpy, and what any result of theirs must satisfy."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ember.factorization import Factorization, semi_nmf, sparse_mf
+
+METHODS = pytest.mark.parametrize("method", [sparse_mf, semi_nmf])
+RIDGE = 1e-4
+
+
+def noise(n: int = 60, d: int = 16, seed: int = 5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def start(n: int = 60, rank: int = 5, seed: int = 9) -> torch.Tensor:
+    """G₀, non-negative so that it serves both methods."""
+    return noise(n, rank, seed).abs()
+
+
+def planted(n: int = 120, d: int = 20, rank: int = 5, sparsity: float = 0.1, seed: int = 0):
+    """X = G Fᵀ + a little noise, with unit columns of F and ceil(sparsity n) activations of magnitude ≥ 1."""
+    random = np.random.default_rng(seed)
+    F = random.normal(size=(d, rank))
+    F /= np.linalg.norm(F, axis=0)
+    G = np.zeros((n, rank))
+    for k in range(rank):
+        rows = random.choice(n, math.ceil(sparsity * n), replace=False)
+        G[rows, k] = random.choice([-1, 1], len(rows)) * (1 + random.exponential(size=len(rows)))
+    return torch.tensor(G @ F.T + 0.01 * random.normal(size=(n, d))).float(), F, G
+
+
+def loss_of(X, F, G) -> float:
+    X, F, G = (np.asarray(M, dtype=np.float64) for M in (X, F, G))
+    return float(((X - G @ F.T) ** 2).sum())
+
+
+# The reference: SPEC sections 3 and 7, float64, one column at a time
+
+
+def ridge_solve(product: np.ndarray, regressors: np.ndarray, ridge: float) -> np.ndarray:
+    return product @ np.linalg.inv(regressors.T @ regressors + ridge * np.eye(regressors.shape[1]))
+
+
+def keep_largest(M: np.ndarray, kept: int) -> np.ndarray:
+    out = np.zeros_like(M)
+    for k in range(M.shape[1]):
+        for i in sorted(range(M.shape[0]), key=lambda row: -abs(M[row, k]))[:kept]:
+            out[i, k] = M[i, k]
+    return out
+
+
+def unit_columns(F: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    F, G = F.copy(), G.copy()
+    for k in range(G.shape[1]):
+        norm = np.sqrt((G[:, k] ** 2).sum())
+        G[:, k] /= norm
+        F[:, k] *= norm
+    return F, G
+
+
+def sparse_step(X: np.ndarray, G: np.ndarray, sparsity: float, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    F, G = unit_columns(ridge_solve(X.T @ G, G, ridge), G)
+    return F, keep_largest(ridge_solve(X @ F, F, ridge), math.ceil(sparsity * len(X)))
+
+
+def semi_step(X: np.ndarray, G: np.ndarray, sparsity: float, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    A = X.T
+    F = keep_largest(ridge_solve(A @ G, G, ridge), math.ceil(sparsity * len(A)))
+    F, G = unit_columns(F, G)
+    P, Q = A.T @ F, F.T @ F
+    updated = np.zeros_like(G)
+    for i in range(G.shape[0]):
+        for k in np.flatnonzero(G[i]):  # a product with zero stays zero
+            up, down = max(P[i, k], 0.0), max(-P[i, k], 0.0)
+            for j in range(G.shape[1]):
+                up += G[i, j] * max(-Q[j, k], 0.0)
+                down += G[i, j] * max(Q[j, k], 0.0)
+            updated[i, k] = G[i, k] * math.sqrt(up / down)
+    return F, updated
+
+
+STEPS = {sparse_mf: sparse_step, semi_nmf: semi_step}
+
+
+def reference(method, X, G, sparsity: float, iterations: int, ridge: float = RIDGE) -> Factorization:
+    X, G = np.asarray(X, dtype=np.float64), np.asarray(G, dtype=np.float64)
+    curve, best = [], None
+    for _ in range(iterations):
+        F, G = STEPS[method](X, G, sparsity, ridge)
+        curve.append(loss_of(X, F, G))
+        if curve[-1] == min(curve):
+            best = (F, G)
+    return Factorization(torch.tensor(best[0]), torch.tensor(best[1]), tuple(curve), False)
+
+
+@METHODS
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-8), (torch.float32, 2e-4)])
+def test_follows_the_reference_iterate_by_iterate(method, sparsity, dtype, rtol):
+    X, G0 = noise(dtype=torch.float64), start()
+    expected = reference(method, X, G0, sparsity, 12)
+    found = method(X.to(dtype), 5, sparsity=sparsity, ridge=RIDGE, max_iter=12, init=G0)
+    assert found.loss_curve == pytest.approx(expected.loss_curve, rel=rtol)
+    close = partial(torch.testing.assert_close, rtol=rtol, atol=20 * rtol)
+    close(found.normalized().F.double(), expected.normalized().F)
+    close(found.normalized().G.double(), expected.normalized().G)
+    close((found.G @ found.F.T).double(), expected.G @ expected.F.T)
+
+
+@pytest.mark.parametrize("before", range(0, 12, 3))
+@pytest.mark.parametrize("ridge", [0.0, RIDGE])
+def test_steps_1_and_3_never_raise_the_loss(before, ridge):
+    """Each minimizes the loss plus ridge times the squared norm of what it solves for; step 4 may raise both."""
+
+    def objective(F, G, solved) -> float:
+        return loss_of(X, F, G) + ridge * (solved**2).sum()
+
+    X = noise(dtype=torch.float64).numpy()
+    F, G = sparse_step(X, start().double().numpy(), 0.3, ridge)
+    for _ in range(before):
+        F, G = sparse_step(X, G, 0.3, ridge)
+    solved = ridge_solve(X.T @ G, G, ridge)
+    assert objective(solved, G, solved) < objective(F, G, F)
+    F, G = unit_columns(solved, G)
+    solved = ridge_solve(X @ F, F, ridge)
+    assert objective(F, solved, solved) < objective(F, G, G)
+
+
+@METHODS
+def test_without_thresholding_the_loss_never_rises(method):
+    curve = np.array(method(noise(dtype=torch.float64), 5, sparsity=1.0, ridge=0.0, max_iter=200).loss_curve)
+    assert curve[-1] < curve[0] - 1
+    assert (np.diff(curve) <= 1e-9 * curve[0]).all()
+
+
+@METHODS
+def test_the_best_pair_is_returned(method):
+    X = noise().relu()
+    found = method(X, 5, sparsity=0.3, max_iter=60)
+    assert found.loss_curve[-1] > found.loss * (1 + 1e-5)  # or the last pair would do
+    assert loss_of(X, found.F, found.G) == pytest.approx(found.loss, rel=1e-6)
+    assert found.loss == min(found.loss_curve)
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.05, 0.11, 0.5, 1.0])
+def test_sparsity_bounds_the_non_zeros_of_each_column(sparsity):
+    X = noise()
+    counts = (sparse_mf(X, 5, sparsity=sparsity, max_iter=20).G != 0).sum(0)
+    assert counts.max() == math.ceil(sparsity * len(X))
+    counts = (semi_nmf(X, 5, sparsity=sparsity, max_iter=20).F != 0).sum(0)
+    assert counts.max() == math.ceil(sparsity * X.shape[1])
+
+
+def test_semi_nmf_activations_are_non_negative():
+    found = semi_nmf(noise(), 5, sparsity=0.3, max_iter=50)
+    assert (found.G >= 0).all() and (found.G > 0).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recovers_a_planted_factorization(seed):
+    """The best of three starts does; one alone may end in a local minimum."""
+    X, F, G = planted(seed=seed)
+    found = min((sparse_mf(X, 5, sparsity=0.1, max_iter=500, seed=s) for s in range(3)), key=lambda f: f.loss)
+    for one, other in ((found.F, F), (found.G, G)):
+        one = one.double().numpy()
+        cosine = np.abs(one.T @ other) / np.outer(np.linalg.norm(one, axis=0), np.linalg.norm(other, axis=0))
+        assert cosine[linear_sum_assignment(-cosine)].min() > 0.99
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+def test_semi_nmf_follows_the_scale_of_its_input(scale):
+    one, other = (semi_nmf(noise() * s, 5, sparsity=0.3, max_iter=10, tol=0.0) for s in (1.0, scale))
+    torch.testing.assert_close(other.G, one.G, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.F / scale, one.F, rtol=1e-4, atol=1e-4)
+
+
+# Where it starts
+
+
+@METHODS
+def test_same_seed_same_bits(method):
+    one, other = (method(noise(), 5, sparsity=0.1, max_iter=30, seed=7) for _ in range(2))
+    assert torch.equal(one.F, other.F) and torch.equal(one.G, other.G)
+    assert one.loss_curve == other.loss_curve
+
+
+@METHODS
+def test_another_seed_differs(method):
+    one, other = (method(noise(), 5, sparsity=0.1, max_iter=30, seed=seed) for seed in (7, 8))
+    assert not torch.equal(one.G, other.G)
+
+
+@METHODS
+def test_init_overrides_the_seed(method):
+    one, other = (method(noise(), 5, sparsity=0.1, max_iter=30, seed=seed, init=start()) for seed in (7, 8))
+    assert torch.equal(one.F, other.F) and torch.equal(one.G, other.G)
+
+
+@METHODS
+def test_init_and_input_are_left_as_they_were(method):
+    X, G0 = noise(), start()
+    method(X, 5, max_iter=3, init=G0)
+    assert torch.equal(X, noise()) and torch.equal(G0, start())
+
+
+@METHODS
+def test_float32_and_float64_agree_early_on(method):
+    """The same seed draws the same start in both; later a tie at the threshold may part them."""
+    single, double = (method(noise(dtype=t), 5, sparsity=0.3, max_iter=5) for t in (torch.float32, torch.float64))
+    assert (single.G.dtype, double.G.dtype) == (torch.float32, torch.float64)
+    assert single.loss_curve == pytest.approx(double.loss_curve, rel=1e-3)
+    assert single.loss_curve != double.loss_curve
+
+
+@METHODS
+def test_an_all_zero_column_stays_zero(method):
+    G0 = start()
+    G0[:, 2] = 0
+    found = method(noise(), 5, sparsity=0.3, max_iter=20, init=G0)
+    assert torch.isfinite(found.F).all() and torch.isfinite(found.G).all()
+    assert (found.G[:, 2] == 0).all() and (found.G[:, [0, 1, 3, 4]] != 0).any(dim=0).all()
+    assert torch.isfinite(found.normalized().F).all()
+
+
+# When it stops
+
+
+@METHODS
+def test_max_iter_ends_it_unconverged(method):
+    found = method(noise(), 5, sparsity=0.1, max_iter=4)
+    assert len(found.loss_curve) == 4 and not found.converged
+
+
+@METHODS
+@pytest.mark.parametrize("patience", [1, 7])
+def test_patience_counts_from_the_last_gain(method, patience):
+    """No gain after the first iteration is as large as this tolerance."""
+    found = method(noise(), 5, sparsity=0.1, patience=patience, tol=1e9)
+    assert len(found.loss_curve) == 1 + patience and found.converged
+
+
+@pytest.mark.parametrize("patience", [2, 10])
+def test_it_stops_once_patience_is_exhausted_and_not_before(patience):
+    found = sparse_mf(noise(), 5, sparsity=0.1, patience=patience, tol=0.0)
+    curve = found.loss_curve
+    stale = [min(curve[t : t + patience]) >= min(curve[:t]) for t in range(1, len(curve) - patience + 1)]
+    assert found.converged and len(stale) > 1
+    assert stale == [False] * (len(stale) - 1) + [True]
+
+
+# Scale and sign
+
+
+@METHODS
+def test_normalized_is_the_same_product(method):
+    found = method(noise(), 5, sparsity=0.3, max_iter=20)
+    fixed = found.normalized()
+    torch.testing.assert_close(fixed.G @ fixed.F.T, found.G @ found.F.T)
+    torch.testing.assert_close(fixed.F.norm(dim=0), torch.ones(5))
+    assert (fixed.loss_curve, fixed.converged) == (found.loss_curve, found.converged)
+
+
+def test_normalized_peak_is_positive():
+    found = sparse_mf(noise(), 5, sparsity=0.3, max_iter=20)
+    peak = found.G.abs().argmax(dim=0)
+    assert (found.G[peak, range(5)] < 0).any()  # or there is nothing to fix
+    assert (found.normalized().G[peak, range(5)] > 0).all()
+
+
+def test_normalized_undoes_a_planted_scale_and_sign():
+    found = sparse_mf(noise(dtype=torch.float64), 5, sparsity=0.3, max_iter=20)
+    scale = torch.tensor([-1.0, 100.0, -0.01, 3.0, 1.0], dtype=torch.float64)
+    other = Factorization(found.F * scale, found.G / scale, found.loss_curve, found.converged)
+    torch.testing.assert_close(other.normalized().F, found.normalized().F)
+    torch.testing.assert_close(other.normalized().G, found.normalized().G)
+
+
+# Errors
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank .*got 0"),
+        ({"rank": 17}, r"rank .*16 .*got 17"),
+        ({"sparsity": 0.0}, "sparsity .*got 0.0"),
+        ({"sparsity": 1.5}, "sparsity .*got 1.5"),
+        ({"sparsity": math.nan}, "sparsity .*got nan"),
+        ({"ridge": -0.5}, "ridge .*got -0.5"),
+        ({"max_iter": 0}, "max_iter .*got 0"),
+        ({"patience": 0}, "patience .*got 0"),
+        ({"X": noise().index_fill(0, torch.tensor([3]), math.nan)}, "X holds NaN"),
+        ({"X": noise().index_fill(0, torch.tensor([3]), math.inf)}, "X holds .*infinite"),
+        ({"X": torch.ones(60, 16, dtype=torch.int64)}, "int64"),
+        ({"X": torch.ones(60)}, r"shape \(60,\)"),
+        ({"init": torch.ones(60, 4)}, r"init .*\(60, 5\).*\(60, 4\)"),
+        ({"init": torch.ones(5, 60)}, r"init .*\(60, 5\).*\(5, 60\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_errors_name_the_bad_value(method, changes, message):
+    arguments = {"X": noise(), "rank": 5, "max_iter": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        method(arguments.pop("X"), arguments.pop("rank"), **arguments)
+
+
+def test_semi_nmf_refuses_a_negative_init():
+    with pytest.raises(ValueError, match="non-negative"):
+        semi_nmf(noise(), 5, init=-start())

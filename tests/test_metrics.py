@@ -1,0 +1,404 @@
+"""Published scores and their continuous twins against values by hand; intervals; the choice of a strength."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ember.metrics import Comparison, choose, compare, harmonic_mean, retained, wilson
+
+QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
+TEXT = {"loss": 3.0, "kl": 0.0}
+DEFAULTS = {
+    **dict.fromkeys(("concept", "simdom", "general"), QUESTION),
+    **dict.fromkeys(("neutral", "other_sense", "paragraph", "instruction"), TEXT),
+    "generation": {"gen_loss": 1.0, "distinct": 0.8},
+}
+COMPOSITES = ["efficacy", "specificity", "coherence", "harmonic", "final"]
+
+
+def make_items(changes: dict[str, object] | None = None, sizes: dict[str, int] | None = None) -> pd.DataFrame:
+    """Item scores as ``evaluate`` yields them, 8 items a set; ``changes`` maps "set/metric" to value(s)."""
+    rows = []
+    for set_, metrics in DEFAULTS.items():
+        n = (sizes or {}).get(set_, 8)
+        for metric, default in metrics.items():
+            values = (changes or {}).get(f"{set_}/{metric}", np.resize(default, n))
+            rows += [(set_, f"{set_}-{i}", metric, float(v)) for i, v in enumerate(np.broadcast_to(values, n))]
+    return pd.DataFrame(rows, columns=["set", "item", "metric", "value"])
+
+
+def noisy_items(n: int, seed: int, drop: float = 0.0) -> pd.DataFrame:
+    """All metrics random, those of an edited model worse by about ``drop``."""
+    random = np.random.default_rng(seed)
+    changes = {}
+    for set_, metrics in DEFAULTS.items():
+        for metric in metrics:
+            draw = random.normal(size=n)
+            changes[f"{set_}/{metric}"] = {
+                "correct": draw > -0.7 + drop,
+                "gold_prob": 1 / (1 + np.exp(-draw - 0.7 + drop)),
+                "gold_logprob": draw - 3 - drop,
+                "kl": draw**2 * drop,
+                "distinct": 1 / (1 + np.exp(-draw - 2 + drop)),
+            }.get(metric, draw + 4 + drop)
+    return make_items(changes, dict.fromkeys(DEFAULTS, n))
+
+
+def compared(changes: dict[str, object], **options) -> Comparison:
+    return compare(make_items(), make_items(changes), n_resamples=options.pop("n_resamples", 20), **options)
+
+
+def row(comparison: Comparison, metric: str, set_: str = "") -> pd.Series:
+    summary = comparison.summary
+    (found,) = summary[(summary.metric == metric) & (summary.set == set_)].itertuples(index=False)
+    return pd.Series(found._asdict())
+
+
+# Harmonic mean, retained share, Wilson's interval
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ((1, 1, 1), 1),
+        ((0.5, 1), 2 / 3),
+        ((0.2, 0.4, 0.8), 3 / (5 + 2.5 + 1.25)),
+        ((0.5, 2), 0.8),
+        ((0, 1), 0),
+        ((-0.1, 1, 1), 0),
+        ((math.nan, 1), 0),
+        ((math.inf, 1), 0),
+        ((0.3,), 0.3),
+    ],
+)
+def test_harmonic_mean(terms, expected):
+    assert harmonic_mean(*terms) == pytest.approx(expected)
+
+
+def test_harmonic_mean_is_vectorized():
+    found = harmonic_mean(np.array([[1.0, 0.5], [0.0, np.nan]]), np.array([1.0, 0.5]), 1.0)
+    np.testing.assert_allclose(found, [[1, 3 / 5], [0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("value", "clipped", "continuous"),
+    [(0.75, 1, 1), (0.5, 0.5, 0.5), (0.25, 0, 0), (0.0, 0, -0.5), (1.0, 1, 1.5)],
+)
+def test_retained(value, clipped, continuous):
+    assert retained(value, 0.75, clip=True) == pytest.approx(clipped)
+    assert retained(value, 0.75, clip=False) == pytest.approx(continuous)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("base", [0.25, 0.1])
+def test_nothing_can_be_retained_of_a_base_at_chance(base, clip):
+    assert np.isnan(retained(np.array([0.1, 0.25, 0.5]), base, clip=clip)).all()
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0, 0.27753), (10, 10, 0.72247, 1), (5, 10, 0.23659, 0.76341), (0, 1, 0, 0.79345)],
+)
+def test_wilson(successes, n, low, high):
+    """At 0 of n the upper end is z²/(n + z²)."""
+    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-5)
+
+
+# Comparison: values
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("efficacy", 0), ("efficacy_cont", 0), ("specificity", 1), ("specificity_cont", 1), ("coherence", 1),
+        ("instruction", 1), ("fluency", 1), ("neutral", 1), ("selectivity", 0), ("harmonic", 0), ("final_cont", 0),
+    ],
+)  # fmt: skip
+def test_the_unedited_model_against_itself(metric, expected):
+    assert compared({}).value(metric) == pytest.approx(expected, abs=1e-12)
+
+
+def test_identical_frames_have_zero_deltas():
+    items = noisy_items(12, seed=3)
+    summary = compare(items, items, n_resamples=20).summary
+    deltas = summary[summary.metric.str.startswith("delta_")]
+    assert len(deltas) == 3 * 3 + 4 + 2
+    assert (deltas[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
+    assert deltas.effect_size.isna().all()
+
+
+EDITED = {
+    "concept/correct": [1.0, 1.0, 0.0, 0.0] * 2,  # 0.75 → 0.5
+    "simdom/correct": [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0],  # 0.75 → 0.625
+    "concept/gold_prob": [0.25, 0.65] * 4,  # 0.65 → 0.45
+    "general/gold_prob": 0.75,
+    "simdom/gold_prob": 0.45,
+    "concept/gold_logprob": [-1.0, -3.0] * 4,
+    "simdom/gold_logprob": -1.2,
+    "instruction/loss": 3 + math.log(2),
+    "other_sense/loss": 3.5,
+    "other_sense/kl": 0.2,
+    "generation/distinct": 0.4,
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("efficacy", 0.5),
+        ("specificity", 2 / (1 + 1 / 0.75)),
+        ("instruction", 0.5),
+        ("fluency", 0.5),
+        ("neutral", 1),
+        ("coherence", 3 / (2 + 2 + 1)),
+        ("harmonic", 2 / (2 + (1 + 1 / 0.75) / 2)),
+        ("final", 3 / (2 + (1 + 1 / 0.75) / 2 + 1 / 0.6)),
+        ("efficacy_cont", 0.5),
+        ("specificity_cont", 2 / (1 / 1.25 + 1 / 0.5)),
+        ("harmonic_cont", 2 / (2 + 1.4)),
+        ("final_cont", 3 / (2 + 1.4 + 1 / 0.6)),
+        ("selectivity", 1 - 0.2),
+    ],
+)
+def test_scores_by_hand(metric, expected):
+    assert compared(EDITED).value(metric) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("set_", "metric", "value", "delta", "effect_size"),
+    [
+        ("concept", "accuracy", 0.5, -0.25, -0.25 / math.sqrt((2 * 0.75**2 + 6 * 0.25**2) / 7)),
+        ("concept", "gold_prob", 0.45, -0.2, -0.2 / (0.2 * math.sqrt(8 / 7))),
+        ("concept", "gold_logprob", -2, -1, -1 / math.sqrt(8 / 7)),
+        ("general", "accuracy", 0.75, 0, math.nan),
+        ("other_sense", "loss", 3.5, 0.5, math.nan),
+    ],
+)
+def test_changes_of_a_set_by_hand(set_, metric, value, delta, effect_size):
+    """d_z is the mean over the standard deviation of the changes; there is none where all items change alike."""
+    found = compared(EDITED)
+    assert found.value(metric, set_) == pytest.approx(value)
+    assert found.value(f"delta_{metric}", set_) == pytest.approx(delta)
+    assert row(found, f"delta_{metric}", set_).effect_size == pytest.approx(effect_size, nan_ok=True)
+    assert row(found, metric, set_).n == 8
+    assert math.isnan(row(found, metric, set_).effect_size)
+
+
+def test_kl_has_no_delta():
+    """It is a distance from the base model already."""
+    found = compared(EDITED)
+    assert found.value("kl", "other_sense") == pytest.approx(0.2)
+    assert "delta_kl" not in set(found.summary.metric)
+
+
+def test_items_are_matched_by_name_not_by_place():
+    base, edited = noisy_items(9, seed=1), noisy_items(9, seed=2, drop=0.3)
+    shuffled = compare(base, edited.sample(frac=1, random_state=0), n_resamples=20)
+    pd.testing.assert_frame_equal(shuffled.summary, compare(base, edited, n_resamples=20).summary)
+
+
+# Comparison: continuous scores do not saturate
+
+
+def test_specificity_sees_gains_only_where_it_is_continuous():
+    found = compared({f"{s}/{m}": v for s in ("general", "simdom") for m, v in (("correct", 1), ("gold_prob", 0.85))})
+    assert found.value("specificity") == 1
+    assert found.value("specificity_cont") == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("gold_prob", "efficacy"), [(0.25, 1), (0.15, 1.25), (0.05, 1.5)])
+def test_efficacy_grows_below_chance_only_where_it_is_continuous(gold_prob, efficacy):
+    found = compared({"concept/correct": 0, "concept/gold_prob": gold_prob})
+    assert found.value("efficacy") == 1
+    assert found.value("efficacy_cont") == pytest.approx(efficacy)
+    for score in ("harmonic", "harmonic_cont", "final_cont"):  # there it is capped
+        assert found.value(score) == pytest.approx(1)
+
+
+# Comparison: intervals
+
+
+@pytest.fixture(scope="module")
+def small_and_large() -> list[Comparison]:
+    return [compare(noisy_items(n, 1), noisy_items(n, 2, drop=0.4), n_resamples=400) for n in (30, 480)]
+
+
+@pytest.mark.parametrize(
+    ("set_", "metric"),
+    [
+        ("concept", "accuracy"), ("concept", "delta_gold_logprob"), ("paragraph", "delta_loss"), ("neutral", "kl"),
+        ("generation", "distinct"), ("", "selectivity"), ("", "efficacy_cont"), ("", "specificity_cont"),
+        ("", "coherence"),
+    ],
+)  # fmt: skip
+def test_intervals_hold_the_value_and_shrink_with_n(small_and_large, set_, metric):
+    """Sixteen times the items: a quarter of the width."""
+    widths = []
+    for comparison in small_and_large:
+        found = row(comparison, metric, set_)
+        assert found.ci_low < found.value < found.ci_high
+        widths.append(found.ci_high - found.ci_low)
+    assert 0.1 < widths[1] / widths[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("set_", "metric"), [("concept", "accuracy"), ("concept", "delta_gold_logprob"), ("", "efficacy_cont")]
+)
+def test_confidence_sets_the_width(set_, metric):
+    base, edited = noisy_items(30, 1), noisy_items(30, 2, drop=0.4)
+    wide, narrow = (row(compare(base, edited, n_resamples=400, confidence=c), metric, set_) for c in (0.95, 0.5))
+    assert narrow.ci_high - narrow.ci_low < 0.6 * (wide.ci_high - wide.ci_low)
+
+
+@pytest.mark.parametrize("correct", [0, 1])
+def test_an_accuracy_of_0_or_1_is_not_certain(correct):
+    found = row(compared({"concept/correct": correct}), "accuracy", "concept")
+    assert found.value == correct
+    assert (found.ci_low, found.ci_high) == pytest.approx(wilson(8 * correct, 8))
+    assert found.ci_high - found.ci_low > 0.3
+
+
+def test_a_delta_has_the_interval_of_the_normal_approximation():
+    n = 1500
+    change = np.random.default_rng(0).normal(-0.3, 1.0, n)
+    edited = make_items({"concept/gold_logprob": change - 1}, {"concept": n})
+    found = row(compare(make_items(sizes={"concept": n}), edited), "delta_gold_logprob", "concept")
+    error = change.std(ddof=1) / math.sqrt(n)
+    assert found.value == pytest.approx(change.mean())
+    assert found.ci_low == pytest.approx(change.mean() - 1.96 * error, abs=0.25 * error)
+    assert found.ci_high == pytest.approx(change.mean() + 1.96 * error, abs=0.25 * error)
+
+
+def test_the_seed_fixes_the_draws():
+    base, edited = noisy_items(10, 1), noisy_items(10, 2, drop=0.4)
+    one, same, other = (compare(base, edited, n_resamples=50, seed=seed) for seed in (5, 5, 6))
+    pd.testing.assert_frame_equal(one.summary, same.summary)
+    for metric, draws in one.draws.items():
+        np.testing.assert_array_equal(draws, same.draws[metric])
+    assert len(one.draws["selectivity"]) == 50
+    assert (one.draws["selectivity"] != other.draws["selectivity"]).any()
+
+
+def test_comparisons_with_one_base_draw_the_same_items():
+    """Two edits that differ by a constant differ by it in every draw."""
+    base, edited = noisy_items(10, 1), noisy_items(10, 2, drop=0.4)
+    worse = edited.assign(value=edited.value - 0.5 * (edited.set.eq("concept") & edited.metric.eq("gold_logprob")))
+    one, other = (compare(base, frame, n_resamples=50, seed=4) for frame in (edited, worse))
+    assert one.draws["concept/gold_logprob"].std() > 0.1
+    np.testing.assert_allclose(one.draws["concept/gold_logprob"] - other.draws["concept/gold_logprob"], 0.5)
+    np.testing.assert_allclose(other.draws["selectivity"] - one.draws["selectivity"], 0.5)
+
+
+# Comparison: what is missing
+
+UNDEFINED_SCORES = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:The BCa confidence interval")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda items: items.iloc[1:],
+        lambda items: items[items.set != "general"],
+        lambda items: items[items.metric != "kl"],
+        lambda items: items.assign(item=items.item.replace("concept-3", "concept-9")),
+        lambda items: pd.concat([items, items.tail(1)]),
+    ],
+    ids=["row", "set", "metric", "renamed", "twice"],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_other_items_are_an_error(change, swap):
+    frames = [make_items(), change(make_items())]
+    with pytest.raises(ValueError, match="do not hold the same items"):
+        compare(*frames[:: -1 if swap else 1])
+
+
+def test_an_empty_generation_is_left_out_of_the_loss():
+    """Not counted 0, which would be the best loss there is."""
+    found = compared({"generation/gen_loss": [math.nan] + [2.0] * 7, "generation/distinct": [0] + [0.8] * 7})
+    assert found.value("gen_loss", "generation") == pytest.approx(2)
+    assert found.value("delta_gen_loss", "generation") == pytest.approx(1)
+    assert found.value("fluency") == pytest.approx(math.exp(-1) * 7 / 8)
+
+
+def test_a_change_is_that_of_the_items_both_models_have():
+    """The generation that came out empty was the base model's easiest: the others did not change."""
+    losses = [0.2, *[1.0, 1.4] * 3, 1.2]
+    base = make_items({"generation/gen_loss": losses})
+    edited = make_items({"generation/gen_loss": [math.nan, *losses[1:]]})
+    assert compare(base, edited, n_resamples=20).value("delta_gen_loss", "generation") == pytest.approx(0)
+
+
+@UNDEFINED_SCORES
+def test_when_all_generations_break_down_fluency_and_final_are_0():
+    found = compared(EDITED | {"generation/gen_loss": math.nan, "generation/distinct": 0})
+    for score in ("fluency", "coherence", "final", "final_cont"):
+        assert found.value(score) == 0
+    assert found.value("harmonic") > 0.5
+
+
+@UNDEFINED_SCORES
+def test_a_base_at_chance_has_no_efficacy_and_no_final_score():
+    base = make_items({"concept/correct": [1.0, 0.0, 0.0, 0.0] * 2})
+    found = compare(base, make_items(EDITED), n_resamples=20)
+    assert math.isnan(found.value("efficacy"))
+    assert found.value("harmonic") == found.value("final") == 0
+    assert found.value("efficacy_cont") == pytest.approx(0.5)
+
+
+# The choice of a strength
+
+
+def cell(value: float, offset: np.ndarray | float = 0.0, score: str = "final_cont") -> Comparison:
+    """A cell whose draws scatter around ``value`` as every other cell's do, plus an ``offset`` of its own."""
+    shared = np.random.default_rng(0).normal(0, 0.2, 400)
+    summary = pd.DataFrame({"set": [""], "metric": [score], "value": [value]})
+    return Comparison(summary, {score: value + shared + offset})
+
+
+OWN = np.random.default_rng(1).normal(0, 0.1, 400)  # the standard error of a difference
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [
+        ({1.0: 0.2, 2.0: 0.6, 5.0: 0.3}, 2.0),
+        ({5.0: 0.3, 2.0: 0.3, 1.0: 0.6}, 1.0),
+        ({1.0: 0.2, 2.0: 0.3, 50.0: 0.6}, 50.0),
+    ],
+)
+def test_a_clear_winner_wins(values, chosen):
+    best, table = choose({strength: cell(value, OWN * (strength != chosen)) for strength, value in values.items()})
+    assert best == chosen
+    assert table.tie.sum() == 1
+
+
+@pytest.mark.parametrize(("behind", "chosen"), [(0.09, 2.0), (0.11, 10.0)])
+def test_within_one_standard_error_the_smallest_strength_wins(behind, chosen):
+    cells = {10.0: cell(0.6), 2.0: cell(0.6 - behind, OWN), 1.0: cell(0.2, OWN)}
+    best, table = choose(cells)
+    assert best == chosen
+    found = table.set_index("strength").loc[2.0]
+    assert found.behind == pytest.approx(behind)
+    assert found.standard_error == pytest.approx(OWN.std(ddof=1))
+    assert found.tie == (chosen == 2.0)
+
+
+def test_the_error_is_that_of_the_difference():
+    """The draws scatter by 0.2, but together: a gap of 0.05 is no tie."""
+    assert choose({1.0: cell(0.55), 2.0: cell(0.6)})[0] == 2.0
+
+
+def test_equal_cells_tie():
+    assert choose({2.0: cell(0.6), 0.5: cell(0.6), 1.0: cell(0.6)})[0] == 0.5
+
+
+def test_another_score_and_another_distance():
+    cells = {k: cell(0.6, score="harmonic") for k in (-1.0, 0.5, 4.0)}
+    assert choose(cells, score="harmonic", distance=lambda strength: abs(strength - 3))[0] == 4.0
+
+
+def test_no_cell_is_an_error():
+    with pytest.raises(ValueError, match="no cell"):
+        choose({})

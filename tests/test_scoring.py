@@ -1,0 +1,367 @@
+"""Log-likelihoods against a slow reference, padding and batches, greedy generation, question scores, their cache."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_loaded
+
+from ember.data import Question
+from ember.editing import Edit, Provenance
+from ember.evaluation import PROMPT, Evaluation, question_scores, text_scores
+from ember.models import LoadedModel, weights_hash
+from ember.results import EvaluationCache
+from ember.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_scores
+
+TOLERANCE = 1e-4
+LONG = " ".join((*SENTENCES, *NEUTRAL))  # longer than Gemma-2's sliding window of 64 tokens
+PROMPTS = ["Rome stood", SENTENCES[0], LONG, "The train to the coast was late because", "She"]
+OPTIONS = [" Rome", " the Roman army marched along them", " Gaul", " snow on the long line"]
+TEXTS = (SENTENCES[0], NEUTRAL[0], LONG, "Rome stood", NEUTRAL[1], SENTENCES[3][:40])
+
+
+@pytest.fixture(params=[(kind, bos) for kind in ("llama", "gemma2") for bos in (True, False)], ids=str)
+def loaded(request) -> LoadedModel:
+    """Both architectures with a tokenizer that puts a BOS before raw text and with one that does not."""
+    kind, bos = request.param
+    return make_loaded(kind, bos=bos)
+
+
+def blank_rows(loaded: LoadedModel, word: str) -> tuple[Edit, int]:
+    """An edit that empties the input row of a one-token word, and the token's id."""
+    (token,) = loaded.encode(word, bos=False)
+    provenance = Provenance(loaded.name, loaded.weights_hash, "blank", {}, 0)
+    values = {loaded.embedding_name: (torch.tensor([token]), torch.zeros(1, loaded.embedding.shape[1]))}
+    return Edit.from_values(loaded, values, provenance), token
+
+
+@torch.inference_mode()
+def reference(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities [len(ids) - 1, vocab] of the next token, one sequence, no padding, no cache."""
+    return loaded.model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def reference_loss(loaded: LoadedModel, ids: list[int], start: int) -> np.ndarray:
+    logprobs = reference(loaded, ids)
+    return np.array([-float(logprobs[k - 1, ids[k]]) for k in range(start, len(ids))])
+
+
+def reference_option(loaded: LoadedModel, prompt: str, option: str) -> float:
+    before, after = continuation_ids(loaded, prompt, option)
+    return -reference_loss(loaded, before + after, len(before)).sum()
+
+
+def assert_same_scores(one, other):
+    for a, b in zip(one, other, strict=True):
+        for name in ("loss", "base_loss", "kl"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
+
+
+# Splitting
+
+
+@pytest.mark.parametrize("continuation", ["", " ", "\n"])
+def test_an_empty_continuation_is_refused(continuation):
+    with pytest.raises(ValueError, match="empty continuation"):
+        continuation_ids(make_loaded(), "Rome stood", continuation)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("spaces", [1, 2])
+def test_a_trailing_space_moves_to_the_continuation(bos, spaces):
+    loaded = make_loaded(bos=bos)
+    before, after = continuation_ids(loaded, "Rome stood" + " " * spaces, "beside")
+    assert before == loaded.encode("Rome stood")
+    assert loaded.decode(after) == " " * spaces + "beside"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_token_over_the_boundary_is_scored(bos):
+    loaded = make_loaded(bos=bos)
+    whole = loaded.encode("the Romans")
+    assert loaded.encode("the Rom") != whole[: len(loaded.encode("the Rom"))]  # the boundary does merge
+    before, after = continuation_ids(loaded, "the Rom", "ans")
+    assert before == loaded.encode("the")
+    assert loaded.decode(after) == " Romans"
+
+
+@pytest.mark.parametrize("prompt", ["Rome stood", "Rome stood ", "the Rom", "She baked bre", LONG])
+@pytest.mark.parametrize("continuation", [" beside", "ans", "ad for", ".", "é"])
+def test_the_parts_are_the_tokens_of_the_whole(prompt, continuation):
+    loaded = make_loaded(bos=True)
+    before, after = continuation_ids(loaded, prompt, continuation)
+    assert before + after == loaded.encode(prompt + continuation)
+    assert before and after
+
+
+@pytest.mark.parametrize(("prompt", "continuation"), [("", "Rome"), (" ", "Rome"), ("Rom", "e")])
+def test_a_continuation_needs_a_token_before_it(prompt, continuation):
+    with pytest.raises(ValueError, match="no token of"):
+        continuation_ids(make_loaded(bos=False), prompt, continuation)
+    assert continuation_ids(make_loaded(bos=True), prompt, continuation)[0] == [1]
+
+
+# Options
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS[:1]], ids=["mixed lengths", "one token"])
+def test_options_equal_the_reference(loaded, options):
+    scores = option_logprobs(loaded, PROMPTS, [options] * len(PROMPTS))
+    expected = [[reference_option(loaded, prompt, option) for option in options] for prompt in PROMPTS]
+    np.testing.assert_allclose(np.stack(scores), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_options_of_a_prompt_are_scored_from_the_same_token_on(loaded):
+    """Where one of them merges with the prompt, the others are scored from that token on too."""
+    prompt, options = "Where did the Rom", ["ans", "e", "an army go", "x"]
+    start = len(loaded.encode("Where did the"))
+    (scores,) = option_logprobs(loaded, [prompt], [options])
+    expected = [-reference_loss(loaded, loaded.encode(prompt + option), start).sum() for option in options]
+    np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_options_do_not_depend_on_the_batch(loaded):
+    options = [OPTIONS[: 1 + k % 4] for k in range(len(PROMPTS))]
+    one, eight = (option_logprobs(loaded, PROMPTS, options, batch_size=size) for size in (1, 8))
+    assert [len(scores) for scores in eight] == [len(choices) for choices in options]
+    np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), atol=TOLERANCE, rtol=0)
+
+
+def test_options_need_a_list_for_each_prompt(tiny):
+    with pytest.raises(ValueError, match="shorter"):
+        option_logprobs(tiny, PROMPTS, [OPTIONS])
+
+
+# Padding
+
+
+def score_everything(loaded: LoadedModel) -> np.ndarray:
+    edit, _ = blank_rows(loaded, " Roman")
+    options = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
+    texts = sequence_scores(loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS), edit)
+    return np.concatenate([*options, *(x for s in texts for x in (s.loss, s.base_loss, s.kl))])
+
+
+def test_padding_does_not_leak(tiny):
+    """Whatever token fills the batches, on the left or the right, the scores are the same."""
+    assert tiny.pad_id == 0
+    before = score_everything(tiny)
+    tiny.pad_id = 77  # it is cached
+    np.testing.assert_allclose(score_everything(tiny), before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_mixed_lengths_give_numbers(kind, dtype):
+    loaded = make_loaded(kind, dtype=dtype)
+    assert np.isfinite(score_everything(loaded)).all()
+
+
+# Texts
+
+
+def test_losses_equal_the_reference(loaded):
+    sequences = [loaded.encode(text) for text in TEXTS]
+    starts = [1, 2, 5, 1, len(sequences[4]) - 1, 3]
+    scores = sequence_scores(loaded, sequences, starts)
+    for score, ids, start in zip(scores, sequences, starts, strict=True):
+        np.testing.assert_allclose(score.loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
+
+
+def test_divergence_equals_the_reference(loaded):
+    edit, _ = blank_rows(loaded, " Roman")
+    ids = loaded.encode(SENTENCES[0])
+    base = reference(loaded, ids)
+    with edit.applied(loaded):
+        edited = reference(loaded, ids)
+    expected = torch.nn.functional.kl_div(edited, base, log_target=True, reduction="none").sum(-1)
+    (score,) = sequence_scores(loaded, [ids], [1], edit)
+    assert expected.max() > 10 * TOLERANCE
+    np.testing.assert_allclose(score.kl, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_texts_do_not_depend_on_the_batch(loaded):
+    edit, _ = blank_rows(loaded, " Roman")
+    sequences = [loaded.encode(text) for text in TEXTS]
+    one, eight = (sequence_scores(loaded, sequences, [1] * len(TEXTS), edit, batch_size=size) for size in (1, 8))
+    assert_same_scores(one, eight)
+
+
+def test_without_an_edit_nothing_diverges(loaded):
+    for score in sequence_scores(loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS)):
+        assert (score.kl == 0).all()
+        np.testing.assert_array_equal(score.loss, score.base_loss)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
+    """To the bit, also in a batch with texts that change."""
+    edit, token = blank_rows(loaded, " Roman")
+    sequences = [loaded.encode(text) for text in TEXTS]
+    scores = sequence_scores(loaded, sequences, [1] * len(TEXTS), edit, batch_size=batch_size)
+    changed = [token in ids for ids in sequences]
+    assert changed == [True, False, True, False, False, False]
+    for ids, score in zip(sequences, scores, strict=True):
+        first = ids.index(token) if token in ids else len(ids)
+        assert (score.kl[:first] == 0).all()
+        np.testing.assert_array_equal(score.loss[:first], score.base_loss[:first])
+        if token in ids:
+            assert score.kl[first] > TOLERANCE
+            assert abs(score.loss - score.base_loss).max() > TOLERANCE
+
+
+def test_scoring_leaves_the_model_as_it_was(tiny):
+    score_everything(tiny)
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+@pytest.mark.parametrize("start", [-1, 0, 3, 4])
+def test_a_text_needs_a_scored_token_after_its_first(start):
+    with pytest.raises(ValueError, match="at least one scored token"):
+        sequence_scores(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
+
+
+# Generation
+
+
+def talkative(loaded: LoadedModel) -> LoadedModel:
+    """The tied head of a random model repeats its last token; another head does not."""
+    with torch.no_grad():
+        loaded.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return loaded
+
+
+@torch.inference_mode()
+def argmax_loop(loaded: LoadedModel, ids: list[int], steps: int) -> list[int]:
+    out: list[int] = []
+    for _ in range(steps):
+        token = int(loaded.model(torch.tensor([[*ids, *out]]), use_cache=False).logits[0, -1].argmax())
+        if token in loaded.special_ids:
+            break
+        out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_greedy_generation_equals_an_argmax_loop(loaded, batch_size):
+    talkative(loaded)
+    prompts = [*map(loaded.encode, PROMPTS), loaded.encode_chat("Tell me about Rome.")]
+    expected = [argmax_loop(loaded, ids, 6) for ids in prompts]
+    assert len({token for out in expected for token in out}) > 12  # a model that repeats itself shows nothing
+    assert generate_greedy(loaded, prompts, max_new_tokens=6, batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("special", [1, 2])
+def test_generation_stops_before_a_special_token(tiny, special):
+    talkative(tiny)
+    prompts = [tiny.encode(text) for text in PROMPTS]
+    before = generate_greedy(tiny, prompts, max_new_tokens=6)
+    i, k = next((i, k) for i, out in enumerate(before) for k in range(1, 6) if out[k] not in out[:k])
+    swap = [special, before[i][k]]
+    with torch.no_grad():
+        tiny.model.lm_head.weight[swap] = tiny.model.lm_head.weight[swap[::-1]]
+    after = generate_greedy(tiny, prompts, max_new_tokens=6)
+    assert after[i] == before[i][:k]
+    assert after == [argmax_loop(tiny, ids, 6) for ids in prompts]
+
+
+# Questions
+
+WORDS = ("Rome", "Gaul", "the long river", "the forum")
+
+
+def question(name: str, gold: int) -> Question:
+    return Question(name, "concept", "test", "Where did the Romans go?", WORDS[gold], WORDS[:gold] + WORDS[gold + 1 :])
+
+
+def wide(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.pivot(index="item", columns="metric", values="value")
+
+
+def test_question_scores_equal_the_reference(loaded):
+    scores = wide(question_scores(loaded, [question(str(k), k) for k in range(4)]))
+    prompt = PROMPT.format(question="Where did the Romans go?")
+    total = np.array([reference_option(loaded, prompt, f" {word}") for word in WORDS])
+    per_char = total / [len(word) for word in WORDS]
+    weights = np.exp(per_char * np.mean([len(word) for word in WORDS]))
+    np.testing.assert_allclose(scores.gold_logprob, per_char, atol=TOLERANCE)
+    np.testing.assert_allclose(scores.gold_prob, weights / weights.sum(), atol=TOLERANCE)
+    np.testing.assert_array_equal(scores.correct, per_char == per_char.max())
+
+
+def test_probabilities_of_the_four_options_add_up(tiny):
+    scores = wide(question_scores(tiny, [question(str(k), k) for k in range(4)]))
+    assert scores.gold_prob.between(0, 1).all()
+    assert scores.gold_prob.sum() == pytest.approx(1, abs=1e-6)
+    assert scores.correct.sum() == 1
+    assert scores.gold_prob.idxmax() == scores.correct.idxmax()
+
+
+def test_scores_do_not_depend_on_the_order_of_the_options(tiny):
+    """The order comes from the question's id."""
+    questions = [question(f"q{k}", 0) for k in range(16)]
+    assert {q.gold for q in questions} == {0, 1, 2, 3}
+    scores = wide(question_scores(tiny, questions))
+    assert np.ptp(scores.to_numpy(), axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_an_edit_is_applied_to_questions_and_taken_back(tiny, tiny_concept):
+    edit, _ = blank_rows(tiny, " Romans")
+    base = question_scores(tiny, tiny_concept.questions)
+    edited = question_scores(tiny, tiny_concept.questions, edit)
+    with edit.applied(tiny):
+        pd.testing.assert_frame_equal(question_scores(tiny, tiny_concept.questions), edited)
+    pd.testing.assert_frame_equal(question_scores(tiny, tiny_concept.questions), base)
+    changed = set(edited.item[(edited.value != base.value).to_numpy()])
+    assert changed == {q.id for q in tiny_concept.questions if "Romans" in q.question}
+
+
+# The cache
+
+
+def stored(cache: EvaluationCache, loaded: LoadedModel) -> list[float]:
+    def run() -> Evaluation:
+        return Evaluation(text_scores(loaded, SENTENCES), pd.DataFrame({"item": [], "prompt": [], "text": []}))
+
+    items = cache.get_or_run(cache.key(loaded, "texts"), run).items
+    return items.value[items.metric == "loss"].tolist()
+
+
+@pytest.mark.parametrize("how", ["reloaded", "apply", "applied"])
+def test_base_and_edited_models_get_their_own_scores(how, tmp_path):
+    """One cache folder, one key but for the weights."""
+    loaded, cache = make_loaded(), EvaluationCache(tmp_path)
+    edit, _ = blank_rows(loaded, " Roman")
+    base = stored(cache, loaded)
+    if how != "applied":
+        edit.apply(loaded)
+    if how == "reloaded":
+        loaded = LoadedModel(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
+    with edit.applied(loaded) if how == "applied" else nullcontext():
+        edited = stored(cache, loaded)
+        expected = text_scores(loaded, SENTENCES)
+    assert edited == pytest.approx(expected.value[expected.metric == "loss"].tolist(), abs=1e-6)
+    assert edited != pytest.approx(base, abs=1e-6)
+
+
+def test_cache_keys_name_the_weights_and_the_dtype():
+    one, weights, half = make_loaded(), make_loaded(seed=1), make_loaded()
+    half.model.to(torch.bfloat16)  # the hash is that of float32
+    assert half.weights_hash == one.weights_hash
+    keys = [EvaluationCache.key(model, "x") for model in (one, weights, half)]
+    assert len({*keys, EvaluationCache.key(one, "y")}) == 4
+    assert EvaluationCache.key(make_loaded(), "x") == keys[0]
+
+
+@pytest.mark.parametrize("file", ["items.parquet", "samples.parquet"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_entry_is_computed_again(file, damage, tmp_path):
+    loaded, cache = make_loaded(), EvaluationCache(tmp_path)
+    before = stored(cache, loaded)
+    path = tmp_path / cache.key(loaded, "texts") / file
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=file):
+        assert stored(cache, loaded) == before
+    assert path.stat().st_size > 100

@@ -1,0 +1,198 @@
+"""Roles, counts and keyness of the tokens of two lists of sentences, and the preview of an edit."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_loaded
+from wordfreq import word_frequency
+
+from ember import tokens
+from ember.models import LoadedModel
+from ember.tokens import KEY_G2, background_frequency, preview_rows, token_table
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return make_loaded()
+
+
+def table_of(loaded: LoadedModel, concept, neutral) -> pd.DataFrame:
+    return token_table(loaded, concept, neutral).set_index("token")
+
+
+def set_background(monkeypatch, loaded: LoadedModel, **frequencies: float) -> None:
+    """General English in which " word" has the frequency ``frequencies["word"]``."""
+    background = {loaded.encode(f" {word}")[0]: frequency for word, frequency in frequencies.items()}
+    monkeypatch.setattr(tokens, "background_frequency", lambda _: background)
+
+
+@pytest.mark.parametrize(
+    ("token", "role", "concept_count", "neutral_count"),
+    [
+        (" Roman", "concept", 3, 0),
+        (" Rome", "concept", 3, 0),
+        (" Romans", "concept", 2, 0),
+        ("Rome", "concept", 1, 0),
+        (" the", "shared", 5, 7),
+        (" ships", "shared", 1, 1),
+        (".", "shared", 4, 4),
+        (" train", "neutral", 0, 1),
+        (" was", "neutral", 0, 2),
+    ],
+)
+def test_roles_and_counts_by_hand(loaded, tiny_concept, token, role, concept_count, neutral_count):
+    row = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral).loc[token]
+    assert (row.role, row.concept_count, row.neutral_count) == (role, concept_count, neutral_count)
+
+
+def test_every_token_is_there_once_and_counted(loaded, tiny_concept):
+    table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral)
+    for column, sentences in (("concept_count", tiny_concept.sentences), ("neutral_count", tiny_concept.neutral)):
+        ids = [i for sentence in sentences for i in loaded.encode(sentence)]
+        assert table[column].tolist() == [ids.count(i) for i in table.token_id]
+        assert set(ids) <= set(table.token_id)
+    assert table.token_id.is_unique
+    assert table.token.tolist() == [loaded.tokenizer.decode([i]) for i in table.token_id]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_special_tokens_are_left_out(bos):
+    """Those the tokenizer adds, and those the text spells out."""
+    loaded = make_loaded(bos=bos)
+    special = ["<s> Rome</s>", "<pad> Roman"]
+    assert {0, 1, 2} <= {i for text in special for i in loaded.encode(text, bos=False)}
+    assert table_of(loaded, special, ["<s> train"]).index.tolist() == [" Roman", " Rome", " train"]
+
+
+@pytest.mark.parametrize("bad", [[], [""], ["Rome stood.", " \n"]])
+@pytest.mark.parametrize("name", ["concept", "neutral"])
+def test_no_or_blank_sentences_are_an_error(loaded, name, bad):
+    sentences = {"concept": ["Rome stood."], "neutral": ["The train."]} | {name: bad}
+    with pytest.raises(ValueError, match=f"the {name} sentences"):
+        token_table(loaded, **sentences)
+
+
+# Keyness
+
+
+@pytest.fixture
+def keyness(loaded, monkeypatch) -> pd.DataFrame:
+    """100 words: " the" as often as in general English, " train" half as often, a rare " Rome" and " Caesar"."""
+    set_background(monkeypatch, loaded, the=0.5, train=0.4, Rome=1e-6, Caesar=2e-5)
+    sentences = [" the train the Rome the"] * 10 + [" the train the Rome"] * 10 + [" Caesar" + " long" * 9]
+    return table_of(loaded, sentences, [" train"])
+
+
+def test_a_token_as_frequent_as_expected_is_not_key(keyness):
+    row = keyness.loc[" the"]
+    assert (row.concept_count, row.expected) == (50, 50)
+    assert row.keyness == pytest.approx(0, abs=1e-12)
+    assert not row.key and row.ordinary
+
+
+def test_a_token_rarer_than_expected_is_not_key(keyness):
+    """Its log-likelihood ratio passes the threshold, from the other side."""
+    observed, expected = 20, 40
+    assert 2 * (observed * math.log(observed / expected) - (observed - expected)) > 10
+    row = keyness.loc[" train"]
+    assert row.keyness == pytest.approx(math.log2(20.5 / 40.5))
+    assert not row.key and row.ordinary
+
+
+def test_a_repeated_rare_word_is_key(keyness):
+    row = keyness.loc[" Rome"]
+    assert row.keyness == pytest.approx(math.log2(20.5 / (1e-4 + 0.5)))
+    assert row.key and not row.ordinary
+    assert row.zipf == pytest.approx(3)
+
+
+def test_a_rare_word_seen_once_is_not_key(keyness):
+    row = keyness.loc[" Caesar"]
+    assert 2 * (math.log(1 / 2e-3) - (1 - 2e-3)) < KEY_G2
+    assert row.keyness > 1 and not row.key
+
+
+@pytest.mark.parametrize(("count", "key"), [(1, False), (2, True)])
+def test_key_begins_at_the_threshold(loaded, monkeypatch, count, key):
+    """10 words, frequency 1e-4: log-likelihood ratios 11.8 and 26.4."""
+    set_background(monkeypatch, loaded, Rome=1e-4)
+    row = table_of(loaded, [" Rome" * count + " the" * (10 - count)], [" train"]).loc[" Rome"]
+    assert row.expected == pytest.approx(1e-3)
+    assert row.key == key
+
+
+def test_an_unlisted_word_has_the_floor_frequency(keyness):
+    assert keyness.zipf[" long"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("mark", [".", ",", "1", "!", "&"])
+def test_tokens_without_letters_are_never_key(loaded, mark):
+    row = table_of(loaded, [mark] * 50, ["The train."]).loc[mark]
+    assert row.concept_count == 50
+    assert row.keyness == 0 and math.isnan(row.zipf) and math.isnan(row.expected)
+    assert not row.key and not row.ordinary
+
+
+def test_key_and_ordinary_exclude_each_other(loaded, tiny_concept):
+    table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral)
+    assert table.key.any() and table.ordinary.any() and not (table.key & table.ordinary).any()
+
+
+# Background
+
+
+@pytest.mark.parametrize("word", ["the", "was", "ships", "Roman"])
+def test_background_is_an_upper_bound(loaded, word):
+    ids = loaded.encode(f" {word}")
+    assert len(ids) == 1
+    assert background_frequency(loaded)[ids[0]] >= 0.999 * word_frequency(word, "en", wordlist="small") > 0  # rounded
+
+
+def test_background_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
+    monkeypatch.setattr(tokens, "_word_list", lambda: (["roman", "romans", "train"], [0.01, 0.02, 0.04]))
+    monkeypatch.setattr(tokens, "_BACKGROUNDS", {})
+    background = background_frequency(loaded)
+    assert background[loaded.encode(" Roman")[0]] == pytest.approx(0.01)
+    assert background[loaded.encode(" Romans")[0]] == pytest.approx(0.02)
+    assert background[loaded.encode(" train")[0]] == pytest.approx(0.04)
+    piece = loaded.encode("Romans")[-1]
+    expected = sum(
+        frequency
+        * sum(loaded.encode(form).count(piece) for form in (f" {word}", f" {word.capitalize()}", word.title()))
+        for word, frequency in (("roman", 0.01), ("romans", 0.02), ("train", 0.04))
+    )
+    assert background[piece] == pytest.approx(expected)
+
+
+# Preview
+
+
+@pytest.fixture
+def preview(tiny, tiny_concept) -> tuple[LoadedModel, dict[int, torch.Tensor], pd.DataFrame]:
+    table = token_table(tiny, tiny_concept.sentences, tiny_concept.neutral)
+    ids = [tiny.encode(f" {word}")[0] for word in ("Rome", "Romans", "train")]
+    change = {i: torch.full((32,), float(k)) for i, k in zip(ids, (2, -3, 1), strict=True)}
+    return tiny, change, preview_rows(tiny, table, change)
+
+
+def test_preview_has_the_columns_a_reader_needs(preview):
+    columns = ["token_id", "token", "role", "norm", "change", "concept_count", "neutral_count", "zipf", "ordinary"]
+    assert preview[2].columns.tolist() == columns
+
+
+def test_preview_begins_with_the_largest_change(preview):
+    rows = preview[2]
+    assert rows.token.tolist() == [" Romans", " Rome", " train"]
+    np.testing.assert_allclose(rows.change, math.sqrt(32) * np.array([3, 2, 1]), rtol=1e-6)
+    assert rows.index.tolist() == [0, 1, 2]
+
+
+def test_preview_rows_are_the_tokens_own(preview):
+    tiny, change, rows = preview
+    assert set(rows.token_id) == set(change)
+    assert rows.role.tolist() == ["concept", "concept", "neutral"]
+    assert rows.concept_count.tolist() == [2, 3, 0]
+    np.testing.assert_allclose(rows.norm, [float(tiny.embedding[i].detach().norm()) for i in rows.token_id], rtol=1e-6)
