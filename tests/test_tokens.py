@@ -80,8 +80,8 @@ def test_no_or_blank_sentences_are_an_error(loaded, name, bad):
 
 @pytest.fixture
 def keyness(loaded, monkeypatch) -> pd.DataFrame:
-    """100 words: " the" as often as in general English, " train" half as often, a rare " Rome" and " Caesar"."""
-    set_background(monkeypatch, loaded, the=0.5, train=0.4, Rome=1e-6, Caesar=2e-5)
+    """100 words: " the" as often as in general English, " train" a third as often, a rare " Rome" and " Caesar"."""
+    set_background(monkeypatch, loaded, the=0.5, train=0.6, Rome=1e-6, Caesar=2e-5)
     sentences = [" the train the Rome the"] * 10 + [" the train the Rome"] * 10 + [" Caesar" + " long" * 9]
     return table_of(loaded, sentences, [" train"])
 
@@ -95,10 +95,10 @@ def test_a_token_as_frequent_as_expected_is_not_key(keyness):
 
 def test_a_token_rarer_than_expected_is_not_key(keyness):
     """Its log-likelihood ratio passes the threshold, from the other side."""
-    observed, expected = 20, 40
-    assert 2 * (observed * math.log(observed / expected) - (observed - expected)) > 10
+    observed, expected = 20, 60
+    assert 2 * (observed * math.log(observed / expected) - (observed - expected)) > KEY_G2
     row = keyness.loc[" train"]
-    assert row.keyness == pytest.approx(math.log2(20.5 / 40.5))
+    assert row.keyness == pytest.approx(math.log2(20.5 / 60.5))
     assert not row.key and row.ordinary
 
 
