@@ -33,6 +33,8 @@ def settings(notebook):
     return lambda wildcards: dumps(dict(JOBS[f"{notebook}__{wildcards.run}"].parameters), sort_keys=True)
 
 
+# One notebook at a time, with all cores: Snakemake would give each job a single thread otherwise.
+THREADS = workflow.cores or 1
 # Whatever the texts are, a change of one of them changes the results.
 DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
 RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
@@ -63,6 +65,7 @@ rule factorize_embeddings:
         fit=dumps(dict(PROFILE.fit)),
         code=code_hash("01_factorize_embeddings"),
         data=DATA,
+    threads: THREADS
     shell:
         RUN
 
@@ -77,6 +80,7 @@ rule select_features:
         settings=settings("02_select_features"),
         code=code_hash("02_select_features"),
         data=DATA,
+    threads: THREADS
     shell:
         RUN
 
@@ -92,6 +96,7 @@ rule erase_concept:
         grid=dumps([PROFILE.deltas, {k: dict(v) for k, v in PROFILE.sizes.items()}]),
         code=code_hash("03_erase_concept"),
         data=DATA,
+    threads: THREADS
     shell:
         RUN
 
@@ -106,6 +111,7 @@ rule tour:
         settings=settings("00_tour"),
         code=code_hash("00_tour"),
         data=DATA,
+    threads: THREADS
     shell:
         RUN
 
@@ -119,5 +125,6 @@ rule report:
         notebook="08_report",
         settings=dumps(dict(JOBS["08_report"].parameters)),
         code=code_hash("08_report"),
+    threads: THREADS
     shell:
         RUN

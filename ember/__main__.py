@@ -18,7 +18,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     profile = load_profile(options.profile)
     print(describe(profile), flush=True)
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "1",
+        sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "all",
         "--config", f"profile={profile.name}", "--rerun-triggers", "mtime", "params", "input",
         "--rerun-incomplete", "--nolock",
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default="smollm2-135m")
         command.add_argument("--delta", type=float, default=1.0, help="edit strength (default 1)")
         command.add_argument("--rank", type=int, default=300)
-        command.add_argument("--threshold", type=float, help="selection threshold in bits (default 1)")
+        command.add_argument("--threshold", type=float, help="selection threshold in bits (default 0.6)")
         command.add_argument("--features", type=int, nargs="+", help="feature numbers, instead of the threshold")
         command.add_argument("--seed", type=int, default=42)
         if name == "erase":

@@ -16,6 +16,7 @@ from ember.paths import data_dir, slug
 
 QUESTION_SETS = ("concept", "simdom", "general")
 SPLITS = ("train", "test")
+NEUTRAL_IN_FIT = 300  # as many as in the paper
 _QUESTION_FIELDS = {"id", "set", "split", "question", "answer", "distractors", "aliases"}
 
 
@@ -58,7 +59,8 @@ class Instruction:
 class Concept:
     """Everything known about one concept.
 
-    ``sentences`` and ``neutral`` fit the factorization; ``questions`` hold the concept and similar-domain
+    ``sentences`` and ``neutral`` fit the factorization; ``further_neutral`` sentences only tell which tokens are not
+    concept-only; ``questions`` hold the concept and similar-domain
     (``simdom``) sets; ``paragraphs`` are for relearning; ``other_sense`` uses the concept's words in another sense.
     """
 
@@ -69,6 +71,7 @@ class Concept:
     questions: tuple[Question, ...]
     paragraphs: tuple[str, ...]
     other_sense: tuple[str, ...]
+    further_neutral: tuple[str, ...] = ()
 
     @property
     def slug(self) -> str:
@@ -99,8 +102,8 @@ def concept_from_sentences(name: str, sentences: Iterable[str]) -> Concept:
 
     Enough to make an edit; evaluating it needs questions and texts too (``load_concept`` with ``folder``).
     """
-    neutral = _neutral_fit()
-    return Concept(name, "", tuple(sentences), neutral, questions=(), paragraphs=(), other_sense=())
+    neutral, further = _neutral_fit()
+    return Concept(name, "", tuple(sentences), neutral, (), (), (), further_neutral=further)
 
 
 def load_concept(name: str = "", *, folder: str | Path | None = None) -> Concept:
@@ -123,19 +126,24 @@ def load_concept(name: str = "", *, folder: str | Path | None = None) -> Concept
     else:
         root = Path(folder)
     about = _concept_json(root)
+    neutral, further = _neutral_fit()
     return Concept(
         name=about["name"],
         simdom=about["simdom"],
         sentences=_lines(root / "sentences.txt"),
-        neutral=_neutral_fit(),
+        neutral=neutral,
+        further_neutral=further,
         questions=_questions(root / "questions.jsonl", ("concept", "simdom")),
         paragraphs=_lines(root / "paragraphs.txt"),
         other_sense=_lines(root / "other_sense.txt"),
     )
 
 
-def _neutral_fit() -> tuple[str, ...]:
-    return tuple(row["text"] for row in _rows(data_dir() / "shared" / "neutral_fit.jsonl", {"text", "subject"}))
+def _neutral_fit() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The neutral sentences of the fit, and the further ones. More of them in the fit drown the concept's features."""
+    rows = _rows(data_dir() / "shared" / "neutral_fit.jsonl", {"text", "subject"})
+    texts = tuple(row["text"] for row in rows)
+    return texts[:NEUTRAL_IN_FIT], texts[NEUTRAL_IN_FIT:]
 
 
 def load_shared() -> SharedData:

@@ -80,7 +80,7 @@ def sparse_mf(
     ValueError
         For arguments outside these ranges, and for X that is not finite.
     """
-    _check(X, rank, sparsity, ridge, max_iter)
+    _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[0])
 
     def step(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +112,10 @@ def semi_nmf(
     update. Arguments, result and errors are those of ``sparse_mf``; ``init`` must be non-negative and defaults to
     the magnitude of a standard normal.
     """
-    _check(X, rank, sparsity, ridge, max_iter)
+    _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[1])
-    tiny = torch.finfo(X.dtype).eps
+    # Relative to X, so that the result does not depend on its units.
+    tiny = torch.finfo(X.dtype).eps * (float(X.square().mean()) or 1.0)
     start = _start(X, rank, seed, init)
     if init is None:
         start = start.abs()
@@ -132,7 +133,7 @@ def semi_nmf(
     return _iterate(X, step, start, max_iter, patience, tol, progress)
 
 
-def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: int) -> None:
+def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: int, patience: int) -> None:
     if X.ndim != 2 or not X.is_floating_point():
         raise ValueError(f"X must be a floating-point matrix [n, d], got {X.dtype} with shape {tuple(X.shape)}")
     n, d = X.shape
@@ -144,6 +145,8 @@ def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: 
         raise ValueError(f"ridge must be at least 0, got {ridge}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
     if not bool(torch.isfinite(X).all()):
         raise ValueError("X holds NaN or infinite values")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ember.paths import cache_dir
 from ember.tokens import token_table
 
 RULES = ("keyness", "paper")
-KEYNESS_THRESHOLD = 1.0  # bits
+KEYNESS_THRESHOLD = 0.6  # bits; concept features stand well above it and all others below, over many seeds
 PAPER_RATIO = 2.0
 
 
@@ -45,7 +45,7 @@ class ConceptFeatures:
     ) -> list[int]:
         """Features that carry the concept, best first.
 
-        ``rule="keyness"`` takes those whose score is at least ``threshold`` (default 1 bit); ``rule="paper"`` those
+        ``rule="keyness"`` takes those whose score is at least ``threshold`` (default 0.6 bits); ``rule="paper"`` those
         with ratio_abs ≥ 2, the candidates of the paper, which an LLM judge then thins out. A list of ``features``
         overrides both.
 
@@ -55,14 +55,15 @@ class ConceptFeatures:
             If nothing is selected; the message names the best features.
         """
         if features is not None:
-            unknown = sorted(set(features) - set(self.scores.feature))
-            if unknown or not features:
-                raise EmberError(f"features must be numbers in 0..{len(self.scores) - 1}, got {list(features)}")
+            if not features or len(set(features)) < len(features) or set(features) - set(self.scores.feature):
+                last = len(self.scores) - 1
+                raise EmberError(f"features must be different numbers in 0..{last}, got {list(features)}")
             return list(features)
         if rule not in RULES:
             raise EmberError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
         column = "score" if rule == "keyness" else "ratio_abs"
-        bound = threshold if threshold is not None else (KEYNESS_THRESHOLD if rule == "keyness" else PAPER_RATIO)
+        bound: float = KEYNESS_THRESHOLD if rule == "keyness" else PAPER_RATIO
+        bound = bound if threshold is None else threshold
         ranked = self.scores.sort_values(column, ascending=False)
         chosen = ranked[ranked[column] >= bound].feature.tolist()
         if not chosen:
@@ -102,21 +103,19 @@ class ConceptFeatures:
     @classmethod
     def load(cls, folder: str | Path) -> "ConceptFeatures":
         """Read what ``save`` wrote; a missing or damaged file is an error that names it."""
-        folder = Path(folder)
-        path = folder / "features.safetensors"
+        path, arrays_path = Path(folder) / "features.json", Path(folder) / "features.safetensors"
         try:
-            about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
-            if sha256_of(path) != about["sha256"]:
-                raise DamagedFileError(f"{path} is damaged: its SHA-256 is not the one in features.json")
-            arrays = load_file(path)
-            curve = tuple(arrays["loss_curve"].tolist())
-            return cls(
-                about["concept"], about["model"], about["weights_hash"], pd.DataFrame(about["table"]),
-                Factorization(arrays["F"], arrays["G"], curve, about["converged"]), pd.DataFrame(about["scores"]),
-                about["settings"],
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            raise DamagedFileError(f"{folder} does not hold whole features: {error!r}") from error
+            about = json.loads(path.read_text(encoding="utf-8"))
+            expected, parts = about["sha256"], (about["concept"], about["model"], about["weights_hash"])
+            table, scores = pd.DataFrame(about["table"]), pd.DataFrame(about["scores"])
+            converged, settings = about["converged"], about["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedFileError(f"{path} is damaged or missing: {error!r}") from error
+        if not arrays_path.exists() or sha256_of(arrays_path) != expected:
+            raise DamagedFileError(f"{arrays_path} is damaged or missing: its SHA-256 is not the one in features.json")
+        arrays = load_file(arrays_path)
+        fit = Factorization(arrays["F"], arrays["G"], tuple(arrays["loss_curve"].tolist()), converged)
+        return cls(*parts, table, fit, scores, settings)
 
 
 def concept_features(
@@ -146,11 +145,14 @@ def concept_features(
         "patience": patience,
     }
     settings |= {"tol": tol, "seed": seed}
-    key = digest(loaded.weights_hash, concept.sentences, concept.neutral, sorted(settings.items()))
+    texts = (concept.sentences, concept.neutral, concept.further_neutral)
+    key = digest(loaded.weights_hash, *texts, sorted(settings.items()))
     folder = cache_dir() / "features" / f"{concept.slug}-{key}"
     if cache and folder.exists():
-        return ConceptFeatures.load(folder)
-    table = token_table(loaded, concept.sentences, concept.neutral)
+        kept = ConceptFeatures.load(folder)
+        # The fit is what takes time; how features are scored may have changed since.
+        return replace(kept, scores=score_features(kept.table, kept.factorization.G))
+    table = token_table(loaded, *texts)
     X = loaded.embedding.detach()[table.token_id.tolist()].float() * loaded.embedding_scale
     factorization = sparse_mf(X, progress=progress, **settings)
     factorization = Factorization(

@@ -4,6 +4,7 @@ Every interval is a percentile bootstrap over items (``scipy.stats.bootstrap``),
 model's; that of an accuracy is Wilson's. Item variance is not seed variance: these intervals hold the seed fixed.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,9 +36,9 @@ def retained(value: np.ndarray, base: np.ndarray, *, clip: bool) -> np.ndarray:
     return np.clip(share, 0.0, 1.0) if clip else share
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
-    interval = stats.binomtest(round(successes), n).proportion_ci(method="wilson")
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a proportion."""
+    interval = stats.binomtest(round(successes), n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -95,7 +96,10 @@ def compare(
 
     everything = tuple(np.arange(sizes[name]) for name in sets)
     point = statistic(*everything)
-    draws = stats.bootstrap(
+    with warnings.catch_warnings():
+        # A statistic that is undefined in some draw (a base model at chance) is NaN there, which scipy warns about.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        draws = stats.bootstrap(
         everything, statistic, n_resamples=n_resamples, confidence_level=confidence, method="percentile",
         vectorized=True, rng=np.random.default_rng(seed), batch=200,
     ).bootstrap_distribution  # fmt: skip
@@ -106,7 +110,7 @@ def compare(
     for k, (set_, metric) in enumerate(names):
         interval = (low[k], high[k])
         if metric == "accuracy":
-            interval = wilson(point[k] * sizes[set_], sizes[set_])
+            interval = wilson(point[k] * sizes[set_], sizes[set_], confidence)
         n = sizes.get(set_, sum(sizes.values()))
         rows.append((set_, metric, point[k], *interval, _effect_size(wide, set_, metric), n))
     columns = ["set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
@@ -123,10 +127,14 @@ def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pai
     left, right = (frame.set_index(keys).value.sort_index() for frame in (base, edited))
     if not left.index.equals(right.index):
         raise ValueError("the two evaluations do not hold the same items")
-    return {
-        (str(s), str(m)): (group.to_numpy(), right.loc[s, m].to_numpy())
-        for (s, m), group in left.groupby(level=["set", "metric"])
-    }
+    pairs: dict[tuple[str, str], Pair] = {}
+    for (set_, metric), group in left.groupby(level=["set", "metric"]):
+        before, after = group.to_numpy(dtype=float), right.loc[set_, metric].to_numpy(dtype=float)
+        if len(before) < 2:
+            raise ValueError(f"set {set_!r} holds one item; intervals need at least two")
+        missing = ~(np.isfinite(before) & np.isfinite(after))  # a mean over other items is no paired change
+        pairs[str(set_), str(metric)] = (np.where(missing, np.nan, before), np.where(missing, np.nan, after))
+    return pairs
 
 
 def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:

@@ -17,8 +17,13 @@ KEY_G2 = 15.13  # log-likelihood ratio at p < 0.0001 (Rayson & Garside 2000)
 _BACKGROUND_FLOOR = 1e-9  # the rarest words of the list are this frequent
 
 
-def token_table(loaded: LoadedModel, concept: Sequence[str], neutral: Sequence[str]) -> pd.DataFrame:
+def token_table(
+    loaded: LoadedModel, concept: Sequence[str], neutral: Sequence[str], further: Sequence[str] = ()
+) -> pd.DataFrame:
     """V', the unique tokens of the concept and neutral sentences without special tokens, one row each.
+
+    ``further`` neutral sentences add no tokens to V', but a concept token that occurs in one of them counts as
+    ``shared``: a few hundred sentences are too few to call an ordinary word concept-only.
 
     Columns
     -------
@@ -27,7 +32,7 @@ def token_table(loaded: LoadedModel, concept: Sequence[str], neutral: Sequence[s
     role
         ``concept`` (only in concept sentences), ``neutral`` (only in neutral ones) or ``shared`` (paper, section 3).
     concept_count, neutral_count
-        Occurrences.
+        Occurrences; those in ``further`` sentences count as neutral.
     zipf
         Background frequency, log10 per 10⁹ words of general English (``wordfreq``); an upper bound, because the
         list ignores case. NaN for tokens without letters.
@@ -50,10 +55,11 @@ def token_table(loaded: LoadedModel, concept: Sequence[str], neutral: Sequence[s
         if not sentences or any(not sentence.strip() for sentence in sentences):
             raise ValueError(f"the {name} sentences are empty or hold an empty sentence")
         counts[name] = Counter(i for sentence in sentences for i in loaded.encode(sentence, bos=False))
+    counts["further"] = Counter(i for sentence in further for i in loaded.encode(sentence, bos=False))
     ids = sorted((counts["concept"].keys() | counts["neutral"].keys()) - loaded.special_ids)
     table = pd.DataFrame({"token_id": ids, "token": [loaded.tokenizer.decode([i]) for i in ids]})
     table["concept_count"] = [counts["concept"][i] for i in ids]
-    table["neutral_count"] = [counts["neutral"][i] for i in ids]
+    table["neutral_count"] = [counts["neutral"][i] + counts["further"][i] for i in ids]
     table["role"] = np.select([table.neutral_count == 0, table.concept_count == 0], ["concept", "neutral"], "shared")
     words = sum(len(sentence.split()) for sentence in concept)
     return _add_keyness(table, background_frequency(loaded), words)

@@ -48,6 +48,15 @@ def test_roles_and_counts_by_hand(loaded, tiny_concept, token, role, concept_cou
     assert (row.role, row.concept_count, row.neutral_count) == (role, concept_count, neutral_count)
 
 
+def test_further_sentences_share_tokens_but_add_none(loaded, tiny_concept):
+    plain = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral)
+    further = ["Rome is a town in Georgia, quite another place, with a zoo."]
+    table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral, further).set_index("token")
+    assert list(table.index) == list(plain.index)
+    assert (plain.role["Rome"], table.role["Rome"], table.neutral_count["Rome"]) == ("concept", "shared", 1)
+    assert table.role[" Roman"] == "concept"
+
+
 def test_every_token_is_there_once_and_counted(loaded, tiny_concept):
     table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral)
     for column, sentences in (("concept_count", tiny_concept.sentences), ("neutral_count", tiny_concept.neutral)):
