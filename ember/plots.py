@@ -88,7 +88,7 @@ def strength_curve(cells: pd.DataFrame, *, choice: float, ax: Axes | None = None
     ax.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     ax.set(xlabel="edit strength δ", ylabel="score (base model: 0, 1, 1, 0)")
     ax.set_title("Choosing δ on the train split (95 % intervals over items)")
-    ax.legend(loc="best", fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, fontsize=8)
     return ax
 
 
