@@ -105,7 +105,7 @@ def item_changes(changes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         error = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
         ax.errorbar(k + 0.33, mean, error, fmt="D", color=PALETTE["base"], capsize=3, markersize=5)
         ax.annotate(
-            f"{mean:+.3f}", (k + 0.33, mean), xytext=(6, 0), textcoords="offset points", fontsize=8, va="center"
+            f"{mean:+.3f}", (k + 0.33, mean), xytext=(6, -9), textcoords="offset points", fontsize=8, va="center"
         )
     ax.axhline(0, color=PALETTE["base"], linewidth=1, label="base model")
     labels = [f"{LABELS[name]}\n(n = {(changes.set == name).sum()})" for name in order]
