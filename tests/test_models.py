@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.files import sha256_of
@@ -164,14 +164,32 @@ def test_an_unknown_dtype_lists_the_known(tmp_path):
     assert all(name in str(caught.value) for name in DTYPES)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "no-such-type"])
-def test_an_unknown_architecture_lists_the_known(model_type, tmp_path):
-    """Also one that transformers does not know either."""
+def test_an_unknown_architecture_lists_the_known(tmp_path):
     folder = save(tmp_path, make_model("llama"))
-    edit_json(tmp_path / "config.json", model_type=model_type)
-    with pytest.raises(UnknownNameError, match=f"architecture '{model_type}'") as caught:
+    edit_json(tmp_path / "config.json", model_type="no-such-type")
+    with pytest.raises(UnknownNameError, match="architecture 'no-such-type'") as caught:
         load_model(folder)
     assert all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+        ("gpt_neox", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}),
+        ("opt", {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}),
+    ],
+)
+def test_an_architecture_outside_the_table_loads_with_a_warning_and_edits(model_type, shape, tmp_path):
+    shape |= {"num_attention_heads": 4} if model_type == "opt" else {}
+    config = AutoConfig.for_model(model_type, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
+    folder = save(tmp_path, AutoModelForCausalLM.from_config(config))
+    with pytest.warns(UserWarning, match=f"{model_type} is not in"):
+        loaded = load_model(folder)
+    assert loaded.embedding.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
+    head = loaded.model.get_parameter(loaded.head_name)
+    assert head is loaded.model.get_output_embeddings().weight
+    assert head.data_ptr() != loaded.embedding.data_ptr()
 
 
 def test_a_folder_without_weights_is_named(tmp_path):
