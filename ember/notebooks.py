@@ -170,6 +170,7 @@ def refresh_outputs(name: str) -> None:
         NotebookClient(
             notebook, kernel_name="python3", resources={"metadata": {"path": str(notebooks_dir())}}
         ).execute()
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

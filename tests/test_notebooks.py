@@ -61,6 +61,12 @@ def test_one_cell_of_literal_parameters(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_committed_without_widget_state(name):
+    """Progress bars leave theirs in the notebook's metadata."""
+    assert "widgets" not in read_notebook(name)["metadata"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_committed_without_outputs(name):
     for c in code_cells(name):
         if CHECKED not in tags(c):
