@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from ember.tokens import token_table
 RULES = ("keyness", "paper")
 KEYNESS_THRESHOLD = 0.6  # bits; concept features stand well above it and all others below, over many seeds
 PAPER_RATIO = 2.0
+_FIT_DEFAULTS = {
+    name: signature(sparse_mf).parameters[name].default for name in ("sparsity", "ridge", "max_iter", "patience", "tol")
+}
 
 
 @dataclass(frozen=True)
@@ -123,28 +127,18 @@ def concept_features(
     concept: Concept,
     *,
     rank: int = 300,
-    sparsity: float = 0.01,
-    ridge: float = 1e-4,
-    max_iter: int = 20_000,
-    patience: int = 500,
-    tol: float = 1e-4,
     seed: int = 42,
     progress: bool = False,
     cache: bool = True,
+    **fit: Any,
 ) -> ConceptFeatures:
     """Factorize the embeddings of the concept's V' and score the features.
 
-    The result is kept in the user cache under a key of the weights, the texts and every setting, so that notebooks
-    and methods share one fit; ``cache=False`` neither reads nor writes it. Arguments are those of ``sparse_mf``.
+    ``fit`` holds other settings of ``sparse_mf``, whose defaults and errors apply. The result is kept in the user cache
+    under a key of the weights, the texts and every setting, so that notebooks and methods share one fit;
+    ``cache=False`` neither reads nor writes it.
     """
-    settings: dict[str, Any] = {
-        "rank": rank,
-        "sparsity": sparsity,
-        "ridge": ridge,
-        "max_iter": max_iter,
-        "patience": patience,
-    }
-    settings |= {"tol": tol, "seed": seed}
+    settings = _FIT_DEFAULTS | fit | {"rank": rank, "seed": seed}
     texts = (concept.sentences, concept.neutral, concept.further_neutral)
     key = digest(loaded.weights_hash, *texts, sorted(settings.items()))
     folder = cache_dir() / "features" / f"{concept.slug}-{key}"
@@ -160,14 +154,14 @@ def concept_features(
     )
     scores = score_features(table, factorization.G)
     features = ConceptFeatures(
-        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, settings | asdict_light(loaded)
+        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, settings | _about(loaded)
     )
     if cache:
         features.save(folder)
     return features
 
 
-def asdict_light(loaded: LoadedModel) -> dict[str, Any]:
+def _about(loaded: LoadedModel) -> dict[str, Any]:
     """What a factorization's record needs to know of the model."""
     return {"spec": asdict(loaded.spec), "dtype": loaded.dtype, "embedding_scale": loaded.embedding_scale}
 

@@ -11,7 +11,6 @@ from wordfreq import get_frequency_dict
 
 from ember.models import LoadedModel
 
-ROLES = ("concept", "shared", "neutral")
 ORDINARY_ZIPF = 4.0  # at least ten occurrences in a million words
 KEY_G2 = 15.13  # log-likelihood ratio at p < 0.0001 (Rayson & Garside 2000)
 _BACKGROUND_FLOOR = 1e-9  # the rarest words of the list are this frequent
