@@ -94,9 +94,30 @@ def _erase(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from ember.batch import data_report
+    from ember.batch import check_data, check_table
+    from ember.models import load_model
 
-    print(data_report(options.folder).to_string(index=False))
+    source = "released" if options.released else "ours"
+    loaded = None if options.no_model else load_model(options.model)
+    reports = check_data(options.folder, source=source, loaded=loaded)
+    print(check_table(reports).to_string(index=False))
+    for report in reports:
+        for check, found in report.findings.groupby("check", sort=False):
+            shown = found if options.all else found.head(5)
+            print(f"\n{found.subject.iloc[0]}: {check} ({len(found)})")
+            print("\n".join(f"  {row.where}: {row.what}" for row in shown.itertuples()))
+            if len(shown) < len(found):
+                print(f"  … {len(found) - len(shown)} more; --all shows them")
+    failed = sum(int((~report.table.ok).sum()) for report in reports)
+    print(f"\n{failed} checks failed (marked !)" if failed else "\nall checks passed")
+    return int(failed > 0)
+
+
+def _fetch_data(_: argparse.Namespace) -> int:
+    from ember.released import COMMIT, fetch_released, list_released
+
+    folder = fetch_released()
+    print(f"released data at {COMMIT[:7]}: {', '.join(list_released(folder))}")
     return 0
 
 
@@ -143,8 +164,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=42)
         if name == "erase":
             command.add_argument("--output", required=True, help="folder for the edit")
-    command = add("check-data", _check_data, "check the format of all concepts, or of one folder")
-    command.add_argument("folder", nargs="?")
+    command = add("check-data", _check_data, "check all concepts, or one folder, for leaks, sizes and format")
+    command.add_argument("folder", nargs="?", help="a folder with your own concept")
+    command.add_argument(
+        "--released", action="store_true", help="the authors' data instead (in the folder, or fetched)"
+    )
+    command.add_argument("--model", default="smollm2-135m", help="for the guesses after an empty question")
+    command.add_argument("--no-model", action="store_true", help="leave out the checks that need a model")
+    command.add_argument("--all", action="store_true", help="print every finding")
+    add("fetch-data", _fetch_data, "download the data that the paper's authors released")
     command = add("fetch-model", _fetch_model, "download and convert a model")
     command.add_argument("model", nargs="?", default="smollm2-135m")
     command.add_argument("--force", action="store_true", help="discard what is cached")

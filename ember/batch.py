@@ -1,15 +1,23 @@
 """Around a batch run: what it will do and take, what it took, and the tables of the README."""
 
+from __future__ import annotations
+
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ember.errors import EmberError
 from ember.paths import REPOSITORY, notebooks_dir, results_dir
 from ember.profiles import Job, Profile, load_profile, manifest_path, plan
+
+if TYPE_CHECKING:  # both bring torch, which most commands do without
+    from ember.checks import CheckReport
+    from ember.models import LoadedModel
 
 
 def describe(profile: Profile) -> str:
@@ -51,23 +59,41 @@ def _run_time(profile: Profile, job: Job) -> dict[str, object]:
     return {"run": job.name, "notebook": job.notebook} | keep
 
 
-def data_report(folder: str | None = None) -> pd.DataFrame:
-    """Counts of every concept's files (or of one folder's), after a strict read of all of them."""
+def check_data(
+    folder: str | None = None, *, source: str = "ours", loaded: LoadedModel | None = None
+) -> list[CheckReport]:
+    """Check every concept and what they share; or one folder of your own; or the released data (in a folder)."""
+    from ember.checks import check_concept, check_shared
     from ember.data import list_concepts, load_concept, load_shared
+    from ember.released import list_released
 
-    concepts = [load_concept(folder=folder)] if folder else [load_concept(name) for name in list_concepts()]
+    if source == "released":
+        concepts = [load_concept(name, source=source, folder=folder) for name in list_released(folder)]
+    elif folder is not None:
+        concepts = [load_concept(folder=folder)]
+    else:
+        concepts = [load_concept(name) for name in list_concepts()]
     if not concepts:
         raise EmberError("the data folder holds no concept")
-    load_shared()
-    rows = []
-    for concept in concepts:
-        row: dict[str, object] = {"concept": concept.name, "similar domain": concept.simdom}
-        row |= {"sentences": len(concept.sentences), "neutral": len(concept.neutral)}
-        for name in ("concept", "simdom"):
-            for split in ("train", "test"):
-                row[f"{name} {split}"] = sum((q.set, q.split) == (name, split) for q in concept.questions)
-        rows.append(row | {"paragraphs": len(concept.paragraphs), "other sense": len(concept.other_sense)})
-    return pd.DataFrame(rows)
+    reports = [check_concept(concept, loaded) for concept in concepts]
+    return reports if folder is not None or source == "released" else [*reports, check_shared(load_shared(), loaded)]
+
+
+def check_table(reports: Sequence[CheckReport]) -> pd.DataFrame:
+    """One row a check, one column a subject; what fails is marked with "!"."""
+    rows = pd.concat([report.table for report in reports], ignore_index=True)
+    digits = rows.value.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v))
+    rows["shown"] = digits + rows.ok.map({True: "", False: " !"})
+    order = rows.drop_duplicates("check")[["check", "wanted"]]
+    wide = rows.pivot(index="check", columns="subject", values="shown").fillna("")
+    subjects = list(dict.fromkeys(rows.subject))
+    return order.merge(wide[subjects], left_on="check", right_index=True)
+
+
+def data_tables(loaded: LoadedModel) -> dict[str, str]:
+    """The data card's generated blocks: the check report and the number of items of each kind."""
+    reports = check_data(loaded=loaded)
+    return {"report": check_table(reports).to_markdown(index=False, disable_numparse=True)}
 
 
 def readme_tables() -> dict[str, str]:
@@ -101,16 +127,21 @@ def readme_tables() -> dict[str, str]:
     }
 
 
-def render_readme(text: str) -> str:
+def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
     """``text`` with every block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced by its generated content."""
-    for name, block in readme_tables().items():
+    for name, block in blocks.items():
         gap = "" if "\n" not in block else "\n"
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
         if not pattern.search(text):
-            raise EmberError(f"README.md has no block named {name!r}")
+            raise EmberError(f"the document has no block named {name!r}")
         filled = f"<!-- {name} -->{gap}{block}{gap}<!-- /{name} -->"
         text = pattern.sub(filled.replace("\\", r"\\"), text)
     return text
+
+
+def render_readme(text: str) -> str:
+    """README.md with its generated blocks."""
+    return fill_blocks(text, readme_tables())
 
 
 def update_readme() -> None:

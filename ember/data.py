@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ember.errors import DataError, UnknownNameError
-from ember.files import digest
+from ember.files import digest, read_utf8
 from ember.paths import data_dir, slug
 
 QUESTION_SETS = ("concept", "simdom", "general")
 SPLITS = ("train", "test")
+SOURCES = ("ours", "released")
 NEUTRAL_IN_FIT = 300  # as many as in the paper
 _QUESTION_FIELDS = {"id", "set", "split", "question", "answer", "distractors", "aliases"}
 
@@ -60,8 +61,8 @@ class Concept:
     """Everything known about one concept.
 
     ``sentences`` and ``neutral`` fit the factorization; ``further_neutral`` sentences only tell which tokens are not
-    concept-only; ``questions`` hold the concept and similar-domain
-    (``simdom``) sets; ``paragraphs`` are for relearning; ``other_sense`` uses the concept's words in another sense.
+    concept-only; ``questions`` hold the concept and similar-domain (``simdom``) sets; ``paragraphs`` are for
+    relearning; ``other_sense`` uses the concept's words in another sense; ``source`` is one of ``SOURCES``.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Concept:
     paragraphs: tuple[str, ...]
     other_sense: tuple[str, ...]
     further_neutral: tuple[str, ...] = ()
+    source: str = "ours"
 
     @property
     def slug(self) -> str:
@@ -85,11 +87,12 @@ class Concept:
 
 @dataclass(frozen=True)
 class SharedData:
-    """General-knowledge questions, held-out neutral sentences and instructions."""
+    """General-knowledge questions, held-out neutral sentences by split, instructions, neutral sentences of the fit."""
 
     questions: tuple[Question, ...]
     neutral: Mapping[str, tuple[str, ...]]
     instructions: tuple[Instruction, ...]
+    neutral_fit: tuple[str, ...]
 
 
 def list_concepts() -> list[str]:
@@ -106,16 +109,25 @@ def concept_from_sentences(name: str, sentences: Iterable[str]) -> Concept:
     return Concept(name, "", tuple(sentences), neutral, (), (), (), further_neutral=further)
 
 
-def load_concept(name: str = "", *, folder: str | Path | None = None) -> Concept:
-    """Load a concept by its display name, or from a ``folder`` of the documented format.
+def load_concept(name: str = "", *, folder: str | Path | None = None, source: str = "ours") -> Concept:
+    """Load a concept by its display name, or your own from a ``folder`` of the documented format.
+
+    ``source="released"`` reads the files that the paper's authors published, from ``folder`` or fetched once from
+    their repository (``ember.released``).
 
     Raises
     ------
     UnknownNameError
-        If no concept of the data folder has this name.
+        If no concept of the data folder has this name, or the source is not one of ``SOURCES``.
     DataError
         If a file breaks the format; the message names file, line and field.
     """
+    if source not in SOURCES:
+        raise UnknownNameError("source", source, SOURCES)
+    if source == "released":
+        from ember.released import load_released
+
+        return load_released(name, folder)
     if folder is None:
         # The name is compared, never used as a path.
         folders = {_concept_json(path.parent)["name"]: path.parent for path in data_dir().glob("*/concept.json")}
@@ -159,23 +171,12 @@ def load_shared() -> SharedData:
             raise DataError(f"{path}, line {row['_line']}, field 'id': {row['id']!r} occurs twice")
         instructions.append(Instruction(row["id"], row["split"], row["instruction"], row["response"]))
     questions = _questions(root / "general.jsonl", ("general",))
-    return SharedData(questions, {split: tuple(texts) for split, texts in neutral.items()}, tuple(instructions))
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
-    return text
+    held_out = {split: tuple(texts) for split, texts in neutral.items()}
+    return SharedData(questions, held_out, tuple(instructions), sum(_neutral_fit(), ()))
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    lines = _read(path).rstrip("\n").split("\n")
+    lines = read_utf8(path).rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"{path}, line {number}: empty line")
@@ -185,7 +186,7 @@ def _lines(path: Path) -> tuple[str, ...]:
 def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, each with exactly these fields; ``_line`` tells where it stood."""
     rows = []
-    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(read_utf8(path).rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -230,7 +231,7 @@ def _questions(path: Path, sets: tuple[str, ...]) -> tuple[Question, ...]:
 def _concept_json(root: Path) -> dict[str, str]:
     path = root / "concept.json"
     try:
-        about = json.loads(_read(path))
+        about = json.loads(read_utf8(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
     for field in ("name", "simdom"):

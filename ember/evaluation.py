@@ -136,15 +136,34 @@ def question_scores(
             totals = option_logprobs(loaded, prompts, options, progress=progress)
     rows = []
     for question, total in zip(questions, totals, strict=True):
-        lengths = np.array([len(option) for option in question.options])
-        per_char = total / lengths
-        scaled = per_char * lengths.mean()
-        weights = np.exp(scaled - scaled.max())
-        rows += [
-            (question.id, "correct", float(per_char.argmax() == question.gold)),
-            (question.id, "gold_prob", float(weights[question.gold] / weights.sum())),
-            (question.id, "gold_logprob", float(per_char[question.gold])),
-        ]
+        rows += [(question.id, metric, value) for metric, value in _gold_scores(question, total).items()]
+    return pd.DataFrame(rows, columns=["item", "metric", "value"])
+
+
+def _gold_scores(question: Question, total: np.ndarray) -> dict[str, float]:
+    """Scores of the right option from the options' log-likelihoods [4], summed over tokens."""
+    lengths = np.array([len(option) for option in question.options])
+    per_char = total / lengths
+    scaled = per_char * lengths.mean()
+    weights = np.exp(scaled - scaled.max())
+    return {
+        "correct": float(per_char.argmax() == question.gold),
+        "gold_prob": float(weights[question.gold] / weights.sum()),
+        "gold_logprob": float(per_char[question.gold]),
+    }
+
+
+def blind_scores(loaded: LoadedModel, questions: Sequence[Question], *, prompt: str = PROMPT) -> pd.DataFrame:
+    """As ``question_scores``, but after an empty question: what the options alone give away."""
+    asked = "\n".join(line.rstrip() for line in prompt.format(question="").split("\n"))
+    options = sorted({option for q in questions for option in q.options})
+    groups = [[f" {option}" for option in options[k : k + 64]] for k in range(0, len(options), 64)]
+    totals = option_logprobs(loaded, [asked] * len(groups), groups, batch_size=1)
+    known = dict(zip(options, np.concatenate(totals), strict=True)) if groups else {}
+    rows = []
+    for q in questions:
+        scores = _gold_scores(q, np.array([known[option] for option in q.options]))
+        rows += [(q.id, metric, value) for metric, value in scores.items()]
     return pd.DataFrame(rows, columns=["item", "metric", "value"])
 
 

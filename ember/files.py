@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ember.errors import DataError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -40,6 +42,20 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a data file; a missing, empty or wrongly encoded one is a ``DataError`` that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:
