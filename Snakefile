@@ -33,6 +33,10 @@ def settings(notebook):
     return lambda wildcards: dumps(dict(JOBS[f"{notebook}__{wildcards.run}"].parameters), sort_keys=True)
 
 
+def method_of(wildcards):
+    return JOBS[f"03_erase_concept__{wildcards.run}"].parameters["method"]
+
+
 # One notebook at a time, with all cores: Snakemake would give each job a single thread otherwise.
 THREADS = workflow.cores or 1
 # Whatever the texts are, a change of one of them changes the results.
@@ -93,7 +97,7 @@ rule erase_concept:
     params:
         notebook="03_erase_concept",
         settings=settings("03_erase_concept"),
-        grid=dumps([PROFILE.deltas, {k: dict(v) for k, v in PROFILE.sizes.items()}]),
+        grid=lambda wildcards: dumps([PROFILE.cells(method_of(wildcards)), PROFILE.sizes], sort_keys=True),
         code=code_hash("03_erase_concept"),
         data=DATA,
     threads: THREADS

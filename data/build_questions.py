@@ -33,7 +33,7 @@ from ember.evaluation import blind_scores, question_scores
 from ember.files import write_text
 from ember.metrics import CHANCE
 from ember.models import LoadedModel, load_model
-from ember.wording import paraphrases
+from ember.wording import Texts, paraphrases
 
 SCREEN = "Q: {question}\nA:"
 FLOOR = 0.1
@@ -77,7 +77,8 @@ def known(loaded: LoadedModel, questions: list[Question]) -> list[Question]:
 
 
 def distinct(questions: list[Question], others: list[Question]) -> list[Question]:
-    """Without those that ask for the fact of an earlier one, or of one of ``others``."""
+    """Without those that ask for the fact of an earlier one, or of one of ``others``, or hold their own answer."""
+    questions = [q for q in questions if not Texts([q.question]).holding(q)]
     pairs = paraphrases(questions, questions)
     later = {max(i, j) for i, j in pairs if i != j} | {i for i, _ in paraphrases(questions, others)}
     return [q for k, q in enumerate(questions) if k not in later]

@@ -91,9 +91,24 @@ def check_table(reports: Sequence[CheckReport]) -> pd.DataFrame:
 
 
 def data_tables(loaded: LoadedModel) -> dict[str, str]:
-    """The data card's generated blocks: the check report and the number of items of each kind."""
-    reports = check_data(loaded=loaded)
-    return {"report": check_table(reports).to_markdown(index=False, disable_numparse=True)}
+    """The data card's generated blocks: the check report, and the base model's accuracy on all test questions."""
+    from ember.data import list_concepts, load_concept, load_shared
+    from ember.evaluation import question_scores
+    from ember.metrics import accuracy_table
+
+    frames = []
+    for name, questions in [
+        *((n, load_concept(n).questions) for n in list_concepts()),
+        ("shared", load_shared().questions),
+    ]:
+        test = [q for q in questions if q.split == "test"]
+        items = question_scores(loaded, test).assign(set=[q.set for q in test for _ in range(3)])
+        frames.append(accuracy_table(items).assign(data=name))
+    accuracy = pd.concat(frames)[["data", "set", "accuracy", "ci_low", "ci_high", "n"]]
+    return {
+        "report": check_table(check_data(loaded=loaded)).to_markdown(index=False, disable_numparse=True),
+        "accuracy": accuracy.to_markdown(index=False, floatfmt=".3f"),
+    }
 
 
 def readme_tables() -> dict[str, str]:
@@ -114,11 +129,13 @@ def readme_tables() -> dict[str, str]:
     main = pd.read_csv(tables / "headline.csv")
     headline = ["| " + " | ".join(main.columns) + " |", "|" + " --- |" * len(main.columns)]
     headline += ["| " + " | ".join(str(v) for v in row) + " |" for row in main.astype(str).to_numpy()]
-    settings = ["| setting | default | laptop profile |", "| --- | --- | --- |"]
-    for setting in fields(METHODS["ember"].config):
-        used = profile.fit.get(setting.name, profile.deltas if setting.name == "delta" else setting.default)
-        shown = "grid " + ", ".join(f"{d:g}" for d in used) if isinstance(used, tuple) else used
-        settings.append(f"| `{setting.name}` | {setting.default} | {shown} |")
+    settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
+    for name, method in METHODS.items():
+        used = {**profile.grids.get(name, {}), **(profile.fit if name == "ember" else {})}
+        for setting in fields(method.config):
+            shown = used.get(setting.name, setting.default)
+            shown = " · ".join(map(str, shown)) if isinstance(shown, list) else shown
+            settings.append(f"| {name} | `{setting.name}` | {setting.default} | {shown} |")
     return {
         "notebooks": "\n".join(notebooks),
         "headline": "\n".join(headline),

@@ -116,7 +116,9 @@ class _Ledger:
         self.found += [(self.subject, check, where, what) for where, what in found]
 
     def report(self, items: pd.DataFrame) -> CheckReport:
-        table = pd.DataFrame(self.rows, columns=["subject", "check", "value", "wanted", "ok"])
+        # As objects, so that counts stay whole numbers.
+        table = pd.DataFrame(self.rows, columns=["subject", "check", "value", "wanted", "ok"], dtype=object)
+        table["ok"] = table.ok.astype(bool)
         return CheckReport(table, pd.DataFrame(self.found, columns=["subject", "check", "where", "what"]), items)
 
 

@@ -5,6 +5,7 @@ The folder format is documented in ``data/README.md``. Every error names file, l
 
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,9 @@ def load_concept(name: str = "", *, folder: str | Path | None = None, source: st
         # The name is compared, never used as a path.
         folders = {_concept_json(path.parent)["name"]: path.parent for path in data_dir().glob("*/concept.json")}
         by_slug = {slug(known): path for known, path in folders.items()}
-        if slug(name) not in by_slug:
+        if plain_name(name) not in by_slug:
             raise UnknownNameError("concept", name, folders, "Your own: load_concept(name, folder=...).")
-        root = by_slug[slug(name)]
+        root = by_slug[plain_name(name)]
     else:
         root = Path(folder)
     about = _concept_json(root)
@@ -149,6 +150,11 @@ def load_concept(name: str = "", *, folder: str | Path | None = None, source: st
         paragraphs=_lines(root / "paragraphs.txt"),
         other_sense=_lines(root / "other_sense.txt"),
     )
+
+
+def plain_name(name: str) -> str:
+    """What names are compared by; empty for one with the parts of a path in it, which is no name."""
+    return "" if re.search(r"[/\\]|\.\.", name) else slug(name)
 
 
 def _neutral_fit() -> tuple[tuple[str, ...], tuple[str, ...]]:

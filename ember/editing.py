@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
-from ember.files import atomic_dir, sha256_of
+from ember.files import atomic_dir, digest, sha256_of
 from ember.models import LoadedModel, tensor_hash, weights_hash
 
 FORMAT = 1
@@ -34,7 +34,7 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an edit was made from. ``side`` tells which embedding matrices it may touch."""
+    """What an edit was made from. ``side`` tells which embedding matrices it may touch (or ``none``)."""
 
     base_model: str
     base_hash: str
@@ -155,9 +155,15 @@ class Edit:
             first,
             method=f"{first.method}+{second.method}",
             config={"steps": steps},
-            side=first.side if first.side == second.side else "both",
+            side=_joint_side(first.side, second.side),
         )
         return Edit(tensors, provenance)
+
+    @property
+    def identity(self) -> str:
+        """Short hash of what the edit sets and the weights it is for; for cache keys."""
+        parts = [(name, c.rows.numpy().tobytes(), tensor_hash(c.values)) for name, c in sorted(self.tensors.items())]
+        return digest(self.provenance.base_hash, *parts)
 
     def changed(self) -> pd.DataFrame:
         """What is replaced: one line for each row (index along the first dimension) of each parameter."""
@@ -233,6 +239,12 @@ class Edit:
     def _refusal(self, found: str) -> str:
         made = self.provenance
         return f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {found}"
+
+
+def _joint_side(first: str, second: str) -> str:
+    """Which embedding matrices two edits touch between them."""
+    touched = {first, second} - {"none"}
+    return touched.pop() if len(touched) == 1 else "both" if touched else "none"
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

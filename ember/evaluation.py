@@ -4,6 +4,7 @@ Options are scored by likelihood, not by generated letters: small models answer 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 from ember.data import QUESTION_SETS, SPLITS, Concept, Instruction, Question, load_shared
 from ember.editing import Edit
 from ember.models import LoadedModel
-from ember.scoring import generate_greedy, option_logprobs, sequence_scores
+from ember.scoring import generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
 PROMPT = "Question: {question}\nAnswer:"
 TEXT_SETS = ("neutral", "other_sense", "paragraph")
@@ -20,18 +21,26 @@ TEXT_SETS = ("neutral", "other_sense", "paragraph")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many items of each kind an evaluation uses; None means all there are."""
+    """How many items of each kind an evaluation uses; None means all there are.
+
+    ``texts`` counts neutral texts, ``other_texts`` those in another sense and (a quarter as many) paragraphs. With
+    ``generations`` or ``other_texts`` 0 these are left out, and with ``divergence`` False the divergence from the base
+    model is: a grid needs none of them.
+    """
 
     questions: int | None = None
     texts: int | None = 60
+    other_texts: int | None = 60
     instructions: int | None = 24
     generations: int | None = 12
     new_tokens: int = 40
+    divergence: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 0 if name in ("other_texts", "generations", "divergence") else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,13 @@ def load_suite(concept: Concept, sizes: Mapping[str, Sizes] | None = None) -> Su
         "other_sense": {split: concept.other_sense[i::2] for i, split in enumerate(SPLITS)},
         "paragraph": {split: concept.paragraphs[i::2] for i, split in enumerate(SPLITS)},
     }
-    texts = {name: {split: pools[name][split][: sizes[split].texts] for split in SPLITS} for name in TEXT_SETS}
+    limits = {"neutral": "texts", "other_sense": "other_texts", "paragraph": "other_texts"}
+    texts = {
+        name: {split: pools[name][split][: getattr(sizes[split], limits[name])] for split in SPLITS}
+        for name in TEXT_SETS
+    }
     # Paragraphs are four times as long as sentences.
-    texts["paragraph"] = {split: chosen[: max(2, len(chosen) // 4)] for split, chosen in texts["paragraph"].items()}
+    texts["paragraph"] = {split: chosen[: -(-len(chosen) // 4)] for split, chosen in texts["paragraph"].items()}
     instructions = {split: tuple(i for i in shared.instructions if i.split == split) for split in SPLITS}
     return Suite(concept, questions, texts, instructions, sizes)
 
@@ -98,19 +111,47 @@ def evaluate(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     size = suite.sizes[split]
-    frames = [
-        question_scores(loaded, suite.questions[name][split], edit, progress=progress).assign(set=name)
-        for name in QUESTION_SETS
-    ]
-    for name in TEXT_SETS:
-        frames.append(text_scores(loaded, suite.texts[name][split], edit, progress=progress).assign(set=name))
-    instructions = suite.instructions[split][: size.instructions]
-    frames.append(_response_scores(loaded, instructions, edit, progress).assign(set="instruction"))
+    sequences = _sequences(loaded, suite, split)
     prompts = suite.instructions[split][: size.generations]
-    generated, samples = _generation_scores(loaded, prompts, edit, size.new_tokens, progress)
+    asked = [loaded.encode_chat(i.instruction) for i in prompts]
+    # Applied once for everything that needs the edited model alone: an edit of whole matrices is not cheap to apply.
+    with nullcontext() if edit is None else edit.applied(loaded):
+        frames = [
+            question_scores(loaded, questions[split], progress=progress).assign(set=name)
+            for name, questions in suite.questions.items()
+        ]
+        if not size.divergence:
+            frames += [
+                _loss_rows(names, sequence_losses(loaded, texts, starts, progress=progress)).assign(set=name)
+                for name, (names, texts, starts) in sequences.items()
+            ]
+        outputs = generate_greedy(loaded, asked, max_new_tokens=size.new_tokens, progress=progress)
+    if size.divergence:
+        for name, (names, texts, starts) in sequences.items():
+            scores = sequence_scores(loaded, texts, starts, edit, progress=progress)
+            rows = _loss_rows(names, [score.loss for score in scores], [score.kl for score in scores])
+            frames.append(rows.assign(set=name))
+    generated, samples = _generation_scores(loaded, prompts, asked, outputs, progress)
     frames.append(generated.assign(set="generation"))
-    items = pd.concat(frames, ignore_index=True)[["set", "item", "metric", "value"]]
+    items = pd.concat([f for f in frames if len(f)], ignore_index=True)[["set", "item", "metric", "value"]]
     return Evaluation(items, samples)
+
+
+Sequences = tuple[list[str], list[list[int]], list[int]]
+
+
+def _sequences(loaded: LoadedModel, suite: Suite, split: str) -> dict[str, Sequences]:
+    """What is scored token by token, by set: names, token ids, and from which token on."""
+    found: dict[str, Sequences] = {}
+    for name in TEXT_SETS:
+        texts = suite.texts[name][split]
+        if texts:
+            found[name] = ([str(i) for i in range(len(texts))], [loaded.encode(t) for t in texts], [1] * len(texts))
+    instructions = suite.instructions[split][: suite.sizes[split].instructions]
+    prompts = [loaded.encode_chat(i.instruction) for i in instructions]
+    whole = [[*p, *loaded.encode(i.response, bos=False)] for p, i in zip(prompts, instructions, strict=True)]
+    found["instruction"] = ([i.id for i in instructions], whole, [len(p) for p in prompts])
+    return found
 
 
 def question_scores(
@@ -173,36 +214,31 @@ def text_scores(
     """``loss`` and ``kl`` (nats per token, the first token is not scored) of raw texts; items are their positions."""
     sequences = [loaded.encode(text) for text in texts]
     scores = sequence_scores(loaded, sequences, [1] * len(texts), edit, progress=progress)
-    return _loss_rows([str(i) for i in range(len(texts))], scores)
+    names = [str(i) for i in range(len(texts))]
+    return _loss_rows(names, [score.loss for score in scores], [score.kl for score in scores])
 
 
-def _loss_rows(names, scores) -> pd.DataFrame:  # type: ignore[no-untyped-def]
-    rows = []
-    for name, score in zip(names, scores, strict=True):
-        rows += [(name, "loss", float(score.loss.mean())), (name, "kl", float(score.kl.mean()))]
+def _loss_rows(
+    names: Sequence[str], losses: Sequence[np.ndarray], divergences: Sequence[np.ndarray] = ()
+) -> pd.DataFrame:
+    rows = [(name, "loss", float(loss.mean())) for name, loss in zip(names, losses, strict=True)]
+    rows += [(name, "kl", float(kl.mean())) for name, kl in zip(names, divergences, strict=False)]
     return pd.DataFrame(rows, columns=["item", "metric", "value"])
 
 
-def _response_scores(
-    loaded: LoadedModel, instructions: Sequence[Instruction], edit: Edit | None, progress: bool
-) -> pd.DataFrame:
-    prompts = [loaded.encode_chat(i.instruction) for i in instructions]
-    answers = [loaded.encode(i.response, bos=False) for i in instructions]
-    sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    scores = sequence_scores(loaded, sequences, [len(p) for p in prompts], edit, batch_size=4, progress=progress)
-    return _loss_rows([i.id for i in instructions], scores)
-
-
 def _generation_scores(
-    loaded: LoadedModel, instructions: Sequence[Instruction], edit: Edit | None, new_tokens: int, progress: bool
+    loaded: LoadedModel,
+    instructions: Sequence[Instruction],
+    prompts: list[list[int]],
+    outputs: list[list[int]],
+    progress: bool,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    prompts = [loaded.encode_chat(i.instruction) for i in instructions]
-    outputs = generate_samples(loaded, prompts, edit, max_new_tokens=new_tokens, progress=progress)
+    """Scores of generated token ids under the model as it is now, and the texts."""
     filled = [k for k, output in enumerate(outputs) if output]
-    scores = sequence_scores(
+    scores = sequence_losses(
         loaded, [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled], progress=progress
     )
-    losses = dict(zip(filled, (float(score.loss.mean()) for score in scores), strict=True))
+    losses = dict(zip(filled, (float(loss.mean()) for loss in scores), strict=True))
     texts = [loaded.decode(output) for output in outputs]
     rows = []
     for k, instruction in enumerate(instructions):

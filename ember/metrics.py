@@ -5,7 +5,7 @@ model's; that of an accuracy is Wilson's. Item variance is not seed variance: th
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def compare(
       1: below chance is not more erased);
     - ``coherence`` = HM(``instruction``, ``fluency``, ``neutral``), each in 0..1: exp(−rise in loss per token) of
       reference responses and of held-out text, and for greedy text exp(−rise of its loss under the base model)
-      times its share of unrepeated trigrams relative to the base model's.
+      times its share of unrepeated trigrams relative to the base model's (left out where nothing was generated).
 
     The same ``seed`` draws the same items, so the draws of two comparisons with one base are paired.
 
@@ -166,15 +166,13 @@ def _composites(means: Mapping[tuple[str, str], Pair]) -> dict[str, np.ndarray]:
         before, after = means[set_, metric]
         return np.minimum(1.0, np.exp(before - after))
 
-    distinct_before, distinct_after = means["generation", "distinct"]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        variety = np.minimum(1.0, distinct_after / distinct_before)
-    out = {
-        "instruction": loss_ratio("instruction", "loss"),
-        "fluency": np.nan_to_num(loss_ratio("generation", "gen_loss") * variety),
-        "neutral": loss_ratio("neutral", "loss"),
-    }
-    out["coherence"] = harmonic_mean(out["instruction"], out["fluency"], out["neutral"])
+    out = {"instruction": loss_ratio("instruction", "loss"), "neutral": loss_ratio("neutral", "loss")}
+    if ("generation", "distinct") in means:
+        distinct_before, distinct_after = means["generation", "distinct"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            variety = np.minimum(1.0, distinct_after / distinct_before)
+        out["fluency"] = np.nan_to_num(loss_ratio("generation", "gen_loss") * variety)
+    out["coherence"] = harmonic_mean(*out.values())
     for metric, clip, tag in (("correct", True, ""), ("gold_prob", False, "_cont")):
         efficacy = 1 - left("concept", metric, clip)
         specificity = harmonic_mean(left("general", metric, clip), left("simdom", metric, clip))
@@ -201,25 +199,30 @@ def _effect_size(wide: Mapping[tuple[str, str], Pair], set_: str, metric: str) -
     return float(change.mean() / spread) if spread > 0 else float("nan")
 
 
-def choose(
-    cells: Mapping[float, Comparison],
-    *,
-    score: str = "final_cont",
-    distance: Callable[[float], float] = abs,
-) -> tuple[float, pd.DataFrame]:
-    """The cell with the best score; cells within one standard error of it tie, and the smallest strength wins.
+def accuracy_table(items: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of each question set with Wilson's interval: set, accuracy, ci_low, ci_high, n."""
+    right = items[items.metric == "correct"].groupby("set", sort=False).value.agg(["sum", "size"])
+    rows = [
+        (name, row["sum"] / row["size"], *wilson(row["sum"], int(row["size"])), int(row["size"]))
+        for name, row in right.iterrows()
+    ]
+    return pd.DataFrame(rows, columns=["set", "accuracy", "ci_low", "ci_high", "n"])
 
-    ``cells`` maps an edit strength to its comparison; all were made with one base and seed, so their draws are
-    paired, and the standard error is that of the difference from the best cell. Returns the choice and a table
-    strength, score, behind (distance from the best), standard_error, tie.
+
+def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tuple[str, pd.DataFrame]:
+    """The cell with the best score; cells within one standard error of it tie, and the first listed wins.
+
+    ``cells`` maps a label to its comparison, the gentlest setting first; all were made with one base and seed, so their
+    draws are paired, and the standard error is that of the difference from the best cell. Returns the choice and a
+    table cell, score, behind (distance from the best), standard_error, tie.
     """
     if not cells:
         raise ValueError("there is no cell to choose from")
     best = max(cells, key=lambda cell: cells[cell].value(score))
     rows = []
-    for strength, comparison in cells.items():
+    for cell, comparison in cells.items():
         gap = cells[best].value(score) - comparison.value(score)
         error = float(np.std(cells[best].draws[score] - comparison.draws[score], ddof=1))
-        rows.append((strength, comparison.value(score), gap, error, strength == best or gap <= error))
-    table = pd.DataFrame(rows, columns=["strength", score, "behind", "standard_error", "tie"])
-    return min(table[table.tie].strength, key=distance), table
+        rows.append((cell, comparison.value(score), gap, error, cell == best or gap <= error))
+    table = pd.DataFrame(rows, columns=["cell", score, "behind", "standard_error", "tie"])
+    return str(table[table.tie].cell.iloc[0]), table

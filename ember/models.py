@@ -111,7 +111,7 @@ class LoadedModel:
     """A causal language model with untied embeddings, its tokenizer and its facts.
 
     ``weights_hash`` is that of the present, untied weights; edits and caches are keyed by it. An ``Edit`` keeps it up
-    to date; after changing weights in any other way, set ``parameter_hashes`` anew.
+    to date; after changing weights in any other way, set ``parameter_hashes`` anew. ``base_hash`` is the hash at load.
     """
 
     model: PreTrainedModel
@@ -122,6 +122,7 @@ class LoadedModel:
 
     def __post_init__(self) -> None:
         self.parameter_hashes = self.parameter_hashes or parameter_hashes(self.model)
+        self.base_hash = self.weights_hash
 
     @property
     def weights_hash(self) -> str:

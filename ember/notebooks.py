@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ember.errors import EmberError, UnknownNameError
+from ember.evaluation import Evaluation, Suite, evaluate
 from ember.files import atomic_file, write_text
-from ember.paths import notebooks_dir
+from ember.models import LoadedModel
+from ember.paths import notebooks_dir, results_root
 from ember.profiles import list_profiles, manifest_path, run_name
+from ember.results import EvaluationCache
 
 # A change of the figures' looks must not rerun the experiments; the report draws them all again.
 _LOOKS = {"plots"}
@@ -241,6 +244,13 @@ def _canonical(source: str) -> str:
         ):
             node.body = body[1:]
     return ast.dump(tree)
+
+
+def base_evaluation(loaded: LoadedModel, suite: Suite, split: str, *, progress: bool = False) -> Evaluation:
+    """The evaluation of the unedited model, which all notebooks and arms share through the cache of cells."""
+    cache = EvaluationCache(results_root() / "cells")
+    key = cache.key(loaded, code_hash("03_erase_concept"), suite, split, "base")
+    return cache.get_or_run(key, lambda: evaluate(loaded, suite, split, progress=progress))
 
 
 def run_summary(started: float) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 PALETTE = {
@@ -66,30 +68,173 @@ def feature_scores(
     return ax
 
 
-def strength_curve(cells: pd.DataFrame, *, choice: float, ax: Axes | None = None) -> Axes:
-    """Efficacy, specificity, coherence and final score against the edit strength, with intervals.
+def grid_curve(cells: pd.DataFrame, *, choice: str, ax: Axes | None = None) -> Axes:
+    """Efficacy, specificity, coherence and final score of every cell of a grid, in its order, with intervals.
 
-    ``cells`` has columns strength, metric, value, ci_low, ci_high.
+    ``cells`` has columns cell, metric, value, ci_low, ci_high.
     """
-    ax = _axes(ax, (6.8, 4.2))
+    order = list(dict.fromkeys(cells.cell))
+    ax = _axes(ax, (max(5.5, 0.75 * len(order) + 2.4), 4.4))
     styles = {
         "efficacy_cont": ("#D55E00", "o"), "specificity_cont": ("#0072B2", "s"), "coherence": ("#009E73", "^"),
         "final_cont": ("#444444", "D"),
     }  # fmt: skip
-    strengths = sorted(cells.strength.unique())
-    place = {strength: k for k, strength in enumerate(strengths)}
+    place = {cell: k for k, cell in enumerate(order)}
     for shift, (metric, (colour, marker)) in enumerate(styles.items()):
-        rows = cells[cells.metric == metric].sort_values("strength")
-        x = rows.strength.map(place) + (shift - 1.5) * 0.07
-        error = [(rows.value - rows.ci_low).clip(lower=0), (rows.ci_high - rows.value).clip(lower=0)]
-        ax.errorbar(x, rows.value, error, color=colour, marker=marker, capsize=2, label=LABELS[metric], linewidth=1.4)
-    ax.axvline(place[choice], color="#BBBBBB", linewidth=9, alpha=0.5, zorder=0, label=f"chosen: δ = {choice:g}")
+        rows = cells[cells.metric == metric]
+        x = rows.cell.map(place) + (shift - 1.5) * 0.09
+        ax.errorbar(x, rows.value, _bars(rows), color=colour, marker=marker, capsize=2, label=LABELS[metric], lw=1.2)
+    ax.axvspan(place[choice] - 0.4, place[choice] + 0.4, color="#BBBBBB", alpha=0.4, zorder=0, lw=0, label="chosen")
     ax.axhline(0, color=PALETTE["base"], linewidth=1)
-    ax.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
-    ax.set(xlabel="edit strength δ", ylabel="score (base model: 0, 1, 1, 0)")
-    ax.set_title("Choosing δ on the train split (95 % intervals over items)")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, fontsize=8)
+    ax.set_xticks(range(len(order)), [cell.replace(" ", "\n") for cell in order], fontsize=8)
+    ax.set(ylabel="score (base model: 0, 1, 1, 0)")
+    ax.set_title("The grid on the train split (95 % intervals over items)")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02 - 0.055 * (1 + order[0].count(" "))), ncols=5, fontsize=8)
     return ax
+
+
+def _bars(rows: pd.DataFrame) -> list[pd.Series]:
+    """Lower and upper error bars, never negative."""
+    return [(rows.value - rows.ci_low).clip(lower=0), (rows.ci_high - rows.value).clip(lower=0)]
+
+
+def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axes | None = None) -> Axes:
+    """Efficacy against specificity, one point with intervals for each value of column ``by``, the choice marked.
+
+    ``rows`` has columns ``by``, metric, value, ci_low, ci_high.
+    """
+    ax = _axes(ax, (5.4, 4.4))
+    x, y = (rows[rows.metric == m].set_index(by) for m in ("specificity_cont", "efficacy_cont"))
+    for name in x.index:
+        colour = PALETTE["concept"] if name == choice else PALETTE["simdom"]
+        a, b = x.loc[[name]], y.loc[[name]]
+        ax.errorbar(a.value, b.value, _bars(b), _bars(a), fmt="o", color=colour, alpha=0.8, capsize=2, lw=0.9)
+        ax.annotate(
+            name,
+            (float(a.value.iloc[0]), float(b.value.iloc[0])),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
+    if choice is not None:
+        ax.plot([], [], "o", color=PALETTE["concept"], label="chosen")
+    ax.axvline(0.7, color="#BBBBBB", linestyle=":", linewidth=1)
+    ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
+    ax.legend(fontsize=8, loc="best")
+    return ax
+
+
+def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
+    """The whole search of one concept and seed: efficacy against specificity of every cell, one panel an arm.
+
+    ``grids`` has columns method, ember, cell, metric, value, ci_low, ci_high; ``chosen`` method, ember, cell.
+    """
+    arms = list(dict.fromkeys(zip(grids.method, grids.ember, strict=True)))
+    columns = min(3, len(arms))
+    rows = -(-len(arms) // columns)
+    size = (4.3 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for ax in axes.flat[len(arms) :]:
+        ax.axis("off")
+    for ax, (method, ember) in zip(axes.flat, arms, strict=False):
+        part = grids[(grids.method == method) & (grids.ember == ember)]
+        choice = chosen[(chosen.method == method) & (chosen.ember == ember)].cell.iloc[0]
+        trade_off(part, by="cell", choice=choice, ax=ax)
+        ax.set_title(f"{'EMBER + ' if ember else ''}{method.upper()}")
+    return figure
+
+
+ARM_COLOURS = {"ember": "#444444", "snmf": "#0072B2", "rmu": "#D55E00", "crisp": "#009E73", "pisces": "#CC79A7"}
+
+
+def arm_scores(arms: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """The four scores of every arm, alone (open) and after EMBER (filled), with intervals.
+
+    ``arms`` has columns method, ember, metric, value, ci_low, ci_high.
+    """
+    metrics = ("efficacy_cont", "specificity_cont", "coherence", "final_cont")
+    methods = list(dict.fromkeys(arms.method))
+    if axes is None:
+        _, axes = plt.subplots(
+            1, 4, figsize=(11.5, 0.55 * len(methods) + 1.7), sharey=True, layout="constrained"
+        )  # fmt: skip
+    for ax, metric in zip(axes, metrics, strict=True):
+        for k, method in enumerate(methods):
+            for ember in (False, True):
+                rows = arms[(arms.method == method) & (arms.ember == ember) & (arms.metric == metric)]
+                if rows.empty:
+                    continue
+                colour, shift = ARM_COLOURS.get(method, PALETTE["base"]), 0.14 if ember else -0.14
+                face = colour if ember or method == "ember" else "white"
+                ax.errorbar(
+                    rows.value, [k + shift], xerr=_bars(rows), fmt="o", color=colour, mfc=face, capsize=3
+                )  # fmt: skip
+        ax.axvline(0.0 if metric in ("efficacy_cont", "final_cont") else 1.0, color=PALETTE["base"], lw=1, ls="--")
+        ax.set(title=LABELS[metric], ylim=(len(methods) - 0.5, -0.5))
+    axes[0].set_yticks(range(len(methods)), [method.upper() for method in methods])
+    for ax in axes:
+        ax.set_xlabel("test split, 95 % interval")
+    handles = [
+        Line2D([], [], marker="o", ls="", color="#666666", mfc="white", label="alone"),
+        Line2D([], [], marker="o", ls="", color="#666666", label="after EMBER (or EMBER)"),
+        Line2D([], [], ls="--", color=PALETTE["base"], label="base model"),
+    ]
+    axes[-1].legend(handles=handles, fontsize=7, loc="best")
+    return axes
+
+
+def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Efficacy against specificity on test; an arrow leads from each method alone to the method after EMBER."""
+    ax = _axes(ax, (6.4, 4.8))
+    wide = arms.pivot_table(index=["method", "ember"], columns="metric", values=["value", "ci_low", "ci_high"])
+    for (method, ember), row in wide.iterrows():
+        colour = ARM_COLOURS.get(str(method), PALETTE["base"])
+        x, y = row["value", "specificity_cont"], row["value", "efficacy_cont"]
+        yerr, xerr = (
+            [[max(0.0, row["value", m] - row["ci_low", m])], [max(0.0, row["ci_high", m] - row["value", m])]]
+            for m in ("efficacy_cont", "specificity_cont")
+        )
+        filled = ember or method == "ember"
+        ax.errorbar(x, y, yerr, xerr, fmt="o", color=colour, mfc=colour if filled else "white", capsize=2, lw=0.8, ms=8)
+        if ember:
+            start = wide.loc[(method, False)]
+            ax.annotate(
+                "", (x, y), (start["value", "specificity_cont"], start["value", "efficacy_cont"]),
+                arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3},
+            )  # fmt: skip
+        else:
+            ax.annotate(
+                str(method).upper(), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour
+            )
+    ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
+    ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
+    ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")
+    ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
+    ax.set_title("What each method erases, and at what price (95 % intervals)")
+    ax.legend(fontsize=8, loc="best")
+    return ax
+
+
+def ember_effect(effects: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """What EMBER adds to each method: paired differences with intervals; columns method, metric, value, ci_low, …"""
+    metrics = [m for m in ("efficacy_cont", "specificity_cont", "coherence", "final_cont") if m in set(effects.metric)]
+    methods = list(dict.fromkeys(effects.method))
+    if axes is None:
+        _, axes = plt.subplots(
+            1, len(metrics), figsize=(11.5, 0.5 * len(methods) + 1.6), sharey=True, layout="constrained"
+        )  # fmt: skip
+    for ax, metric in zip(axes, metrics, strict=True):
+        for k, method in enumerate(methods):
+            rows = effects[(effects.method == method) & (effects.metric == metric)]
+            colour = ARM_COLOURS.get(method, PALETTE["base"])
+            ax.errorbar(rows.value, [k] * len(rows), xerr=_bars(rows), fmt="o", color=colour, capsize=3)
+        ax.axvline(0, color=PALETTE["base"], lw=1, ls="--")
+        ax.set(title=f"Δ {LABELS[metric]}", ylim=(len(methods) - 0.5, -0.5), xlabel="after EMBER − alone")
+    axes[0].set_yticks(range(len(methods)), [method.upper() for method in methods])
+    return axes
 
 
 def item_changes(changes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -1,5 +1,6 @@
 """Profiles: what a batch run covers, read from ``notebooks/params/PROFILE.yaml``, and the jobs that follow from it."""
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,8 +17,9 @@ from ember.paths import notebooks_dir, results_dir, slug
 class Profile:
     """One batch run.
 
-    ``fit`` holds settings of the factorization, ``deltas`` the grid of edit strengths, ``sizes`` the number of
-    questions, texts, instructions and generations of each split.
+    ``fit`` holds settings of EMBER's factorization; ``grids`` for each method the settings that all its cells share
+    and, as lists, those that are searched (the gentlest value first); ``sizes`` the number of questions, texts,
+    instructions and generations of each split.
     """
 
     name: str
@@ -25,9 +27,23 @@ class Profile:
     concepts: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    deltas: tuple[float, ...]
     fit: Mapping[str, int | float]
+    grids: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, int]]
+
+    def cells(self, method: str) -> dict[str, dict[str, Any]]:
+        """The grid of a method: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest.
+
+        The same cells serve the arms with and without EMBER.
+        """
+        grid: dict[str, Any] = {**(self.fit if method == "ember" else {}), **self.grids[method]}
+        searched = {key: value for key, value in grid.items() if isinstance(value, list)}
+        cells = {}
+        for values in itertools.product(*searched.values()):
+            cell = dict(zip(searched, values, strict=True))
+            varied = [f"{key}={_shown(value)}" for key, value in cell.items() if len(searched[key]) > 1]
+            cells[" ".join(varied) or "only cell"] = grid | cell
+        return cells
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,10 @@ def run_name(notebook: str, **parameters: Any) -> str:
     return "__".join([notebook, *parts])
 
 
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _text(value: Any) -> str:
     return slug(value) if isinstance(value, str) else str(value)
 
@@ -66,7 +86,7 @@ def list_profiles() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read a profile.
 
-    Where ``$EMBER_SIZES`` names another profile, ``deltas`` and ``sizes`` are taken from that one: so the tests run
+    Where ``$EMBER_SIZES`` names another profile, ``grids`` and ``sizes`` are taken from that one: so the tests run
     the notebooks as they stand with shorter loops.
 
     Raises
@@ -79,7 +99,7 @@ def load_profile(name: str) -> Profile:
     raw = _read(name)
     sizes = os.environ.get("EMBER_SIZES")
     if sizes:
-        raw |= {key: _read(sizes)[key] for key in ("deltas", "sizes")}
+        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes")}
     return Profile(name=name, **raw)
 
 
@@ -98,9 +118,18 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key {key!r}")
         raise UnknownNameError(f"key in {path.name}", key, known)
     _checked(path, "model", raw["model"], str)
-    for key, kind in (("concepts", str), ("methods", str), ("seeds", int), ("deltas", (int, float))):
+    for key, kind in (("concepts", str), ("methods", str), ("seeds", int)):
         raw[key] = tuple(_checked(path, key, value, kind) for value in _checked(path, key, raw[key], list))
-    raw["deltas"] = tuple(float(delta) for delta in raw["deltas"])
+    _checked(path, "grids", raw["grids"], dict)
+    for method in raw["methods"]:
+        if method not in raw["grids"]:
+            raise DataError(f"{path}: missing key 'grids.{method}'")
+    for method, grid in raw["grids"].items():
+        for key, value in _checked(path, f"grids.{method}", grid, dict).items():
+            for entry in value if isinstance(value, list) else [value]:
+                # A string where a number belongs is what YAML makes of 1e-4.
+                if isinstance(entry, str) and entry[:1].isdigit():
+                    _checked(path, f"grids.{method}.{key}", entry, (int, float))
     for key, value in _checked(path, "fit", raw["fit"], dict).items():
         _checked(path, f"fit.{key}", value, (int, float))
     for key in ("rank", "sparsity"):
@@ -108,7 +137,8 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key 'fit.{key}'")
     for split, entries in _checked(path, "sizes", raw["sizes"], dict).items():
         for key, value in _checked(path, f"sizes.{split}", entries, dict).items():
-            _checked(path, f"sizes.{split}.{key}", value, int)
+            if key != "divergence":
+                _checked(path, f"sizes.{split}.{key}", value, int)
     return dict(raw)
 
 
@@ -116,6 +146,15 @@ def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{path}, key {key!r}: {value!r} is {type(value).__name__}; numbers look like 1.0e-4 in YAML")
     return value
+
+
+ERASED = ("records", "cells", "items", "samples", "lexical")
+
+
+def arms(profile: Profile) -> list[tuple[str, bool]]:
+    """(method, after EMBER?) of every arm: EMBER alone first, then each other method alone and after it."""
+    others = [(method, ember) for method in profile.methods if method != "ember" for ember in (False, True)]
+    return [("ember", False), *others]
 
 
 def plan(profile: Profile) -> list[Job]:
@@ -129,17 +168,19 @@ def plan(profile: Profile) -> list[Job]:
             first = Job("01_factorize_embeddings", {**chosen, **fit, "seed": seed}, (), ("loss",))
             second = Job("02_select_features", {**chosen, **fit, "seed": seed}, (first.name,), ("scores", "preview"))
             jobs += [first, second]
-            for method in profile.methods:
+            for method, ember in arms(profile):
+                arm = {**chosen, "seed": seed}
+                plain = run_name("03_erase_concept", **arm, method="ember", ember=False)
                 jobs.append(
                     Job(
                         "03_erase_concept",
-                        {**chosen, "method": method, "ember": False, "seed": seed},
-                        (second.name,),
-                        ("records", "cells", "items", "samples", "lexical"),
+                        {**arm, "method": method, "ember": ember},
+                        (plain if ember else second.name,),
+                        ERASED,
                     )
                 )
         erased = [job.name for job in jobs if job.notebook == "03_erase_concept"]
-        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
+        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased[:1])))
     jobs.append(Job("08_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
     return jobs
 

@@ -4,13 +4,15 @@ Nothing of it is part of this project (MIT licence; sentences and paragraphs der
 """
 
 import json
+import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ember.data import Concept, Question
+from ember.data import Concept, Question, plain_name
 from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
 from ember.files import atomic_dir, read_utf8, sha256_of
 from ember.paths import cache_dir, slug
@@ -56,9 +58,9 @@ def load_released(name: str, folder: str | Path | None = None) -> Concept:
     """
     root = fetch_released() if folder is None else Path(folder)
     rows = {slug(row["concept"]): row for row in _objects(root / SENTENCES, {"concept": str, "sentences": list})}
-    if slug(name) not in rows:
+    if plain_name(name) not in rows:
         raise UnknownNameError("released concept", name, [row["concept"] for row in rows.values()])
-    row = rows[slug(name)]
+    row = rows[plain_name(name)]
     neutral = _objects(root / NEUTRAL, {"url": str, "title": str, "sentence": str})
     stated = _entry(root / PARAGRAPHS, row["concept"], {"RelearnParagraphs": list})["RelearnParagraphs"]
     return Concept(
@@ -127,8 +129,10 @@ def fetch_released(*, repository: str = REPOSITORY, commit: str = COMMIT) -> Pat
 
 
 def _git(folder: str, *command: str) -> bytes:
+    # Inside a git hook these would name another repository, and a login prompt would wait for ever.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, check=True)
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, check=True, env=environment)
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
         raise DownloadError(
@@ -177,12 +181,15 @@ def _fields(path: Path, place: str, row: object, fields: Mapping[str, type]) -> 
             raise DataError(f"{path}, line {_line(path, row)}, {place}, field {field!r}: expected {wanted}")
 
 
-def _line(path: Path, row: Mapping[str, Any]) -> int:
-    """Line on which the first text of an entry first stands in its file; 1 if there is none."""
+def _line(path: Path, row: Mapping[str, Any]) -> str:
+    """Line, or lines, on which the first text of an entry stands in its file; "?" if it has none."""
     raw = read_utf8(path)
-    text = next((value for value in row.values() if isinstance(value, str) and value), "")
-    found = max(raw.find(json.dumps(text, ensure_ascii=ascii_)) for ascii_ in (True, False))
-    return 1 + raw.count("\n", 0, max(found, 0))
+    text = next((value for value in row.values() if isinstance(value, str) and value), None)
+    if text is None:
+        return "?"
+    forms = {json.dumps(text, ensure_ascii=ascii_) for ascii_ in (True, False)}
+    starts = sorted(match.start() for form in forms for match in re.finditer(re.escape(form), raw))
+    return " or ".join(dict.fromkeys(str(1 + raw.count("\n", 0, start)) for start in starts)) or "?"
 
 
 def _texts(path: Path, field: str, values: list[Any]) -> tuple[str, ...]:

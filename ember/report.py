@@ -1,12 +1,15 @@
 """Records → the tables of the report."""
 
-import json
+from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
+from ember.metrics import Comparison, compare
 from ember.paths import slug
 
 KEYS = ["concept", "method", "ember", "seed"]
+ARM = ["concept", "method", "ember"]
 SCORES = [
     "efficacy_cont", "specificity_cont", "coherence", "harmonic_cont", "final_cont",
     "efficacy", "specificity", "harmonic", "final",
@@ -22,16 +25,69 @@ def figure_name(kind: str, frame: pd.DataFrame) -> str:
     return "__".join([*parts, f"seed{row.seed}"])
 
 
-def with_strength(records: pd.DataFrame) -> pd.DataFrame:
-    """Add the edit strength δ from the records' config."""
-    return records.assign(strength=[float(json.loads(config)["delta"]) for config in records.config])
+def comparisons(items: pd.DataFrame) -> dict[tuple[str, str, bool, int], Comparison]:
+    """The comparison with the base model of every run, from its item scores (columns base and edited).
+
+    All draw the same items, so that two arms of a concept can be subtracted draw by draw.
+    """
+    keys = ["set", "item", "metric"]
+    return {
+        (str(c), str(m), bool(e), int(s)): compare(
+            run[keys].assign(value=run.base), run[keys].assign(value=run.edited)
+        )
+        for (c, m, e, s), run in items.groupby(KEYS, sort=False)
+    }  # fmt: skip
 
 
-def main_table(edited: pd.DataFrame) -> pd.DataFrame:
-    """One row for each arm and score: value with interval, and the strength chosen."""
-    rows = with_strength(edited[(edited.set == "") & edited.metric.isin(SCORES)])
-    rows = rows.assign(order=rows.metric.map(SCORES.index)).sort_values([*KEYS, "order"])
-    return rows[[*KEYS, "strength", "metric", "value", "ci_low", "ci_high"]].reset_index(drop=True)
+def pooled(parts: Sequence[tuple[float, np.ndarray]], *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % interval over items and seeds.
+
+    Each part is one seed's value and its bootstrap draws over the same items; every draw resamples the seeds too.
+    """
+    values, draws = np.array([value for value, _ in parts]), np.stack([draw for _, draw in parts])
+    chosen = np.random.default_rng(seed).integers(0, len(parts), (len(parts), draws.shape[1]))
+    means = np.take_along_axis(draws, chosen, axis=0).mean(0)
+    low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
+    return float(values.mean()), float(low), float(high)
+
+
+def main_table(found: dict[tuple[str, str, bool, int], Comparison], cells: pd.DataFrame) -> pd.DataFrame:
+    """One row for each arm and score: mean and interval over items and seeds, and the cells chosen."""
+    rows = []
+    for arm, seeds in _arms(found).items():
+        mine = cells[cells.chosen & (cells[ARM] == list(arm)).all(axis=1)]
+        chosen = "; ".join(dict.fromkeys(mine.sort_values("seed").cell))
+        for metric in SCORES:
+            parts = [(c.value(metric), c.draws[metric]) for c in seeds.values()]
+            rows.append((*arm, len(seeds), chosen, metric, *pooled(parts)))
+    return pd.DataFrame(rows, columns=[*ARM, "seeds", "cell", "metric", "value", "ci_low", "ci_high"])
+
+
+def effect_table(found: dict[tuple[str, str, bool, int], Comparison]) -> pd.DataFrame:
+    """What EMBER adds to each other method: the paired difference of every score, over items and seeds."""
+    rows = []
+    arms = _arms(found)
+    for (concept, method, ember), alone in arms.items():
+        after = arms.get((concept, method, True), {})
+        common = [seed for seed in alone if seed in after]
+        if ember or not common:
+            continue
+        for metric in SCORES:
+            parts = [
+                (after[s].value(metric) - alone[s].value(metric), after[s].draws[metric] - alone[s].draws[metric])
+                for s in common
+            ]
+            rows.append((concept, method, len(common), metric, *pooled(parts)))
+    return pd.DataFrame(rows, columns=["concept", "method", "seeds", "metric", "value", "ci_low", "ci_high"])
+
+
+def _arms(
+    found: dict[tuple[str, str, bool, int], Comparison],
+) -> dict[tuple[str, str, bool], dict[int, Comparison]]:
+    arms: dict[tuple[str, str, bool], dict[int, Comparison]] = {}
+    for (concept, method, ember, seed), comparison in found.items():
+        arms.setdefault((concept, method, ember), {})[seed] = comparison
+    return arms
 
 
 def change_table(edited: pd.DataFrame) -> pd.DataFrame:
@@ -42,23 +98,42 @@ def change_table(edited: pd.DataFrame) -> pd.DataFrame:
 
 
 def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Every cell of the grid: its scores on train, and which one was chosen."""
-    wide = with_strength(train[(train.set == "") & train.metric.isin(SCORES)]).pivot_table(
-        index=[*KEYS, "strength"], columns="metric", values="value"
-    )
-    columns = [*KEYS, "strength", "behind", "standard_error", "tie", "chosen"]
-    return wide[SCORES].reset_index().merge(cells[columns], on=[*KEYS, "strength"])
+    """Every cell of every grid: its scores on train, and which one was chosen."""
+    rows = train[(train.set == "") & train.metric.isin(SCORES)]
+    wide = rows.pivot_table(index=[*KEYS, "cell"], columns="metric", values="value", sort=False)
+    columns = [*KEYS, "cell", "behind", "standard_error", "tie", "chosen"]
+    return wide[SCORES].reset_index().merge(cells[columns], on=[*KEYS, "cell"])
+
+
+def arm_name(method: str, ember: bool) -> str:
+    """How tables name an arm: ``EMBER``, ``RMU``, ``EMBER + RMU``."""
+    return f"EMBER + {method.upper()}" if ember else method.upper()
+
+
+def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
+    """The main table as a reader wants it: one row an arm, one column a score with its interval."""
+    shown = {"efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
+             "final_cont": "harmonic mean"}  # fmt: skip
+    rows = []
+    for (concept, method, ember), arm in main.groupby(ARM, sort=False):
+        scores = arm.set_index("metric")
+        row = {"concept": concept, "method": arm_name(method, ember), "chosen on train": arm.cell.iloc[0]}
+        for metric, title in shown.items():
+            s = scores.loc[metric]
+            row[title] = f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
-    """A few lines for a busy reader: base model, edited model, change with its 95 % interval.
+    """A few lines for a busy reader on EMBER alone: base model, edited model, change with its 95 % interval.
 
-    One line for each concept, arm and measure, the first seed only.
+    One line for each concept and measure, the first seed only.
     """
     lines = []
-    for (concept, method, ember), arm in edited.groupby(["concept", "method", "ember"]):
-        arm = with_strength(arm[arm.seed == arm.seed.min()])
-        name = f"{method}{' + EMBER' if ember else ''}, δ = {arm.strength.iloc[0]:g}"
+    alone = edited[(edited.method == "ember") & ~edited.ember]
+    for concept, arm in alone.groupby("concept", sort=False):
+        arm = arm[arm.seed == arm.seed.min()]
         for label, set_, metric in (
             ("concept questions, accuracy", "concept", "accuracy"),
             ("similar domain, accuracy", "simdom", "accuracy"),
@@ -73,7 +148,7 @@ def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
             lines.append(
                 {
                     "concept": concept,
-                    "arm": name,
+                    "cell": arm.cell.iloc[0],
                     "measure (test split)": label,
                     "base model": f"{before.value:.3f}",
                     "edited": f"{after.value:.3f}",

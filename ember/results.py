@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ember.editing import Edit
 from ember.environment import device_name, git_commit, library_versions
-from ember.errors import DamagedFileError
+from ember.errors import DamagedFileError, EmberError
 from ember.evaluation import Evaluation
 from ember.files import atomic_dir, atomic_file, digest
 from ember.models import LoadedModel
@@ -20,8 +21,8 @@ from ember.paths import results_dir
 from ember.profiles import frame_path
 
 RECORD_COLUMNS = (
-    "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "seed", "split", "set",
-    "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
+    "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "cell", "seed", "split",
+    "set", "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
     "wall_seconds",
 )  # fmt: skip
 
@@ -37,8 +38,13 @@ class RunContext:
     ember: bool
     seed: int
 
-    def records(self, summary: pd.DataFrame, *, config: Any, split: str, wall_seconds: float) -> pd.DataFrame:
-        """Rows of ``RECORD_COLUMNS`` for a comparison's summary. Missing values are NaN, never 0."""
+    def records(
+        self, summary: pd.DataFrame, *, config: Any, cell: str, split: str, wall_seconds: float
+    ) -> pd.DataFrame:
+        """Rows of ``RECORD_COLUMNS`` for a comparison's summary. Missing values are NaN, never 0.
+
+        ``cell`` is the label of ``config`` in its grid.
+        """
         settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
         return summary.assign(
             model=self.loaded.name,
@@ -49,6 +55,7 @@ class RunContext:
             method=self.method,
             ember=self.ember,
             config=json.dumps(settings, sort_keys=True),
+            cell=cell,
             seed=self.seed,
             split=split,
             git_commit=git_commit(),
@@ -124,6 +131,22 @@ class EvaluationCache:
             value.items.to_parquet(target / "items.parquet", index=False)
             value.samples.to_parquet(target / "samples.parquet", index=False)
         return value
+
+
+def saved_edit(profile: str, run: str) -> Edit:
+    """The edit that a run of ``03_erase_concept`` saved.
+
+    Raises
+    ------
+    EmberError
+        If it has saved none.
+    """
+    folder = results_dir(profile) / "edits" / run
+    if not folder.exists():
+        raise EmberError(
+            f"no edit of {run} in {results_dir(profile)}; run 03_erase_concept with those parameters first"
+        )
+    return Edit.load(folder)
 
 
 def write_run(profile: str, run: str, **frames: pd.DataFrame) -> Path:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,24 @@ this that these those which what who whom whose when where how why many much mos
 before during about between their his her he she they them you your we our can could would will may might there one
 name named call called known term word kind type sort used use make made often usually
 """
-_ENDINGS = re.compile(r"(?:'s|ing|ed|es|ly|s|e)$")
+_ENDINGS = re.compile(r"(?:ing|ed|ly|e)$")
+
+
+@lru_cache(maxsize=100_000)
+def _stem(word: str) -> str:
+    word = word.removesuffix("'s")
+    if word.endswith("ies") and len(word) > 4:
+        word = word[:-3] + "y"
+    elif word.endswith("sses"):
+        word = word[:-2]
+    elif word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")):
+        word = word[:-1]
+    return _ENDINGS.sub("", word) if len(word) > 4 else word
 
 
 def stems(text: str) -> list[str]:
-    """The words of a text in order: lower case, common English endings cut off."""
-    words = re.findall(r"[^\W_]+(?:'s)?", text.lower().replace("’", "'"))
-    return [_ENDINGS.sub("", word) if len(word) > 4 else word.removesuffix("'s") for word in words]
+    """The words of a text in order: lower case, plurals and common English endings cut off."""
+    return [_stem(word) for word in re.findall(r"[^\W_]+(?:'s)?", text.lower().replace("’", "'"))]
 
 
 _EMPTY = frozenset(stems(_EMPTY_WORDS))

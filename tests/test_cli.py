@@ -3,20 +3,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import make_loaded
+from test_checks import write_sound
 from test_data import write_concept, write_shared
+from test_released import make_repository, write_released
 
+from ember import released
 from ember.__main__ import main
 from ember.data import list_concepts
 from ember.models import MODELS
 from ember.profiles import list_profiles
 
-COMMANDS = ["reproduce", "erase", "preview", "check-data", "fetch-model", "run-notebook", "update-readme"]
+COMMANDS = ["reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "run-notebook", "update-readme"]
 
 
 @pytest.fixture
@@ -142,31 +146,131 @@ def test_dry_run_tells_what_would_run(run):
     assert not list(Path(os.environ["EMBER_RESULTS"]).rglob("*.json"))
 
 
-def test_check_data_prints_the_counts(run):
-    status, out, _ = run("check-data")
-    assert status == 0
-    header, *rows = out.splitlines()
-    assert "sentences" in header and "paragraphs" in header
-    assert len(rows) == len(list_concepts())
-    assert re.search(r"Ancient Rome\s+Ancient Greece\s+240\b", out)
+@pytest.fixture
+def sound(tmp_path, monkeypatch) -> Path:
+    """A concept folder that passes every check, in a data folder in place of ours."""
+    monkeypatch.setenv("EMBER_DATA", str(tmp_path / "data"))
+    return write_sound(tmp_path / "data")
 
 
-def test_check_data_of_ones_own_folder(run, concept):
-    status, out, _ = run("check-data", concept)
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model fails the test."""
+    monkeypatch.setattr("ember.models.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+
+
+def spoil(path: Path, lines: int) -> None:
+    """Cut the first lines of a text file to one word each."""
+    texts = path.read_text().splitlines()
+    path.write_text("\n".join([text.split()[0] for text in texts[:lines]] + texts[lines:]) + "\n")
+
+
+def test_check_data_passes_sound_data(run, sound, no_model):
+    status, out, errors = run("check-data", "--no-model")
+    assert (status, errors) == (0, "")
+    header, *_, blank, last = out.splitlines()
+    assert re.fullmatch(r" *check +wanted +Sound Rome +shared", header)
+    assert (blank, last) == ("", "all checks passed")
+    assert re.search(r"^ *sentences +≥ 150 +150\b", out, re.M)
+    assert "empty question" not in out and "!" not in out
+
+
+def test_check_data_of_one_folder(run, sound, no_model):
+    status, out, _ = run("check-data", sound, "--no-model")
     assert status == 0
-    assert "Tiny Rome" in out
+    assert "Sound Rome" in out and "shared" not in out
+
+
+def test_check_data_lists_what_to_mend(run, sound, no_model):
+    spoil(sound / "sentences.txt", 7)
+    status, out, errors = run("check-data", "--no-model")
+    assert (status, errors) == (1, "")
+    assert out.endswith("\n1 checks failed (marked !)\n")
+    assert re.search(r"^ *length of sentences +0 +7(\.00)? !", out, re.M)
+    assert "\nSound Rome: length of sentences (7)\n" in out
+    named = re.findall(r"^  sentences\.txt, line (\d+): 1 words, wanted 5-45: ", out, re.M)
+    assert named == ["1", "2", "3", "4", "5"]
+    assert "\n  … 2 more; --all shows them\n" in out
+
+
+def test_check_data_lists_everything_with_all(run, sound, no_model):
+    spoil(sound / "sentences.txt", 7)
+    _, out, _ = run("check-data", "--no-model", "--all")
+    assert re.findall(r"^  sentences\.txt, line (\d+): ", out, re.M) == list("1234567")
+    assert "more" not in out
+
+
+def test_check_data_of_ones_own_folder_compares_it_with_the_minimum(run, concept, no_model):
+    status, out, _ = run("check-data", concept, "--no-model")
+    assert status == 1
+    assert re.search(r"^ *sentences +≥ 150 +4(\.00)? !", out, re.M)
+    assert "Tiny Rome: length of paragraphs (4)" in out
+
+
+def test_check_data_asks_the_model(run, concept, model):
+    status, out, _ = run("check-data", concept, "--model", model)
+    assert status == 1
+    assert re.search(r"^ *empty question, probability, concept test +≤ 0\.35 +[01]\.\d\d\b", out, re.M)
+
+
+def test_check_data_with_an_unknown_model(run, concept):
+    status, out, errors = run("check-data", concept, "--model", "nope")
+    assert (status, out) == (1, "")
+    assert_one_line(errors, "'nope'", *MODELS)
+
+
+def test_check_data_of_released_files(run, tmp_path, no_model):
+    folder = write_released(tmp_path / "released")
+    status, out, errors = run("check-data", folder, "--released", "--no-model")
+    assert (status, errors) == (1, "")
+    assert re.search(r"^ *check +wanted +Jar Town +Élan$", out, re.M)
+    assert re.search(r"^Jar Town: length of sentences \(1\)\n  sentences\[0\]: 4 words", out, re.M)
+
+
+def test_check_data_of_released_files_names_file_line_and_field(run, tmp_path):
+    path = write_released(tmp_path / "released") / released.CHOICE
+    path.write_text(path.read_text().replace('"correct_answer": "flint"', '"correct_answer": "jade"', 1))
+    status, out, errors = run("check-data", path.parent, "--released", "--no-model")
+    assert (status, out) == (1, "")
+    assert_one_line(errors, f"{path}, line ", "QA_train[1], field 'options'", "'jade'")
+
+
+@pytest.fixture
+def upstream(tmp_path, monkeypatch) -> Path:
+    """A repository of one's own in place of the authors'."""
+    folder = tmp_path / "upstream"
+    commit = make_repository(folder)
+    monkeypatch.setattr(released, "COMMIT", commit)
+    monkeypatch.setattr(released.fetch_released, "__kwdefaults__", {"repository": str(folder), "commit": commit})
+    return folder
+
+
+def test_fetch_data_fetches_once_and_tells_what_there_is(run, upstream):
+    expected = f"released data at {released.COMMIT[:7]}: Jar Town, Élan\n"
+    assert run("fetch-data") == (0, expected, "")
+    shutil.rmtree(upstream)
+    assert run("fetch-data") == (0, expected, "")
+    status, out, _ = run("check-data", "--released", "--no-model")
+    assert status == 1 and "Jar Town" in out
+
+
+def test_fetch_data_that_cannot_be_fetched_is_an_error(run, upstream):
+    shutil.rmtree(upstream)
+    status, out, errors = run("fetch-data")
+    assert (status, out) == (1, "")
+    assert_one_line(errors, "git could not fetch it", "--folder")
 
 
 def test_check_data_names_file_line_and_field(run, concept):
     path = concept / "questions.jsonl"
     path.write_text(path.read_text().replace('"split": "test"', '"split": "dev"', 1))
-    status, out, errors = run("check-data", concept)
+    status, out, errors = run("check-data", concept, "--no-model")
     assert (status, out) == (1, "")
     assert_one_line(errors, f"{path}, line 1, field 'split'", "'dev'")
 
 
 def test_check_data_of_a_missing_folder(run, tmp_path):
-    status, _, errors = run("check-data", tmp_path / "nope")
+    status, _, errors = run("check-data", tmp_path / "nope", "--no-model")
     assert status == 1
     assert_one_line(errors, str(tmp_path / "nope"))
 

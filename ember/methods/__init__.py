@@ -4,18 +4,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ember.data import Concept
 from ember.editing import Edit
-from ember.methods import ember
+from ember.methods import crisp, ember, pisces, rmu, snmf
+from ember.models import LoadedModel
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's config class and ``run(loaded, concept, config, *, seed) -> Edit``, which leaves the model as is."""
+    """A method's config class and ``run(loaded, concept, config, *, seed) -> Edit``, which leaves the model as is.
+
+    ``prepare(loaded, concept, config)`` makes what a method needs from the unedited model, if it needs anything.
+    """
 
     config: type[Any]
     run: Callable[..., Edit]
+    prepare: Callable[..., None] | None = None
 
 
 METHODS: dict[str, Method] = {
     "ember": Method(ember.EmberConfig, ember.run),
+    "snmf": Method(snmf.SnmfConfig, snmf.run),
+    "rmu": Method(rmu.RmuConfig, rmu.run),
+    "crisp": Method(crisp.CrispConfig, crisp.run, crisp.prepare),
+    "pisces": Method(pisces.PiscesConfig, pisces.run, pisces.prepare),
 }
+
+
+def erase(
+    loaded: LoadedModel,
+    concept: Concept,
+    method: str,
+    config: Any,
+    *,
+    first: Edit | None = None,
+    seed: int = 42,
+    progress: bool = False,
+) -> Edit:
+    """The edit of a method, or with ``first`` (an EMBER edit) of the method run after it, composed into one.
+
+    The model is left bit-identical.
+    """
+    chosen = METHODS[method]
+    if first is None:
+        return chosen.run(loaded, concept, config, seed=seed, progress=progress)
+    if chosen.prepare:
+        chosen.prepare(loaded, concept, config, progress=progress)
+    with first.applied(loaded):
+        later = chosen.run(loaded, concept, config, seed=seed, progress=progress)
+    return first.then(later)

@@ -1,0 +1,91 @@
+"""What the methods share: forget and retain texts, parameters that are trained and put back, the edit at the end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ember.activations import Batch, text_batch
+from ember.data import Concept
+from ember.editing import Edit, Provenance
+from ember.environment import library_versions
+from ember.errors import EmberError
+from ember.models import LoadedModel
+
+
+def forget_texts(concept: Concept) -> tuple[str, ...]:
+    """The concept's fit sentences. Paragraphs are for relearning, and questions for the evaluation: neither is here."""
+    return concept.sentences
+
+
+def retain_texts(concept: Concept) -> tuple[str, ...]:
+    """All neutral sentences of the fit."""
+    return (*concept.neutral, *concept.further_neutral)
+
+
+def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless batches of ``size`` texts, in a new random order each time round."""
+    if not texts:
+        raise EmberError("no texts to train on")
+    pending: list[int] = []
+    while True:
+        while len(pending) < size:
+            pending += torch.randperm(len(texts), generator=generator).tolist()
+        chosen, pending = pending[:size], pending[size:]
+        yield text_batch(loaded, [texts[k] for k in chosen])
+
+
+@contextmanager
+def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Open the named parameters for training, and no other; on exit all are as they were, bit for bit."""
+    model = loaded.model
+    wanted = {name: model.get_parameter(name) for name in names}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in wanted.items()}
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield wanted
+    finally:
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(before[name])
+                parameter.grad = None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+def require_finite(loss: torch.Tensor, method: str, step: int) -> None:
+    """Stop a training run that has diverged."""
+    if not bool(torch.isfinite(loss)):
+        raise EmberError(f"{method} diverged at step {step}: the loss is {float(loss)}; lower the learning rate")
+
+
+def weights_edit(
+    loaded: LoadedModel,
+    concept: Concept,
+    method: str,
+    config: Any,
+    values: Mapping[str, torch.Tensor],
+    *,
+    seed: int,
+    **extra: Any,
+) -> Edit:
+    """The edit that sets whole parameters, kept to the rows that differ; ``extra`` joins the config on record."""
+    changed = {}
+    for name, new in values.items():
+        old = loaded.model.get_parameter(name).detach()
+        new = new.detach().to(old)
+        rows = (new != old).flatten(1).any(1).nonzero().squeeze(1)
+        if len(rows):
+            changed[name] = (rows.cpu(), new[rows])
+    provenance = Provenance(
+        base_model=loaded.name, base_hash=loaded.weights_hash, method=method, seed=seed, concept=concept.name,
+        config=asdict(config) | extra, side="none", versions=library_versions(),
+    )  # fmt: skip
+    return Edit.from_values(loaded, changed, provenance)

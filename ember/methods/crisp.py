@@ -1,0 +1,183 @@
+"""CRISP: train a LoRA that lowers the concept's autoencoder features on concept text and leaves neutral text alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ember.activations import Batch, Site, activations, layer_name, n_layers
+from ember.data import Concept, load_shared
+from ember.editing import Edit
+from ember.methods.common import batches, forget_texts, require_finite, retain_texts, trainable, weights_edit
+from ember.methods.pisces import select_features
+from ember.models import LoadedModel
+from ember.progress import bar
+from ember.sae import SparseAutoencoder, load_saes, top_k
+
+COHERENCE_TEXTS = 20
+Merged = Callable[[], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class CrispConfig:
+    """Settings of CRISP (paper, appendix).
+
+    ``layers`` have autoencoders on the residual stream, of which the ``features`` most active on concept text are
+    lowered, if their mean there is at least ``min_ratio`` times that on neutral text. LoRA matrices of ``lora_rank``
+    and scale ``lora_scale`` sit on all linear modules of the layers ``first_layer`` to the last of ``layers``.
+    ``margin`` is the paper's α, ``beta`` and ``gamma`` its β and γ; ``steps`` batches of ``batch_size`` sentences are
+    seen.
+    """
+
+    layers: tuple[int, ...] = (6, 9, 12)
+    first_layer: int = 4
+    features: int = 10
+    min_ratio: float = 3.0
+    margin: float = 10.0
+    beta: float = 0.99
+    gamma: float = 0.01
+    lora_rank: int = 4
+    lora_scale: int = 2
+    lr: float = 5e-4
+    steps: int = 60
+    batch_size: int = 4
+    sae: str = "trained"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or not 0 <= self.first_layer <= max(self.layers):
+            raise ValueError("layers must name at least one layer, and first_layer be at most the last of them")
+        for name in ("features", "lora_rank", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be in [0, 1], got {self.beta}")
+
+
+def prepare(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, progress: bool = False) -> None:
+    """Have the autoencoders in the cache, made on the unedited model."""
+    load_saes(loaded, concept, "residual", config.layers, source=config.sae, progress=progress)
+
+
+def run(
+    loaded: LoadedModel,
+    concept: Concept,
+    config: CrispConfig = CrispConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> Edit:
+    """Train (1−β)·forget + β·retain + γ·coherence and merge the LoRA; the model is left bit-identical.
+
+    forget: mean of the selected features' activation on concept text wherever the unedited model activates them, raised
+    by α times the mean magnitude of their pre-activation so that they are pushed below zero and not just to it. retain:
+    MSE(h, h⁰) of the autoencoders' layers on neutral text. coherence: MSE of the last layer on 20 train instructions.
+    The first position is left out of all three.
+
+    Raises
+    ------
+    EmberError
+        If no feature carries the concept, or training diverges.
+    """
+    depth = n_layers(loaded)
+    if max(config.layers) >= depth:
+        raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
+    saes = load_saes(loaded, concept, "residual", config.layers, source=config.sae, progress=progress)
+    chosen = select_features(loaded, concept, saes, config.features, config.min_ratio, progress=progress)
+    kept = {sae.site: (sae, chosen[chosen.layer == sae.site.layer].feature.tolist()) for sae in saes}
+    generator = torch.Generator().manual_seed(seed)
+    sources = [
+        batches(loaded, texts, size, generator)
+        for texts, size in (
+            (forget_texts(concept), config.batch_size),
+            (retain_texts(concept), config.batch_size),
+            ([i.instruction for i in load_shared().instructions if i.split == "train"][:COHERENCE_TEXTS], 1),
+        )
+    ]
+    plan = [tuple(next(source) for source in sources) for _ in range(config.steps)]
+    sites, last = list(kept), [Site("residual", depth - 1)]
+    # What the model does before any step; inference only, so it is done once.
+    with torch.no_grad():
+        before = [(_states(loaded, f, sites), _states(loaded, r, sites), _states(loaded, c, last)) for f, r, c in plan]
+    with adapted(loaded, config, seed) as (parameters, merged):
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, amsgrad=True)
+        for step in bar(range(config.steps), show=progress, desc="CRISP"):
+            (forget, retain, coherence), (forget0, retain0, coherence0) = plan[step], before[step]
+            now = _states(loaded, forget, sites)
+            lowered = torch.stack([_activity(*kept[s], now[s], forget0[s], config.margin) for s in sites]).mean()
+            drift = _distance(_states(loaded, retain, sites), retain0)
+            spoiled = _distance(_states(loaded, coherence, last), coherence0)
+            loss = (1 - config.beta) * lowered + config.beta * drift + config.gamma * spoiled
+            require_finite(loss, "CRISP", step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        values = merged()
+    return weights_edit(loaded, concept, "crisp", config, values, seed=seed, selected=chosen.to_dict("records"))
+
+
+def _states(loaded: LoadedModel, batch: Batch, sites: list[Site]) -> dict[Site, torch.Tensor]:
+    found = activations(loaded, batch.ids, batch.mask, sites)
+    return {site: found[site][batch.scored].float() for site in sites}
+
+
+def _distance(now: dict[Site, torch.Tensor], before: dict[Site, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(now[site] - before[site]).square().mean() for site in now]).mean()
+
+
+def _activity(
+    sae: SparseAutoencoder, features: list[int], now: torch.Tensor, before: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """Mean positive activation of the features, raised by the margin, where they were active before."""
+    if not features:
+        return now.new_zeros(())
+    original = sae.pre(before)
+    active = (top_k(original, sae.k) if sae.k else original.clamp_min(0))[:, features] > 0
+    raised = sae.pre(now)[:, features] + margin * original[:, features].mean().abs()
+    values = raised.clamp_min(0)[active]
+    return values.mean() if len(values) else now.new_zeros(())
+
+
+@contextmanager
+def adapted(loaded: LoadedModel, config: CrispConfig, seed: int) -> Iterator[tuple[list[torch.nn.Parameter], Merged]]:
+    """LoRA on the linear modules of a band of layers, through ``peft``; embeddings and head are left out.
+
+    Yields the adapter's parameters and a function that gives the merged weights by name. On exit the adapter is gone
+    and the model as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [
+        name
+        for layer in range(config.first_layer, max(config.layers) + 1)
+        for name, module in loaded.model.get_submodule(layer_name(loaded, layer)).named_modules(
+            prefix=layer_name(loaded, layer)
+        )
+        if isinstance(module, torch.nn.Linear)
+    ]
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank * config.lora_scale, target_modules=targets)
+    original = {name: loaded.model.get_submodule(name) for name in targets}
+    state = torch.get_rng_state()
+    with trainable(loaded, []):
+        try:
+            torch.manual_seed(seed)
+            inject_adapter_in_model(lora, loaded.model)
+            torch.set_rng_state(state)
+            layers = {name: loaded.model.get_submodule(name) for name in targets}
+            parameters = [p for module in layers.values() for n, p in module.named_parameters() if "lora_" in n]
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+            def merged() -> dict[str, torch.Tensor]:
+                return {
+                    f"{name}.weight": (original[name].weight + module.get_delta_weight("default")).detach()
+                    for name, module in layers.items()
+                }
+
+            yield parameters, merged
+        finally:
+            torch.set_rng_state(state)
+            for name, module in original.items():
+                parent, _, child = name.rpartition(".")
+                setattr(loaded.model.get_submodule(parent), child, module)

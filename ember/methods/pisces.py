@@ -1,0 +1,122 @@
+"""PISCES: rewrite MLP output vectors through a sparse autoencoder, with the concept's features turned against it."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from ember.activations import collect, layer_name
+from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
+from ember.data import Concept
+from ember.editing import Edit
+from ember.methods.common import forget_texts, retain_texts, weights_edit
+from ember.models import LoadedModel
+from ember.sae import SparseAutoencoder, load_saes
+
+
+@dataclass(frozen=True)
+class PiscesConfig:
+    """Settings of PISCES (paper, appendix; precise in-parameter concept erasure).
+
+    At each of ``layers``, up to ``features`` features of an autoencoder on the MLP output are selected: most active on
+    concept text, with a mean activation at least ``min_ratio`` times that on neutral text. ``tau`` (τ) is the share of
+    the largest projection from which a neuron is edited, ``mu`` (μ) the multiple of it that the feature's coefficient
+    is set to. Over the first ``ramp`` layers μ grows from a tenth to its full value (10 on Gemma). ``sae`` is a source
+    of ``ember.sae``.
+    """
+
+    layers: tuple[int, ...] = (4, 7, 10)
+    features: int = 5
+    min_ratio: float = 3.0
+    tau: float = 0.5
+    mu: float = 10.0
+    ramp: int = 0
+    sae: str = "trained"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("layers must name at least one layer")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must be in (0, 1], got {self.tau}")
+        if self.mu < 0:
+            raise ValueError(f"mu must be at least 0, got {self.mu}")
+        if self.features < 1:
+            raise ValueError(f"features must be at least 1, got {self.features}")
+
+
+def prepare(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, progress: bool = False) -> None:
+    """Have the autoencoders in the cache, made on the unedited model."""
+    load_saes(loaded, concept, "mlp_out", config.layers, source=config.sae, progress=progress)
+
+
+def run(
+    loaded: LoadedModel,
+    concept: Concept,
+    config: PiscesConfig = PiscesConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> Edit:
+    """Edit the MLP output vectors that carry the concept's features; the model is left bit-identical.
+
+    Errors are those of ``load_saes``, and ``EmberError`` if no feature of any layer carries the concept. ``seed`` only
+    goes on record: nothing here is random.
+    """
+    saes = load_saes(loaded, concept, "mlp_out", config.layers, source=config.sae, progress=progress)
+    chosen = select_features(loaded, concept, saes, config.features, config.min_ratio, progress=progress)
+    values = {}
+    for sae in saes:
+        features = chosen[chosen.layer == sae.site.layer].feature.tolist()
+        if features:
+            name = f"{layer_name(loaded, sae.site.layer, loaded.architecture.mlp_down)}.weight"
+            mu = (
+                config.mu * min(1.0, 0.1 + 0.9 * sae.site.layer / max(1, config.ramp - 1)) if config.ramp else config.mu
+            )
+            W_out = loaded.model.get_parameter(name).detach().T.float()
+            values[name] = turn_against(W_out, sae, features, config.tau, mu).T
+    return weights_edit(loaded, concept, "pisces", config, values, seed=seed, selected=chosen.to_dict("records"))
+
+
+def select_features(
+    loaded: LoadedModel,
+    concept: Concept,
+    saes: list[SparseAutoencoder],
+    count: int,
+    min_ratio: float,
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens."""
+    sites = [sae.site for sae in saes]
+    found = [
+        collect(loaded, texts, sites, progress=progress) for texts in (forget_texts(concept), retain_texts(concept))
+    ]
+    text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
+    tables = []
+    for sae in saes:
+        forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
+        table = contrast_table(loaded, forget, retain, text)
+        tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
+    return require_some(tables, concept, "SAE")[["layer", "feature", "forget", "retain", "keyness", "top_tokens"]]
+
+
+def turn_against(
+    W_out: torch.Tensor, sae: SparseAutoencoder, features: list[int], tau: float, mu: float
+) -> torch.Tensor:
+    """New output vectors [d_mlp, d_model] of the neurons.
+
+    For each feature f, the neurons with |W_out · W_enc[:, f]| ≥ τ·max are encoded; the coefficient of f becomes
+    ∓ μ·max, against the sign with which the neuron writes f; then they are decoded, and what the autoencoder had failed
+    to reconstruct is added back.
+    """
+    coefficients = sae.encode(W_out)
+    residue = W_out - sae.decode(coefficients)
+    touched = torch.zeros(len(W_out), dtype=torch.bool, device=W_out.device)
+    for f in features:
+        projection = W_out @ sae.W_enc[:, f]
+        largest = projection.abs().max()
+        rows = projection.abs() >= tau * largest
+        coefficients[rows, f] = -torch.sign(projection[rows]) * mu * largest
+        touched |= rows
+    return torch.where(touched[:, None], sae.decode(coefficients) + residue, W_out)

@@ -1,0 +1,172 @@
+"""SNMF: factorize a layer's MLP neurons into features and project the concept's out of the neurons that carry them."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from ember.activations import Site, collect, layer_name, n_layers
+from ember.cache import cached_tensors
+from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some
+from ember.data import Concept
+from ember.editing import Edit
+from ember.factorization import semi_nmf
+from ember.files import digest
+from ember.methods.common import forget_texts, retain_texts, weights_edit
+from ember.models import LoadedModel
+from ember.progress import bar
+
+BANDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class SnmfConfig:
+    """Settings of SNMF (paper, appendix; semi-NMF of MLP activations).
+
+    ``band`` names a third of the depth. In each of its layers, semi-NMF of rank ``rank`` with ``sparsity`` of the
+    neurons a feature is fitted on ``tokens`` tokens of either text; up to ``features`` features with a keyness of
+    ``min_keyness`` bits are selected. A projection of strength δ scales the component along a feature by |1 − δ|:
+    ``delta_out`` or ``delta_in`` = 1 removes it, 0 leaves it, and 4 triples it with the sign flipped. ``mass`` is the
+    share of a feature's weight that the neurons kept must cover.
+    """
+
+    delta_out: float = 1.0
+    delta_in: float = 0.0
+    band: str = "early"
+    features: int = 4
+    min_keyness: float = 0.5
+    rank: int = 100
+    sparsity: float = 0.01
+    mass: float = 0.95
+    tokens: int = 2500
+    max_iter: int = 100
+    patience: int = 10
+    tol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.band not in BANDS:
+            raise ValueError(f"band must be one of {', '.join(BANDS)}, got {self.band!r}")
+        for name in ("features", "rank", "tokens", "max_iter", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("sparsity", "mass"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+
+def run(
+    loaded: LoadedModel,
+    concept: Concept,
+    config: SnmfConfig = SnmfConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> Edit:
+    """Project the selected features out of the MLP matrices of a band of layers; the model is left bit-identical.
+
+    Output side: with W the output matrix and F[:, k] a feature over neurons, f = W F[:, k] normalized is what the
+    feature writes; the columns of the neurons that carry it lose their component along f. Input side: the same on the
+    rows of the up-projection with f = W_upᵀ F[:, k]. Where a neuron carries several features, their span is projected
+    out at once, so that δ = 1 leaves nothing of any of them.
+
+    Raises
+    ------
+    EmberError
+        If no feature of the band carries the concept.
+    """
+    fits = factorize(loaded, concept, config, seed=seed, progress=progress)
+    chosen = require_some([select(fit, config) for fit in fits.values()], concept, "SNMF")
+    values: dict[str, torch.Tensor] = {}
+    for layer, rows in chosen.groupby("layer"):
+        F = fits[int(layer)].F[:, rows.feature.tolist()]
+        masks = torch.stack([carriers(column, config.mass) for column in F.T])
+        for side, delta in (("out", config.delta_out), ("in", config.delta_in)):
+            if delta:
+                name, matrix = _neuron_rows(loaded, int(layer), side)
+                new = project_out(matrix, F.to(matrix), masks, delta)
+                values[name] = new.T if side == "out" else new
+    about = chosen[["layer", "feature", "keyness", "top_tokens"]].to_dict("records")
+    return weights_edit(loaded, concept, "snmf", config, values, seed=seed, selected=about)
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Features of one layer's neurons: F [d_mlp, K] and their ``contrast_table`` with column ``layer``."""
+
+    F: torch.Tensor
+    table: pd.DataFrame
+
+
+def factorize(
+    loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int, progress: bool = False
+) -> dict[int, LayerFit]:
+    """Semi-NMF of each layer of the band; kept in the user cache, because every strength shares it."""
+    depth = n_layers(loaded)
+    third = BANDS.index(config.band)
+    layers = range(third * depth // 3, (third + 1) * depth // 3)
+    settings = (config.rank, config.sparsity, config.tokens, config.max_iter, config.patience, config.tol, seed)
+    texts = (forget_texts(concept), retain_texts(concept))
+    key = digest(loaded.weights_hash, loaded.dtype, *texts, config.band, settings)
+
+    def compute():  # type: ignore[no-untyped-def]
+        sites = [Site("neurons", layer) for layer in layers]
+        generator = torch.Generator().manual_seed(seed)
+        found = [collect(loaded, part, sites, progress=progress) for part in texts]
+        picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in found]
+        ids = [ids[pick] for (_, ids), pick in zip(found, picks, strict=True)]
+        text = ContrastText(*ids, keyness_bits(loaded, concept))
+        tensors, tables = {}, {}
+        for site in bar(sites, show=progress, desc="SNMF"):
+            X = torch.cat([states[site][pick] for (states, _), pick in zip(found, picks, strict=True)])
+            fit = semi_nmf(
+                X, min(config.rank, *X.shape), sparsity=config.sparsity, max_iter=config.max_iter,
+                patience=config.patience, tol=config.tol * float(X.square().sum()), seed=seed,
+            )  # fmt: skip
+            table = contrast_table(loaded, fit.G[: len(ids[0])], fit.G[len(ids[0]) :], text)
+            tensors[str(site.layer)] = fit.F
+            tables[str(site.layer)] = table.drop(columns="ratio").assign(layer=site.layer).to_dict("list")
+        return tensors, tables
+
+    tensors, tables = cached_tensors("snmf", f"{concept.slug}-{key}", compute)
+    return {layer: LayerFit(tensors[str(layer)], pd.DataFrame(tables[str(layer)])) for layer in layers}
+
+
+def select(fit: LayerFit, config: SnmfConfig) -> pd.DataFrame:
+    """The layer's features that carry the concept, best first."""
+    return fit.table[fit.table.keyness >= config.min_keyness].nlargest(config.features, "keyness")
+
+
+def carriers(column: torch.Tensor, mass: float) -> torch.Tensor:
+    """Mask [d_mlp] of the smallest set of neurons that covers ``mass`` of a feature's summed magnitude."""
+    order = column.abs().argsort(descending=True)
+    share = column.abs()[order].cumsum(0) / column.abs().sum()
+    count = int((share < mass - 1e-6).sum()) + 1
+    mask = torch.zeros(len(column), dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask & (column != 0)
+
+
+def project_out(matrix: torch.Tensor, F: torch.Tensor, masks: torch.Tensor, delta: float) -> torch.Tensor:
+    """w ← w − δ Q Qᵀ w for each neuron's vector w (a row of ``matrix`` [d_mlp, d]).
+
+    Q spans the directions matrixᵀ F[:, k] of the features k whose mask [K, d_mlp] holds the neuron; for one feature
+    this is w − δ f fᵀ w. All directions are taken before any change.
+    """
+    directions = torch.nn.functional.normalize((matrix.T @ F).T.double(), dim=1)
+    new = matrix.double().clone()
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for neuron, pattern in enumerate(masks.T.tolist()):
+        if any(pattern):
+            groups.setdefault(tuple(pattern), []).append(neuron)
+    for pattern, neurons in groups.items():
+        Q = torch.linalg.qr(directions[torch.tensor(pattern)].T).Q
+        new[neurons] -= delta * (new[neurons] @ Q) @ Q.T
+    return new.to(matrix)
+
+
+def _neuron_rows(loaded: LoadedModel, layer: int, side: str) -> tuple[str, torch.Tensor]:
+    """Parameter name, and the matrix [d_mlp, d_model] whose rows are the neurons' output or input vectors."""
+    architecture = loaded.architecture
+    path = layer_name(loaded, layer, architecture.mlp_down if side == "out" else architecture.mlp_up)
+    weight = loaded.model.get_parameter(f"{path}.weight").detach()
+    return f"{path}.weight", weight.T.float() if side == "out" else weight.float()

@@ -1,0 +1,528 @@
+"""Reading and fetching the authors' files, with tiny invented ones of the same form."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ember.checks import check_concept
+from ember.data import list_concepts, load_concept
+from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
+from ember.paths import REPOSITORY
+from ember.released import (
+    CHOICE,
+    FILES,
+    NEUTRAL,
+    OPEN,
+    PARAGRAPHS,
+    SENTENCES,
+    fetch_released,
+    list_released,
+    load_released,
+)
+
+PAPER_DATA = REPOSITORY.parent / "shared" / "paper-data"
+KEYS = {
+    "QA_train": ("concept", "train"),
+    "QA_test": ("concept", "test"),
+    "SimdomQA_train": ("simdom", "train"),
+    "SimdomQA_test": ("simdom", "test"),
+}
+OPTIONS = ["clay", "flint", "glass", "amber"]
+
+
+def choice(key: str, number: int, **changes) -> dict:
+    """A question of ``mc_questions.json``; the right option is each in turn."""
+    question = f"What is kept in jar {number} of {key}?"
+    return {"q": question, "correct_answer": OPTIONS[number], "options": OPTIONS} | changes
+
+
+def tables(name: str) -> tuple[dict, dict]:
+    """One concept's questions in both forms; every second open answer is longer than the option."""
+    ask = {key: [choice(f"{name} {key}", k) for k in range(3)] for key in KEYS}
+    tell = {
+        key: [{"q": row["q"], "a": f"{'some ' * (k % 2)}{row['correct_answer']}"} for k, row in enumerate(rows)]
+        for key, rows in ask.items()
+    }
+    return ask, tell
+
+
+def released_files() -> dict:
+    """The content of the five files: two invented concepts."""
+    names = ("Jar Town", "Élan")
+    return {
+        SENTENCES: [
+            {"concept": name, "sentences": [f"{name} has  jars.", f"Jars of\n{name} are old."]} for name in names
+        ],
+        NEUTRAL: [
+            {"url": f"https://x/{k}", "title": f"Page {k}", "sentence": f"It rained on day {k}."} for k in (1, 2)
+        ],
+        CHOICE: {name: tables(name)[0] for name in names},
+        OPEN: {name: tables(name)[1] for name in names},
+        PARAGRAPHS: {name: {"RelearnParagraphs": [f"{name} is a town. Its jars are known."]} for name in names},
+    }
+
+
+def write_released(folder: Path, content: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (content or released_files()).items():
+        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def released(tmp_path) -> Path:
+    return write_released(tmp_path / "released")
+
+
+# Reading
+
+
+def test_names(released):
+    assert list_released(released) == ["Jar Town", "Élan"]
+
+
+def test_a_concept_has_the_texts_of_its_files(released):
+    concept = load_released("Jar Town", released)
+    assert (concept.name, concept.slug, concept.source) == ("Jar Town", "jar-town", "released")
+    assert concept.sentences == ("Jar Town has jars.", "Jars of Jar Town are old.")  # one line each
+    assert concept.neutral == ("It rained on day 1.", "It rained on day 2.")
+    assert concept.paragraphs == ("Jar Town is a town. Its jars are known.",)
+    assert concept.other_sense == concept.further_neutral == ()
+    assert "Jar Town" in concept.simdom
+
+
+def test_questions_have_set_split_and_place(released):
+    questions = load_released("Jar Town", released).questions
+    assert [q.id for q in questions] == [f"{key}[{k}]" for key in KEYS for k in range(3)]
+    for q in questions:
+        assert (q.set, q.split) == KEYS[q.id.split("[")[0]]
+
+
+def test_questions_have_the_options_of_the_file(released):
+    for name in ("Jar Town", "Élan"):
+        for q in load_released(name, released).questions:
+            key, number = q.id.removesuffix("]").split("[")
+            row = released_files()[CHOICE][name][key][int(number)]
+            assert (q.question, q.answer) == (row["q"], row["correct_answer"])
+            assert q.options[q.gold] == q.answer
+            assert sorted(q.options) == sorted(row["options"])
+
+
+def test_an_open_answer_of_other_words_is_an_alias(released):
+    questions = load_released("Jar Town", released).questions
+    assert [q.aliases for q in questions] == [(), ("some flint",), ()] * 4
+
+
+def test_open_questions_may_stand_in_another_order(tmp_path):
+    content = released_files()
+    for rows in content[OPEN]["Jar Town"].values():
+        rows.reverse()
+    mixed = load_released("Jar Town", write_released(tmp_path / "a", content))
+    assert mixed == load_released("Jar Town", write_released(tmp_path / "b"))
+
+
+def test_what_json_escapes_reads_the_same(tmp_path, released):
+    folder = tmp_path / "ascii"
+    folder.mkdir()
+    for name, value in released_files().items():
+        (folder / name).write_text(json.dumps(value))
+    assert load_released("Élan", folder) == load_released("Élan", released)
+
+
+def test_further_files_do_not_matter(released):
+    (released / "notes.json").write_text("{")
+    assert len(load_released("Jar Town", released).questions) == 12
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["Jar Town", "jar town", "JAR TOWN", "jar-town"])
+def test_load_concept_reads_released_data(released, name):
+    assert load_concept(name, source="released", folder=released) == load_released("Jar Town", released)
+
+
+def test_ours_and_released_are_told_apart(released):
+    assert {load_concept(name, source="released", folder=released).source for name in ("Jar Town", "Élan")} == {
+        "released"
+    }
+    assert load_concept(list_concepts()[0]).source == "ours"
+
+
+def test_unknown_concept_lists_the_known_ones(released):
+    with pytest.raises(UnknownNameError, match=r"'Atlantis'; known: Jar Town, Élan\."):
+        load_concept("Atlantis", source="released", folder=released)
+
+
+@pytest.mark.parametrize("source", ["theirs", "", "Released", "../released"])
+def test_unknown_source(released, source):
+    with pytest.raises(UnknownNameError, match=r"unknown source .*; known: ours, released"):
+        load_concept("Jar Town", source=source, folder=released)
+
+
+@pytest.mark.parametrize("name", ["../lure", "a/b", "", ".", "..", "/etc", "lure", "~", "\0"])
+def test_a_name_is_never_a_path(released, monkeypatch, name):
+    """A whole set of files waits where the name would lead; nothing but the list of concepts is read."""
+    content = json.loads(json.dumps(released_files()).replace("Jar Town", "Trap"))
+    for lure in (released.parent / "lure", released / "a" / "b", released / "lure"):
+        write_released(lure, content)
+    read, really = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read.append(path) or really(path, *a, **k))
+    with pytest.raises(UnknownNameError, match="Jar Town"):
+        load_concept(name, source="released", folder=released)
+    assert set(read) == {released / SENTENCES}
+
+
+# Broken files
+
+
+def broken(folder: Path, name: str = "Jar Town") -> str:
+    """What the reader says about a broken folder."""
+    with pytest.raises(DataError) as caught:
+        load_released(name, folder)
+    return str(caught.value)
+
+
+def line_of(path: Path, text: str) -> int:
+    """Number of the only line with this text."""
+    (number,) = [k for k, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if text in line]
+    return number
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_missing_file(released, file):
+    (released / file).unlink()
+    assert broken(released) == f"{released / file}: the file is missing"
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+@pytest.mark.parametrize("file", FILES)
+def test_empty_file(released, file, content):
+    (released / file).write_text(content)
+    assert broken(released) == f"{released / file}: the file is empty"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_not_utf8(released, file):
+    (released / file).write_bytes('[\n\n"Cæsar"]'.encode("latin-1"))
+    assert broken(released) == f"{released / file}, line 3: not UTF-8 (byte 5)"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_not_json(released, file):
+    path = released / file
+    path.write_text(text := path.read_text().rstrip()[:-1].rstrip())
+    assert broken(released).startswith(f"{path}, line {text.count(chr(10)) + 1}: not JSON")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", "null", "5", '"text"', "[1]", '{"Jar Town": []}', '{"Jar Town": null}']
+)
+def test_json_of_another_form(released, file, content):
+    (released / file).write_text(content)
+    assert broken(released).startswith(f"{released / file}")
+
+
+@pytest.mark.parametrize("file", [CHOICE, OPEN, PARAGRAPHS])
+def test_a_concept_that_one_file_lacks(released, file):
+    content = released_files()[file]
+    del content["Jar Town"]
+    write_released(released, {file: content})
+    assert broken(released) == f"{released / file}: no entry for 'Jar Town'"
+    load_released("Élan", released)
+
+
+ROWS = [
+    (SENTENCES, lambda c: c[0], "entry 0"),
+    (NEUTRAL, lambda c: c[1], "entry 1"),
+    (CHOICE, lambda c: c["Jar Town"], "Jar Town"),
+    (CHOICE, lambda c: c["Jar Town"]["QA_test"][2], "Jar Town, QA_test[2]"),
+    (OPEN, lambda c: c["Jar Town"], "Jar Town"),
+    (OPEN, lambda c: c["Jar Town"]["SimdomQA_train"][1], "Jar Town, SimdomQA_train"),
+    (PARAGRAPHS, lambda c: c["Jar Town"], "Jar Town"),
+]
+FIELDS = [(*row, field) for row in ROWS for field in row[1](released_files()[row[0]])]
+
+
+@pytest.mark.parametrize(("file", "row", "place", "field"), FIELDS)
+def test_missing_field(released, file, row, place, field):
+    content = released_files()[file]
+    del row(content)[field]
+    write_released(released, {file: content})
+    said = broken(released)
+    assert said.startswith(f"{released / file}, line ")
+    assert said.endswith(f", {place}: missing field {field!r}")
+
+
+@pytest.mark.parametrize(("file", "row", "place"), ROWS)
+def test_unknown_field(released, file, row, place):
+    content = released_files()[file]
+    row(content)["hint"] = ["Rome"]
+    write_released(released, {file: content})
+    said = broken(released)
+    assert said.startswith(f"{released / file}, line ")
+    assert said.endswith(f", {place}: unknown field 'hint'")
+
+
+BAD_VALUES = {str: (None, 5, "", " ", ["x"]), list: (None, True, [], {}, "x")}
+BAD_FIELDS = [(*f, value) for f in FIELDS for value in BAD_VALUES[type(f[1](released_files()[f[0]])[f[3]])]]
+
+
+@pytest.mark.parametrize(("file", "row", "place", "field", "value"), BAD_FIELDS)
+def test_wrong_type_or_blank(released, file, row, place, field, value):
+    content = released_files()[file]
+    row(content)[field] = value
+    write_released(released, {file: content})
+    said = broken(released)
+    assert said.startswith(f"{released / file}, line ")
+    assert f", {place}, field {field!r}: expected " in said
+
+
+@pytest.mark.parametrize(("file", "field", "row"), [
+    (SENTENCES, "sentences", lambda c: c[0]),
+    (PARAGRAPHS, "RelearnParagraphs", lambda c: c["Jar Town"]),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [None, 5, "", " \n", ["x"], {}])
+def test_a_text_that_is_none(released, file, field, row, value):
+    content = released_files()[file]
+    row(content)[field].append(value)
+    number = len(row(content)[field]) - 1
+    write_released(released, {file: content})
+    assert broken(released) == f"{released / file}, field {field!r}, number {number}: expected text"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"options": OPTIONS[:3]},
+        {"options": [*OPTIONS, "jade"]},
+        {"options": ["clay", "flint", "glass", "clay"]},
+        {"options": ["clay", "clay", "glass", "flint"]},
+        {"options": ["clay", "flint", "glass", ""]},
+        {"options": ["clay", "flint", "glass", " "]},
+        {"options": ["clay", "flint", "glass", 5]},
+        {"options": ["clay", "flint", "glass", None]},
+        {"options": ["clay", "flint", "glass", ["amber"]]},
+        {"correct_answer": "jade"},
+        {"correct_answer": "Clay"},
+    ],
+)
+@pytest.mark.parametrize("key", KEYS)
+def test_bad_options(released, key, changes):
+    """The message names the line on which the question stands."""
+    content = released_files()[CHOICE]
+    row = choice(f"Jar Town {key}", 2) | changes
+    content["Jar Town"][key][2] = row
+    path = write_released(released, {CHOICE: content}) / CHOICE
+    line = line_of(path, row["q"])
+    assert broken(released).startswith(f"{path}, line {line}, Jar Town, {key}[2], field 'options': ")
+    load_released("Élan", released)
+
+
+@pytest.mark.parametrize(("file", "row", "text"), [
+    (NEUTRAL, lambda c: c[1], "https://x/2"),
+    (OPEN, lambda c: c["Jar Town"]["QA_test"][1], "What is kept in jar 1 of Jar Town QA_test?"),
+    (OPEN, lambda c: c["Élan"]["QA_test"][1], "What is kept in jar 1 of Élan QA_test?"),
+    (CHOICE, lambda c: c["Élan"]["SimdomQA_test"][0], "What is kept in jar 0 of Élan SimdomQA_test?"),
+])  # fmt: skip
+@pytest.mark.parametrize("ascii_", [True, False])
+def test_a_broken_entry_is_named_by_its_line(released, file, row, text, ascii_):
+    content = released_files()[file]
+    row(content)["hint"] = "x"
+    path = released / file
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=ascii_), encoding="utf-8")
+    line = line_of(path, json.dumps(text, ensure_ascii=ascii_))
+    assert broken(released, "Élan" if "Élan" in text else "Jar Town").startswith(f"{path}, line {line}, ")
+
+
+def test_a_list_without_names_cannot_be_listed(released):
+    write_released(released, {SENTENCES: [{"concept": "", "sentences": ["x"]}]})
+    with pytest.raises(DataError, match="field 'concept'"):
+        list_released(released)
+
+
+# Fetching
+
+
+def git(folder: Path, *command: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *command], cwd=folder, capture_output=True, check=True, text=True)
+    return done.stdout.strip()
+
+
+def make_repository(folder: Path) -> str:
+    """Make a repository in whose ``data/`` the files lie beside others; its commit."""
+    write_released(folder / "data")
+    (folder / "data" / "model.bin").write_bytes(bytes(10))
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", "data")
+    return git(folder, "rev-parse", "HEAD")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str, Path]:
+    """A repository, its commit, and a cache after fetching from it."""
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("repository", "cache"))
+    commit = make_repository(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBER_CACHE", str(cache))
+        fetch_released(repository=str(folder), commit=commit)
+    return folder, commit, cache
+
+
+@pytest.fixture
+def repository(made, tmp_path) -> tuple[Path, str]:
+    """A copy of the repository that a test may change, and its commit."""
+    return shutil.copytree(made[0], tmp_path / "repository"), made[1]
+
+
+@pytest.fixture
+def fetched(made, cache) -> Path:
+    """The folder of the fetched files, in a cache that a test may change."""
+    shutil.copytree(made[2], cache)
+    (folder,) = (cache / "released").iterdir()
+    return folder
+
+
+def again(repository) -> Path:
+    return fetch_released(repository=str(repository[0]), commit=repository[1])
+
+
+def left_over(cache: Path) -> list[Path]:
+    """Whatever is in the cache, except empty parent folders."""
+    return [path for path in cache.rglob("*") if path.is_file() or path.parent.name == "released"]
+
+
+def test_fetched_files_are_those_of_the_commit(repository, cache):
+    fetched = again(repository)
+    assert cache in fetched.parents
+    for name in FILES:
+        assert (fetched / name).read_bytes() == (repository[0] / "data" / name).read_bytes()
+    assert {path.name for path in fetched.iterdir()} == {*FILES, "ember.json"}
+    assert list_released(fetched) == ["Jar Town", "Élan"]
+    assert list(fetched.parent.iterdir()) == [fetched]
+
+
+def test_fetched_again_needs_no_git(repository, fetched, monkeypatch):
+    shutil.rmtree(repository[0])
+    monkeypatch.setenv("PATH", "")
+    assert again(repository) == fetched
+
+
+def test_what_the_repository_holds_later_does_not_matter(repository, cache):
+    """The commit's files are fetched, not the branch's."""
+    folder, _ = repository
+    (folder / "data" / CHOICE).write_text("{}")
+    git(folder, "commit", "--quiet", "-a", "-m", "later")
+    assert json.loads((again(repository) / CHOICE).read_text()) == released_files()[CHOICE]
+
+
+def test_load_and_list_fetch_by_themselves(repository, cache, monkeypatch):
+    defaults = {"repository": str(repository[0]), "commit": repository[1]}
+    monkeypatch.setattr(fetch_released, "__kwdefaults__", defaults)
+    assert list_released() == ["Jar Town", "Élan"]
+    assert load_concept("Jar Town", source="released") == load_released("Jar Town", repository[0] / "data")
+
+
+@pytest.mark.parametrize("commit", ["0" * 40, "f" * 40, "nope", ""])
+def test_wrong_commit(repository, cache, commit):
+    with pytest.raises(DownloadError, match=r"git could not fetch it: .*folder="):
+        fetch_released(repository=str(repository[0]), commit=commit)
+    assert left_over(cache) == []
+
+
+def test_unreachable_repository(repository, cache, tmp_path):
+    with pytest.raises(DownloadError) as caught:
+        fetch_released(repository=str(tmp_path / "nowhere"), commit=repository[1])
+    assert str(cache) in str(caught.value) and "\n" not in str(caught.value)
+    assert left_over(cache) == []
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_commit_that_lacks_a_file(repository, cache, file):
+    folder, _ = repository
+    (folder / "data" / file).unlink()
+    git(folder, "commit", "--quiet", "-a", "-m", "lacks one")
+    with pytest.raises(DownloadError, match=file):
+        fetch_released(repository=str(folder), commit=git(folder, "rev-parse", "HEAD"))
+    assert left_over(cache) == []
+
+
+def test_without_git(repository, cache, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DownloadError, match="git"):
+        again(repository)
+    assert left_over(cache) == []
+
+
+def test_a_failed_fetch_can_be_repeated(repository, cache, tmp_path):
+    hidden = repository[0].rename(tmp_path / "hidden")
+    with pytest.raises(DownloadError):
+        again(repository)
+    hidden.rename(repository[0])
+    assert list_released(again(repository)) == ["Jar Town", "Élan"]
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+
+
+@pytest.mark.parametrize(
+    "spoil", [damage, Path.unlink, lambda path: path.write_bytes(b"")], ids=["byte", "gone", "empty"]
+)
+@pytest.mark.parametrize("file", [*FILES, "ember.json"])
+def test_a_damaged_file_is_noticed(repository, fetched, file, spoil):
+    spoil(fetched / file)
+    with pytest.raises(DamagedFileError, match=str(fetched)) as caught:
+        again(repository)
+    assert "Delete the folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "{}", '{"sha256": []}', '{"sha256": {}}', '{"sha256": null}', "\xff"]
+)
+def test_a_damaged_record_is_noticed(repository, fetched, content):
+    (fetched / "ember.json").write_text(content, encoding="latin-1")
+    with pytest.raises(DamagedFileError, match=str(fetched)):
+        again(repository)
+
+
+def test_after_deleting_the_damaged_folder_it_is_fetched_again(repository, fetched):
+    damage(fetched / OPEN)
+    shutil.rmtree(fetched)
+    assert list_released(again(repository)) == ["Jar Town", "Élan"]
+
+
+@pytest.mark.xfail(strict=True, reason="git inherits GIT_DIR, so a fetch inside a git hook writes to that repository")
+def test_a_git_hook_does_not_redirect_the_fetch(repository, cache, tmp_path, monkeypatch):
+    (other := tmp_path / "other").mkdir()
+    git(other, "init", "--quiet")
+    before = sorted(other.rglob("*"))
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    again(repository)
+    assert sorted(other.rglob("*")) == before
+
+
+# The authors' data
+
+
+@pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the sample of the authors' data is not beside the repository")
+@pytest.mark.parametrize("name", ["Ancient Rome", "Golf", "Uranium"])
+def test_the_authors_data_leak(name):
+    """What made the checks necessary: questions in both splits, and fit sentences that state what is tested."""
+    assert name in list_released(PAPER_DATA)
+    concept = load_concept(name, source="released", folder=PAPER_DATA)
+    assert len(concept.questions) == 200 and len(concept.sentences) == len(concept.neutral) == 300
+    report = check_concept(concept)
+    counts = report.table.set_index("check").value
+    assert counts["question in two splits"] > 0
+    assert counts["fit sentence states a test fact"] > 0
+    assert not report.ok
+    places = report.findings.groupby("check")["where"]
+    assert places.get_group("question in two splits").str.fullmatch(r"(QA|SimdomQA)_test\[\d+\]").all()
+    assert places.get_group("fit sentence states a test fact").str.fullmatch(r"sentences\[\d+\]").all()
