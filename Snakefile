@@ -11,7 +11,7 @@ from json import dumps
 from ember.files import digest, sha256_of
 from ember.notebooks import code_hash
 from ember.paths import data_dir, results_dir
-from ember.profiles import frame_path, load_profile, manifest_path, plan
+from ember.profiles import ERASED, frame_path, load_profile, manifest_path, plan
 
 PROFILE = load_profile(config.get("profile", "laptop"))
 JOBS = {job.name: job for job in plan(PROFILE)}
@@ -93,7 +93,7 @@ rule erase_concept:
     input:
         needs("03_erase_concept"),
     output:
-        outputs("03_erase_concept", "records", "cells", "items", "samples", "lexical"),
+        outputs("03_erase_concept", *ERASED),
     params:
         notebook="03_erase_concept",
         settings=settings("03_erase_concept"),

@@ -52,8 +52,8 @@ def _run_notebook(options: argparse.Namespace) -> int:
 
 
 def _fetch_model(options: argparse.Namespace) -> int:
+    from ember.download import fetch_model
     from ember.files import write_text
-    from ember.models import fetch_model
 
     folder = fetch_model(options.model, force=options.force)
     print(f"{options.model}: ready")

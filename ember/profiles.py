@@ -148,7 +148,7 @@ def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
     return value
 
 
-ERASED = ("records", "cells", "items", "samples", "lexical")
+ERASED = ("records", "cells", "items", "samples", "selected", "autoencoders", "lexical")
 
 
 def arms(profile: Profile) -> list[tuple[str, bool]]:

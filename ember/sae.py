@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -60,6 +61,11 @@ def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
     """Each row's ``k`` largest values where positive, zeros elsewhere."""
     best = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, best.indices, best.values.clamp_min(0))
+
+
+def quality_table(saes: Sequence[SparseAutoencoder]) -> list[dict[str, Any]]:
+    """What is known of each autoencoder's quality, for the record."""
+    return [{"site": sae.site.kind, "layer": sae.site.layer, "width": len(sae.b_enc), **sae.quality} for sae in saes]
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def load_saes(
     sites = [Site(kind, layer) for layer in layers]
     if source != "trained":
         return [_released(site, source, loaded) for site in sites]
-    return [_trained(loaded, site, training_texts(concept), training, progress) for site in sites]
+    return _trained(loaded, sites, training_texts(concept), training, progress)
 
 
 def training_texts(concept: Concept) -> tuple[str, ...]:
@@ -139,24 +145,32 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
 
 
 def _trained(
-    loaded: LoadedModel, site: Site, texts: tuple[str, ...], training: SaeTraining, progress: bool
-) -> SparseAutoencoder:
-    key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
-
-    def compute():  # type: ignore[no-untyped-def]
+    loaded: LoadedModel, sites: list[Site], texts: tuple[str, ...], training: SaeTraining, progress: bool
+) -> list[SparseAutoencoder]:
+    @lru_cache(maxsize=1)
+    def states() -> dict[Site, torch.Tensor]:
+        # One pass over the texts for all sites, and only if one of them is not in the cache.
         if loaded.weights_hash != loaded.base_hash:
             raise EmberError("autoencoders are trained on the unedited model; load them before applying an edit")
-        states, _ = collect(loaded, texts, [site], progress=progress)
-        sae = train_sae(states[site].to(loaded.device), site, training, progress=progress)
-        held_out = load_shared().neutral["test"]
-        tensors = {name: getattr(sae, name).cpu() for name in _PARTS}
-        return tensors, {"scale": sae.scale, "quality": dict(sae.quality) | measure(loaded, sae, held_out)}
+        return collect(loaded, texts, sites, progress=progress)[0]
 
-    tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", compute)
-    W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
-    return SparseAutoencoder(
-        site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=about["scale"], quality=about["quality"]
-    )
+    def compute(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        sae = train_sae(states()[site].to(loaded.device), site, training, progress=progress)
+        tensors = {name: getattr(sae, name).cpu() for name in _PARTS}
+        quality = dict(sae.quality) | measure(loaded, sae, load_shared().neutral["test"])
+        return tensors, {"scale": sae.scale, "quality": quality}
+
+    saes = []
+    for site in sites:
+        key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
+        tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
+        W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
+        saes.append(
+            SparseAutoencoder(
+                site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=about["scale"], quality=about["quality"]
+            )
+        )
+    return saes
 
 
 def train_sae(
@@ -177,13 +191,14 @@ def train_sae(
         parameter.requires_grad_(True)
     W_enc, b_enc, W_dec, b_dec = parameters
     optimizer = torch.optim.Adam(parameters, lr=training.lr)
-    steps = training.epochs * max(1, n // training.batch_size)
+    size = min(training.batch_size, n)
+    steps = training.epochs * (n // size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
     used = torch.zeros(training.width, dtype=torch.bool, device=X.device)
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(training.epochs + 1)])
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(training.epochs)])
     with torch.enable_grad():
         for step in bar(range(steps), show=progress, desc=f"SAE {site.kind} {site.layer}"):
-            x = X[order[step * training.batch_size : (step + 1) * training.batch_size].to(X.device)]
+            x = X[order[step * size : (step + 1) * size].to(X.device)]
             features = top_k((x - b_dec) @ W_enc + b_enc, training.k)
             loss = (features @ W_dec + b_dec - x).square().sum(1).mean()
             optimizer.zero_grad()
@@ -192,7 +207,7 @@ def train_sae(
             schedule.step()
             with torch.no_grad():
                 W_dec.copy_(normalize(W_dec, dim=1))
-                if step >= steps - max(1, n // training.batch_size):
+                if step >= steps - n // size:
                     used |= (features > 0).any(0)
     quality = {"tokens": n, "dead": float((~used).float().mean())}
     W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters)

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ember.data import Concept, Instruction, Question, SharedData
-from ember.models import ARCHITECTURES, LoadedModel, ModelSpec, load_model, untie
+from ember.models import LoadedModel, load_model, untie
+from ember.specs import ARCHITECTURES, ModelSpec
 
 SENTENCES = (
     "The Romans built long roads and the Roman army marched along them.",
@@ -186,3 +187,18 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("EMBER_CACHE", str(folder))
     return folder
+
+
+def shrink_saes(patch: pytest.MonkeyPatch) -> None:
+    """Autoencoders of 64 features trained on a few texts; a real one takes minutes."""
+    from ember import sae
+
+    patch.setitem(sae.load_saes.__kwdefaults__, "training", sae.SaeTraining(width=64, k=4, epochs=2, batch_size=32))
+    patch.setitem(sae.measure.__wrapped__.__kwdefaults__, "limit", 4)
+    patch.setattr(sae, "training_texts", lambda concept: (*concept.sentences, *concept.neutral))
+
+
+@pytest.fixture
+def small_saes(cache, monkeypatch) -> None:
+    """Small autoencoders in an empty cache."""
+    shrink_saes(monkeypatch)

@@ -642,7 +642,6 @@ def test_check_table_has_a_column_for_each_subject_and_marks_what_fails():
     assert "!" not in "".join(shown["shared"]) and "".join(shown["Sound Rome"]).count("!") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="check_table shows counts as 150.00: one float makes the value column float")
 def test_check_table_shows_counts_whole():
     shown = check_table([check_concept(SOUND)]).set_index("check")["Sound Rome"]
     assert shown["sentences"] == "150"

@@ -1,12 +1,13 @@
-"""Published scores and their continuous twins against values by hand; intervals; the choice of a strength."""
+"""Published scores and their continuous twins against values by hand; intervals; the choice of a cell."""
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ember.metrics import Comparison, choose, compare, harmonic_mean, retained, wilson
+from ember.metrics import Comparison, accuracy_table, choose, compare, harmonic_mean, retained, wilson
 
 QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
 TEXT = {"loss": 3.0, "kl": 0.0}
@@ -338,6 +339,30 @@ def test_when_all_generations_break_down_fluency_and_final_are_0():
     assert found.value("harmonic") > 0.5
 
 
+def test_without_generations_coherence_is_that_of_the_two_other_parts():
+    """A grid generates nothing; a part that was not measured counts neither as 0 nor as 1."""
+    base, edited = make_items(), make_items(EDITED | {"neutral/loss": 3 + math.log(1.25)})
+    with_all = compare(base, edited, n_resamples=20)
+    found = compare(*(items[items.set != "generation"] for items in (base, edited)), n_resamples=20)
+    assert "fluency" not in set(found.summary.metric) and "generation" not in set(found.summary.set)
+    assert found.value("instruction") == pytest.approx(0.5) and found.value("neutral") == pytest.approx(0.8)
+    coherence = 2 / (2 + 1.25)
+    assert found.value("coherence") == pytest.approx(coherence)
+    assert found.value("final_cont") == pytest.approx(3 / (2 + 1.4 + 1 / coherence))
+    assert with_all.value("coherence") == pytest.approx(3 / (2 + 1.25 + 2))
+    for metric in ("efficacy", "specificity_cont", "harmonic_cont", "selectivity"):
+        assert found.value(metric) == with_all.value(metric)
+
+
+def test_without_divergence_everything_else_is_the_same():
+    base, edited = make_items(), make_items(EDITED)
+    with_all = compare(base, edited, n_resamples=20)
+    found = compare(*(items[items.metric != "kl"] for items in (base, edited)), n_resamples=20)
+    kept = with_all.summary[with_all.summary.metric != "kl"].reset_index(drop=True)
+    assert len(kept) == len(with_all.summary) - 4
+    pd.testing.assert_frame_equal(found.summary, kept)
+
+
 @UNDEFINED_SCORES
 def test_a_base_at_chance_has_no_efficacy_and_no_final_score():
     base = make_items({"concept/correct": [1.0, 0.0, 0.0, 0.0] * 2})
@@ -347,7 +372,7 @@ def test_a_base_at_chance_has_no_efficacy_and_no_final_score():
     assert found.value("efficacy_cont") == pytest.approx(0.5)
 
 
-# The choice of a strength
+# The choice of a cell
 
 
 def cell(value: float, offset: np.ndarray | float = 0.0, score: str = "final_cont") -> Comparison:
@@ -363,42 +388,107 @@ OWN = np.random.default_rng(1).normal(0, 0.1, 400)  # the standard error of a di
 @pytest.mark.parametrize(
     ("values", "chosen"),
     [
-        ({1.0: 0.2, 2.0: 0.6, 5.0: 0.3}, 2.0),
-        ({5.0: 0.3, 2.0: 0.3, 1.0: 0.6}, 1.0),
-        ({1.0: 0.2, 2.0: 0.3, 50.0: 0.6}, 50.0),
+        ({"1": 0.2, "2": 0.6, "5": 0.3}, "2"),
+        ({"5": 0.3, "2": 0.3, "1": 0.6}, "1"),
+        ({"1": 0.2, "2": 0.3, "50": 0.6}, "50"),
     ],
 )
 def test_a_clear_winner_wins(values, chosen):
-    best, table = choose({strength: cell(value, OWN * (strength != chosen)) for strength, value in values.items()})
+    best, table = choose({label: cell(value, OWN * (label != chosen)) for label, value in values.items()})
     assert best == chosen
     assert table.tie.sum() == 1
 
 
-@pytest.mark.parametrize(("behind", "chosen"), [(0.09, 2.0), (0.11, 10.0)])
-def test_within_one_standard_error_the_smallest_strength_wins(behind, chosen):
-    cells = {10.0: cell(0.6), 2.0: cell(0.6 - behind, OWN), 1.0: cell(0.2, OWN)}
+@pytest.mark.parametrize(("behind", "chosen"), [(0.09, "mild"), (0.11, "strong")])
+def test_within_one_standard_error_the_first_listed_wins(behind, chosen):
+    cells = {"none": cell(0.2, OWN), "mild": cell(0.6 - behind, OWN), "strong": cell(0.6)}
     best, table = choose(cells)
     assert best == chosen
-    found = table.set_index("strength").loc[2.0]
+    found = table.set_index("cell").loc["mild"]
     assert found.behind == pytest.approx(behind)
     assert found.standard_error == pytest.approx(OWN.std(ddof=1))
-    assert found.tie == (chosen == 2.0)
+    assert found.tie == (chosen == "mild")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["10", "2", "b"])))
+def test_only_the_order_decides_among_tied_cells(order):
+    """Neither the size of a number in the label nor which of the tied cells is best."""
+    cells = {"10": cell(0.6), "2": cell(0.55, OWN), "b": cell(0.52, OWN)}
+    best, table = choose({"worst": cell(0.1, OWN), **{label: cells[label] for label in order}})
+    assert best == order[0]
+    assert table.cell.tolist() == ["worst", *order]
+    assert table.tie.tolist() == [False, True, True, True]
+
+
+def test_the_table_has_a_row_for_each_cell():
+    cells = {"a": cell(0.2, OWN), "b": cell(0.6)}
+    _, table = choose(cells)
+    assert table.columns.tolist() == ["cell", "final_cont", "behind", "standard_error", "tie"]
+    assert table.final_cont.tolist() == [0.2, 0.6]
+    assert table.behind.tolist() == pytest.approx([0.4, 0])
+    assert table.standard_error.tolist() == pytest.approx([OWN.std(ddof=1), 0])
 
 
 def test_the_error_is_that_of_the_difference():
     """The draws scatter by 0.2, but together: a gap of 0.05 is no tie."""
-    assert choose({1.0: cell(0.55), 2.0: cell(0.6)})[0] == 2.0
+    assert choose({"1": cell(0.55), "2": cell(0.6)})[0] == "2"
 
 
-def test_equal_cells_tie():
-    assert choose({2.0: cell(0.6), 0.5: cell(0.6), 1.0: cell(0.6)})[0] == 0.5
+@pytest.mark.parametrize("labels", ["bac", "cab", "abc"])
+def test_equal_cells_tie(labels):
+    best, table = choose({label: cell(0.6) for label in labels})
+    assert best == labels[0]
+    assert table.tie.all()
 
 
-def test_another_score_and_another_distance():
-    cells = {k: cell(0.6, score="harmonic") for k in (-1.0, 0.5, 4.0)}
-    assert choose(cells, score="harmonic", distance=lambda strength: abs(strength - 3))[0] == 4.0
+def test_another_score():
+    """Here the other way round than by the final score."""
+    summary = pd.DataFrame({"set": "", "metric": ["harmonic", "final_cont"]})
+    values = {"a": (0.6, 0.2), "b": (0.3, 0.7)}
+    cells = {
+        label: Comparison(
+            summary.assign(value=pair),
+            {"harmonic": pair[0] + OWN * (label == "a"), "final_cont": pair[1] + OWN * (label == "a")},
+        )
+        for label, pair in values.items()
+    }
+    best, table = choose(cells, score="harmonic")
+    assert best == "a"
+    assert table.harmonic.tolist() == [0.6, 0.3]
+    assert choose(cells)[0] == "b"
 
 
 def test_no_cell_is_an_error():
     with pytest.raises(ValueError, match="no cell"):
         choose({})
+
+
+# Accuracies
+
+
+def test_accuracy_table_by_hand():
+    items = make_items(
+        {"simdom/correct": [1, 0, 0, 0, 0], "general/correct": 0}, {"concept": 8, "simdom": 5, "general": 3}
+    )
+    table = accuracy_table(items)
+    assert table.columns.tolist() == ["set", "accuracy", "ci_low", "ci_high", "n"]
+    assert table.set.tolist() == ["concept", "simdom", "general"]  # as they come; texts have no accuracy
+    assert table.accuracy.tolist() == pytest.approx([6 / 8, 1 / 5, 0])
+    assert table.n.tolist() == [8, 5, 3]
+    intervals = list(zip(table.ci_low, table.ci_high, strict=True))
+    assert intervals == [pytest.approx(wilson(k, n)) for k, n in ((6, 8), (1, 5), (0, 3))]
+
+
+def test_accuracy_table_agrees_with_the_comparison():
+    items = noisy_items(30, seed=2)
+    summary = compare(items, items, n_resamples=20).summary
+    expected = summary[summary.metric == "accuracy"].set_index("set")
+    found = accuracy_table(items).set_index("set")
+    assert set(found.index) == set(expected.index) == {"concept", "simdom", "general"}
+    for ours, theirs in (("accuracy", "value"), ("ci_low", "ci_low"), ("ci_high", "ci_high"), ("n", "n")):
+        assert found[ours].to_dict() == pytest.approx(expected[theirs].to_dict())
+
+
+def test_accuracy_table_of_texts_alone_is_empty():
+    items = make_items()
+    assert accuracy_table(items[items.set == "neutral"]).empty

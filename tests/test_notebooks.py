@@ -8,13 +8,26 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from conftest import NEUTRAL, make_concept, make_loaded
 
 from ember import notebooks
+from ember.data import Instruction, SharedData
 from ember.errors import EmberError, UnknownNameError
-from ember.notebooks import check_parameters, code_hash, default_parameters, list_notebooks, read_notebook, run_notebook
+from ember.evaluation import Sizes, evaluate, load_suite
+from ember.notebooks import (
+    base_evaluation,
+    check_parameters,
+    code_hash,
+    default_parameters,
+    list_notebooks,
+    read_notebook,
+    run_notebook,
+)
 from ember.paths import REPOSITORY
 from ember.profiles import manifest_path, run_name
 
@@ -308,6 +321,55 @@ def test_looks_count_for_the_report_only(tree, name, changes):
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_notebooks_have_a_hash(name):
     assert re.fullmatch(r"[0-9a-f]{16}", code_hash(name))
+
+
+# The base model's evaluation
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """A small suite, an empty folder of results, and a count of the evaluations that are run."""
+    sizes = {split: Sizes(instructions=1, generations=1, new_tokens=2) for split in ("train", "test")}
+    questions = [replace(q, set="general", id=f"g-{q.id}") for q in make_concept().questions if q.set == "concept"]
+    neutral = {"train": NEUTRAL, "test": NEUTRAL[:2]}
+    instructions = [Instruction(f"i-{split}", split, "Say yes.", "Yes, I do.") for split in ("train", "test")]
+    shared = SharedData(tuple(questions), neutral, tuple(instructions), NEUTRAL)
+    monkeypatch.setattr("ember.evaluation.load_shared", lambda: shared)
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
+    return load_suite(make_concept(), sizes)
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[str]:
+    """The splits that are evaluated from now on."""
+    done: list[str] = []
+    really = notebooks.evaluate
+    monkeypatch.setattr(notebooks, "evaluate", lambda *a, **k: done.append(a[2]) or really(*a, **k))
+    return done
+
+
+def test_the_base_model_is_evaluated_once_for_all(suite, runs):
+    """In whatever process and under whatever profile, but for each split, suite and model anew."""
+    loaded = make_loaded()
+    first = base_evaluation(loaded, suite, "train")
+    again = base_evaluation(make_loaded(), suite, "train")
+    assert runs == ["train"]
+    expected = evaluate(loaded, suite, "train")
+    for found in (first, again):
+        pd.testing.assert_frame_equal(found.items, expected.items)
+        pd.testing.assert_frame_equal(found.samples, expected.samples)
+    base_evaluation(loaded, suite, "test")
+    base_evaluation(loaded, replace(suite, sizes=suite.sizes | {"train": Sizes(generations=0)}), "train")
+    base_evaluation(make_loaded(seed=1), suite, "train")
+    assert runs == ["train", "test", "train", "train"]
+
+
+def test_the_base_evaluation_depends_on_the_code(suite, runs, monkeypatch):
+    loaded = make_loaded()
+    base_evaluation(loaded, suite, "test")
+    monkeypatch.setattr(notebooks, "code_hash", lambda name: f"another {name}")
+    base_evaluation(loaded, suite, "test")
+    assert runs == ["test", "test"]
 
 
 # Running

@@ -13,15 +13,20 @@ from ember.paths import REPOSITORY
 
 # Left to right: a module imports only from groups before its own, or from its own group.
 LAYERS = [
-    {"errors", "paths", "files", "progress", "environment"},
-    {"models", "data"},
+    {"errors", "paths", "files", "progress", "environment", "cache"},
+    {"specs", "download", "models", "data", "released"},
+    {"wording"},
+    {"activations"},
     {"tokens"},
+    {"contrast"},
     {"factorization"},
     {"features"},
     {"editing"},
-    {"methods"},
     {"scoring"},
+    {"sae"},
+    {"methods"},
     {"evaluation", "metrics"},
+    {"checks"},
     {"profiles"},
     {"results"},
     {"plots", "report"},

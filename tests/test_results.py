@@ -9,9 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import make_loaded
 
-from ember.errors import DamagedFileError
+from ember.editing import Edit, Provenance
+from ember.errors import DamagedFileError, EmberError
 from ember.evaluation import Evaluation
 from ember.methods.ember import EmberConfig
 from ember.results import (
@@ -22,6 +24,7 @@ from ember.results import (
     read_records,
     read_runs,
     save_figure,
+    saved_edit,
     write_frame,
     write_run,
 )
@@ -47,7 +50,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def records(loaded) -> pd.DataFrame:
     context = RunContext(loaded, "smoke", "Tiny Rome", "ember", False, 42)
-    return context.records(SUMMARY, config=EmberConfig(delta=2.0, rank=8), split="test", wall_seconds=1.5)
+    config = EmberConfig(delta=2.0, rank=8)
+    return context.records(SUMMARY, config=config, cell="delta=2", split="test", wall_seconds=1.5)
 
 
 @pytest.fixture(params=["frame.parquet", "frame.csv"])
@@ -79,6 +83,7 @@ def test_records_hold_where_they_come_from(records, loaded):
     assert (first.model, first.weights_hash, first["dtype"]) == ("tiny-llama", loaded.weights_hash, "float32")
     assert (first.profile, first.concept, first.method, first.seed) == ("smoke", "Tiny Rome", "ember", 42)
     assert (first.split, first.wall_seconds, first.ember) == ("test", 1.5, False)
+    assert (records.cell == "delta=2").all()
     assert first.device.startswith("cpu")
 
 
@@ -114,7 +119,7 @@ def test_records_of_a_comparison():
     edited = items.assign(value=rng.random(len(items)))
     summary = compare(items, edited, n_resamples=20).summary
     out = RunContext(make_loaded(), "smoke", "x", "ember", True, 1).records(
-        summary, config={"a": 1}, split="train", wall_seconds=0.0
+        summary, config={"a": 1}, cell="a=1", split="train", wall_seconds=0.0
     )
     assert len(out) == len(summary) > 0
     assert out[~out.metric.str.startswith("delta_")].effect_size.isna().all()
@@ -193,7 +198,7 @@ def test_record_files_are_put_together(tmp_path, records):
     assert read_records(paths).seed.tolist() == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("column", ["weights_hash", "ci_low"])
+@pytest.mark.parametrize("column", ["weights_hash", "cell", "ci_low"])
 def test_records_without_a_column_are_refused(tmp_path, records, column):
     path = write_frame(tmp_path / "records.parquet", records.drop(columns=column))
     with pytest.raises(DamagedFileError, match=rf"records\.parquet lacks .*{column}"):
@@ -228,6 +233,49 @@ def test_runs_are_read_with_their_names(tmp_path, monkeypatch, records):
         read_runs("p", "03_x", "records")
 
 
+# Saved edits
+
+RUN = "03_erase_concept__concept=tiny-rome__method=ember__ember=False__seed=1"
+
+
+@pytest.fixture
+def an_edit(loaded) -> Edit:
+    values = {loaded.embedding_name: (torch.tensor([5, 7]), torch.zeros(2, loaded.embedding.shape[1]))}
+    return Edit.from_values(loaded, values, Provenance(loaded.name, loaded.weights_hash, "blank", {"delta": 2.0}, 1))
+
+
+def test_the_edit_of_a_run_comes_back(tmp_path, monkeypatch, an_edit, loaded):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    an_edit.save(tmp_path / "p" / "edits" / RUN)
+    found = saved_edit("p", RUN)
+    assert found.provenance == an_edit.provenance
+    assert found.identity == an_edit.identity
+    with found.applied(loaded):
+        assert not loaded.embedding[[5, 7]].any()
+
+
+@pytest.mark.parametrize(
+    ("profile", "run"), [("p", RUN.replace("seed=1", "seed=2")), ("other", RUN), ("p", RUN.replace("ember", "rmu"))]
+)
+def test_an_edit_that_was_not_saved_names_the_run_and_what_to_do(tmp_path, monkeypatch, an_edit, profile, run):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    an_edit.save(tmp_path / "p" / "edits" / RUN)
+    with pytest.raises(EmberError, match="run 03_erase_concept") as caught:
+        saved_edit(profile, run)
+    assert run in str(caught.value) and str(tmp_path / profile) in str(caught.value)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
+def test_a_damaged_saved_edit_is_named(tmp_path, monkeypatch, an_edit, damage):
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    folder = an_edit.save(tmp_path / "p" / "edits" / RUN)
+    for file in folder.iterdir():
+        file.unlink() if damage == "empty" else file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(DamagedFileError, match=RUN):
+        saved_edit("p", RUN)
+
+
 # Cached evaluations
 
 
@@ -244,6 +292,15 @@ def test_a_finished_cell_is_not_run_again(tmp_path):
     cache = EvaluationCache(tmp_path / "cells")
     cache.get_or_run("k", lambda: an_evaluation(0.5))
     assert cache.get_or_run("k", never).items.value.tolist() == [0.5]
+
+
+def test_a_cell_without_generations_is_stored_too(tmp_path):
+    value = an_evaluation(0.5)
+    cache, empty = EvaluationCache(tmp_path), Evaluation(value.items, value.samples.iloc[:0])
+    cache.get_or_run("k", lambda: empty)
+    found = cache.get_or_run("k", never)
+    assert found.items.value.tolist() == [0.5]
+    assert found.samples.empty and found.samples.columns.tolist() == ["item", "prompt", "text"]
 
 
 def test_a_damaged_cell_is_named_and_redone(tmp_path):

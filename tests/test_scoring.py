@@ -1,6 +1,7 @@
 """Log-likelihoods against a slow reference, padding and batches, greedy generation, question scores, their cache."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,13 @@ import pytest
 import torch
 from conftest import NEUTRAL, SENTENCES, make_loaded
 
+from ember import scoring
 from ember.data import Question
 from ember.editing import Edit, Provenance
-from ember.evaluation import PROMPT, Evaluation, question_scores, text_scores
+from ember.evaluation import PROMPT, Evaluation, blind_scores, question_scores, text_scores
 from ember.models import LoadedModel, weights_hash
 from ember.results import EvaluationCache
-from ember.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_scores
+from ember.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
 TOLERANCE = 1e-4
 LONG = " ".join((*SENTENCES, *NEUTRAL))  # longer than Gemma-2's sliding window of 64 tokens
@@ -219,8 +221,61 @@ def test_scoring_leaves_the_model_as_it_was(tiny):
 
 @pytest.mark.parametrize("start", [-1, 0, 3, 4])
 def test_a_text_needs_a_scored_token_after_its_first(start):
-    with pytest.raises(ValueError, match="at least one scored token"):
-        sequence_scores(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
+    for score in (sequence_scores, sequence_losses):
+        with pytest.raises(ValueError, match="at least one scored token"):
+            score(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
+
+
+def starts_of(sequences: list[list[int]]) -> list[int]:
+    return [1, 2, 5, 1, len(sequences[4]) - 1, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_losses_alone_are_those_of_the_scores_to_the_bit(loaded, batch_size):
+    """Also with an edit applied; each token is scored once, from its start on."""
+    edit, _ = blank_rows(loaded, " Roman")
+    sequences = [loaded.encode(text) for text in TEXTS]
+    starts = starts_of(sequences)
+    scores = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
+    with edit.applied(loaded):
+        edited = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
+    assert [len(loss) for loss in base] == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+    for score, before, after in zip(scores, base, edited, strict=True):
+        np.testing.assert_array_equal(before, score.base_loss)
+        np.testing.assert_array_equal(after, score.loss)
+    assert any((before != after).any() for before, after in zip(base, edited, strict=True))
+
+
+def test_losses_alone_equal_the_reference(loaded):
+    sequences = [loaded.encode(text) for text in TEXTS]
+    starts = starts_of(sequences)
+    for loss, ids, start in zip(sequence_losses(loaded, sequences, starts), sequences, starts, strict=True):
+        np.testing.assert_allclose(loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("score", [sequence_scores, sequence_losses])
+def test_no_sequences_have_no_scores(score):
+    assert score(make_loaded(), [], []) == []
+
+
+@pytest.mark.parametrize("limit", [1, 60, 10**9])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_size_of_a_group_changes_no_score(loaded, monkeypatch, limit, batch_size):
+    """Groups only save work: an edit is applied once for each; the batches are the same, so are the bits."""
+    edit, _ = blank_rows(loaded, " Roman")
+    sequences = [loaded.encode(text) for text in TEXTS]
+    starts = starts_of(sequences)
+    before = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    applied, really = [], Edit.applied
+    monkeypatch.setattr(Edit, "applied", lambda self, model: applied.append(1) or really(self, model))
+    monkeypatch.setattr(scoring, "_GROUP_TOKENS", limit)
+    after = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    for one, other in zip(before, after, strict=True):
+        for name in ("loss", "base_loss", "kl"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    batches = len(TEXTS) // batch_size
+    assert {1: len(applied) == batches, 60: 1 < len(applied) < batches, 10**9: len(applied) == 1}[limit]
 
 
 # Generation
@@ -305,6 +360,50 @@ def test_scores_do_not_depend_on_the_order_of_the_options(tiny):
     assert {q.gold for q in questions} == {0, 1, 2, 3}
     scores = wide(question_scores(tiny, questions))
     assert np.ptp(scores.to_numpy(), axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def blind(loaded: LoadedModel, questions: list[Question], prompt: str = "Question:\nAnswer:") -> pd.DataFrame:
+    """``blind_scores`` by way of the scores of questions that ask nothing; no space ends a line."""
+    return question_scores(loaded, [replace(q, question="") for q in questions], prompt=prompt)
+
+
+def many_questions() -> list[Question]:
+    """More than a hundred different options, some of them shared, so that they fill several groups."""
+    return [
+        Question(f"q{k}", "concept", "test", f"What is {k}?", f"Rome {k}", (f"the forum {k}", "Gaul", f"{k} ships"))
+        for k in range(40)
+    ]
+
+
+def test_blind_scores_are_those_of_an_empty_question(loaded):
+    questions = [*many_questions(), *(question(str(k), k) for k in range(4))]
+    found, expected = wide(blind_scores(loaded, questions)), wide(blind(loaded, questions))
+    assert found.index.tolist() == expected.index.tolist()
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    for metric in ("gold_prob", "gold_logprob"):
+        np.testing.assert_allclose(found[metric], expected[metric], atol=TOLERANCE)
+
+
+def test_blind_scores_do_not_depend_on_what_is_asked(tiny):
+    questions = many_questions()
+    other = [replace(q, question="Who built the long road?") for q in questions]
+    pd.testing.assert_frame_equal(blind_scores(tiny, questions), blind_scores(tiny, other))
+    asked = question_scores(tiny, questions)
+    assert not np.allclose(asked.value, question_scores(tiny, other).value, atol=TOLERANCE)  # the others do
+
+
+def test_blind_scores_follow_the_prompt(tiny):
+    questions = many_questions()[:6]
+    prompt = "Q: {question}\nA:"
+    found = blind_scores(tiny, questions, prompt=prompt)
+    expected = blind(tiny, questions, "Q:\nA:")
+    np.testing.assert_allclose(found.value, expected.value, atol=TOLERANCE)
+    assert not np.allclose(found.value, blind_scores(tiny, questions).value, atol=TOLERANCE)
+
+
+def test_no_questions_have_no_blind_scores(tiny):
+    found = blind_scores(tiny, [])
+    assert found.empty and found.columns.tolist() == ["item", "metric", "value"]
 
 
 def test_an_edit_is_applied_to_questions_and_taken_back(tiny, tiny_concept):

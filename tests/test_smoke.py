@@ -9,7 +9,11 @@ import sys
 import pandas as pd
 import pytest
 
+from ember.editing import Edit
 from ember.paths import REPOSITORY
+from ember.profiles import load_profile
+
+ARMS = [("ember", False), ("rmu", False), ("rmu", True)]
 
 
 def reproduce(results, *options: str) -> subprocess.CompletedProcess:
@@ -31,7 +35,7 @@ def results(embedded):
 
 def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
     manifests = sorted((results / "notebooks").glob("*.json"))
-    assert [json.loads(m.read_text())["notebook"][:2] for m in manifests] == ["00", "01", "02", "03", "08"]
+    assert [json.loads(m.read_text())["notebook"][:2] for m in manifests] == ["00", "01", "02", *["03"] * 3, "08"]
     for manifest in manifests:
         about = json.loads(manifest.read_text())
         assert about["wall_seconds"] > 0
@@ -45,7 +49,11 @@ def test_records_hold_provenance_and_no_zero_for_missing(results):
 
     records = read_records((results / "records").glob("03_*/records.parquet"))
     assert list(records.columns[: len(RECORD_COLUMNS)]) == list(RECORD_COLUMNS)
-    assert set(records.method) == {"base", "ember"}
+    assert set(records.method) == {"base", "ember", "rmu"}
+    test = records[records.split == "test"]
+    assert set(zip(test[test.method != "base"].method, test[test.method != "base"].ember, strict=True)) == set(ARMS)
+    assert records.cell.ne("").all()
+    assert (records[records.method == "base"].cell == "base").all()
     assert set(records.dtype) == {"float32"}
     assert records.weights_hash.str.len().eq(64).all()
     assert records[~records.metric.str.startswith("delta_")].effect_size.isna().all()
@@ -54,15 +62,42 @@ def test_records_hold_provenance_and_no_zero_for_missing(results):
 def test_tables_and_figures_are_there(results):
     tables = {path.stem for path in (results / "tables").glob("*.csv")}
     assert {"base_model", "main", "changes", "headline", "grid", "features", "edited_rows", "run_times"} <= tables
-    for kind in ("factorization_loss", "selected_features", "strength", "item_changes", "generations", "text_damage"):
+    assert {"overview", "ember_effect", "generations", "lexical_damage"} <= tables
+    for kind in (
+        "factorization_loss", "selected_features", "grids", "item_changes", "generations", "text_damage", "methods",
+        "trade_off", "ember_effect", "keyness_and_ratio", "token_preview",
+    ):  # fmt: skip
         for suffix in ("png", "svg"):
             assert any((results / "figures").glob(f"{kind}__*.{suffix}")), (kind, suffix)
 
 
-def test_the_edit_is_input_side_and_only_concept_rows(results, embedded):
-    from ember.editing import Edit
+def test_every_arm_is_in_the_main_table_with_the_cell_that_was_chosen(results):
+    main = pd.read_csv(results / "tables" / "main.csv")
+    assert set(zip(main.method, main.ember, strict=True)) == set(ARMS)
+    profile = load_profile("smoke")
+    assert all(row.cell in profile.cells(row.method) for row in main.itertuples())
+    grid = pd.read_csv(results / "tables" / "grid.csv")
+    assert grid.groupby(["method", "ember"]).chosen.sum().eq(1).all()
+    effects = pd.read_csv(results / "tables" / "ember_effect.csv")
+    assert set(effects.method) == {"rmu"}
 
-    edit = Edit.load(next((results / "edits").iterdir()))
+
+def edit_of(results, method: str, ember: bool) -> Edit:
+    (folder,) = (results / "edits").glob(f"*__method={method}__ember={ember}__*")
+    return Edit.load(folder)
+
+
+def test_an_arm_after_ember_is_embers_edit_with_another_on_top(results, embedded):
+    ember, alone, both = (edit_of(results, *arm) for arm in ARMS)
+    assert [step["method"] for step in both.steps] == ["ember", "rmu"]
+    assert set(both.tensors) == set(ember.tensors) | set(alone.tensors)
+    assert embedded.embedding_name not in alone.tensors
+    ours, theirs = (edit.tensors[embedded.embedding_name] for edit in (ember, both))
+    assert ours.rows.equal(theirs.rows) and ours.values.equal(theirs.values)
+
+
+def test_the_edit_is_input_side_and_only_concept_rows(results, embedded):
+    edit = edit_of(results, "ember", False)
     rows = pd.read_csv(results / "tables" / "edited_rows.csv")
     assert set(edit.changed().parameter) == {embedded.embedding_name}
     assert set(edit.changed().row) == set(rows.token_id)
@@ -71,10 +106,12 @@ def test_the_edit_is_input_side_and_only_concept_rows(results, embedded):
 
 def test_similar_domain_is_left_alone_and_text_damage_is_lexical(results):
     changes = pd.read_csv(results / "tables" / "changes.csv")
-    simdom = changes[(changes.set == "simdom") & (changes.metric == "delta_gold_logprob")]
+    simdom = changes[(changes.set == "simdom") & (changes.metric == "delta_gold_logprob") & (changes.method == "ember")]
+    assert len(simdom) == 1
     assert simdom.value.abs().max() < 0.05
     lexical = pd.read_csv(results / "tables" / "lexical_damage.csv", keep_default_na=False)
-    untouched = lexical[lexical.edited_tokens == "none"]
+    untouched = lexical[(lexical.edited_tokens == "none") & (lexical.method == "ember")]
+    assert len(untouched) == 1
     assert (untouched.texts.astype(int) > 0).all()
     assert (untouched.delta_loss.astype(float) == 0).all()
     assert (untouched.kl.astype(float) == 0).all()

@@ -1,5 +1,6 @@
 """What the methods share: forget and retain texts, parameters that are trained and put back, the edit at the end."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -62,8 +63,9 @@ def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, t
 
 def require_finite(loss: torch.Tensor, method: str, step: int) -> None:
     """Stop a training run that has diverged."""
-    if not bool(torch.isfinite(loss)):
-        raise EmberError(f"{method} diverged at step {step}: the loss is {float(loss)}; lower the learning rate")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise EmberError(f"{method} diverged at step {step}: the loss is {value}; lower the learning rate")
 
 
 def weights_edit(

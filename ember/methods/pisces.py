@@ -1,17 +1,20 @@
 """PISCES: rewrite MLP output vectors through a sparse autoencoder, with the concept's features turned against it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 
 from ember.activations import collect, layer_name
+from ember.cache import cached_tensors
 from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
 from ember.data import Concept
 from ember.editing import Edit
+from ember.files import digest
 from ember.methods.common import forget_texts, retain_texts, weights_edit
-from ember.models import LoadedModel
-from ember.sae import SparseAutoencoder, load_saes
+from ember.models import LoadedModel, tensor_hash
+from ember.sae import SparseAutoencoder, load_saes, quality_table
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,11 @@ class PiscesConfig:
     of ``ember.sae``.
     """
 
-    layers: tuple[int, ...] = (4, 7, 10)
+    layers: tuple[int, ...] = (4, 7)
     features: int = 5
     min_ratio: float = 3.0
     tau: float = 0.5
-    mu: float = 10.0
+    mu: float = 8.0
     ramp: int = 0
     sae: str = "trained"
 
@@ -75,7 +78,8 @@ def run(
             )
             W_out = loaded.model.get_parameter(name).detach().T.float()
             values[name] = turn_against(W_out, sae, features, config.tau, mu).T
-    return weights_edit(loaded, concept, "pisces", config, values, seed=seed, selected=chosen.to_dict("records"))
+    found = {"selected": chosen.to_dict("records"), "autoencoders": quality_table(saes)}
+    return weights_edit(loaded, concept, "pisces", config, values, seed=seed, **found)
 
 
 def select_features(
@@ -87,18 +91,31 @@ def select_features(
     *,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens."""
-    sites = [sae.site for sae in saes]
-    found = [
-        collect(loaded, texts, sites, progress=progress) for texts in (forget_texts(concept), retain_texts(concept))
+    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
+
+    Kept in the user cache, because every strength of a method shares it.
+    """
+    texts = (forget_texts(concept), retain_texts(concept))
+
+    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        sites = [sae.site for sae in saes]
+        found = [collect(loaded, part, sites, progress=progress) for part in texts]
+        text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
+        tables = []
+        for sae in saes:
+            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
+            table = contrast_table(loaded, forget, retain, text)
+            tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
+        chosen = require_some(tables, concept, "SAE")
+        return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
+
+    parts = [
+        (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
+        for sae in saes
+        for tensors in [(sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)]
     ]
-    text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
-    tables = []
-    for sae in saes:
-        forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
-        table = contrast_table(loaded, forget, retain, text)
-        tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
-    return require_some(tables, concept, "SAE")[["layer", "feature", "forget", "retain", "keyness", "top_tokens"]]
+    key = digest(loaded.weights_hash, loaded.dtype, texts, [sae.site for sae in saes], parts, count, min_ratio)
+    return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])
 
 
 def turn_against(
@@ -106,15 +123,15 @@ def turn_against(
 ) -> torch.Tensor:
     """New output vectors [d_mlp, d_model] of the neurons.
 
-    For each feature f, the neurons with |W_out · W_enc[:, f]| ≥ τ·max are encoded; the coefficient of f becomes
-    ∓ μ·max, against the sign with which the neuron writes f; then they are decoded, and what the autoencoder had failed
-    to reconstruct is added back.
+    For each feature f, the neurons with |W_out · W_enc[:, f]| ≥ τ·max are encoded, in the autoencoder's input scale;
+    the coefficient of f becomes ∓ μ·max, against the sign with which the neuron writes f; then they are decoded, and
+    what the autoencoder had failed to reconstruct is added back.
     """
     coefficients = sae.encode(W_out)
     residue = W_out - sae.decode(coefficients)
     touched = torch.zeros(len(W_out), dtype=torch.bool, device=W_out.device)
     for f in features:
-        projection = W_out @ sae.W_enc[:, f]
+        projection = sae.scale * (W_out @ sae.W_enc[:, f])
         largest = projection.abs().max()
         rows = projection.abs() >= tau * largest
         coefficients[rows, f] = -torch.sign(projection[rows]) * mu * largest

@@ -26,7 +26,7 @@ class RmuConfig:
     steering: float = 100.0
     retain_weight: float = 10.0
     lr: float = 1e-3
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 4
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class SnmfConfig:
     share of a feature's weight that the neurons kept must cover.
     """
 
-    delta_out: float = 1.0
+    delta_out: float = 2.0
     delta_in: float = 0.0
     band: str = "early"
     features: int = 4
@@ -159,7 +159,9 @@ def project_out(matrix: torch.Tensor, F: torch.Tensor, masks: torch.Tensor, delt
         if any(pattern):
             groups.setdefault(tuple(pattern), []).append(neuron)
     for pattern, neurons in groups.items():
-        Q = torch.linalg.qr(directions[torch.tensor(pattern)].T).Q
+        # Features may write along the same direction, for which a QR would make up a second one.
+        basis, sizes, _ = torch.linalg.svd(directions[torch.tensor(pattern)].T, full_matrices=False)
+        Q = basis[:, sizes > 1e-5 * sizes[0]]
         new[neurons] -= delta * (new[neurons] @ Q) @ Q.T
     return new.to(matrix)
 

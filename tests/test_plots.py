@@ -1,0 +1,264 @@
+"""The figures are drawn, and show what they promise: every arm and cell, the choice, the base model, error bars."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from ember import plots
+
+SCORES = ("efficacy_cont", "specificity_cont", "coherence", "final_cont")
+ARMS = [("ember", False), ("snmf", False), ("snmf", True), ("rmu", False), ("rmu", True)]
+CELLS = ("layer=7 lr=0.001", "layer=7 lr=0.1", "layer=3 lr=0.001", "layer=3 lr=0.1")
+
+
+@pytest.fixture(autouse=True)
+def theme():
+    with plt.rc_context():
+        plots.use_theme()
+        yield
+    plt.close("all")
+
+
+def scored(**keys) -> list[dict]:
+    """The four scores with an interval, and a further one that no figure shows."""
+    rows = []
+    for k, metric in enumerate((*SCORES, "harmonic")):
+        value = 0.2 + 0.15 * k
+        rows.append({**keys, "metric": metric, "value": value, "ci_low": value - 0.05, "ci_high": value + 0.1})
+    return rows
+
+
+def grid_frame(cells=CELLS, **keys) -> pd.DataFrame:
+    rows = [row for cell in cells for row in scored(cell=cell, **keys)]
+    return pd.DataFrame(rows).assign(value=lambda f: f.value + 0.01 * np.arange(len(f)))
+
+
+def arm_frame(arms=ARMS) -> pd.DataFrame:
+    return pd.DataFrame([row for method, ember in arms for row in scored(method=method, ember=ember)])
+
+
+def labels_of(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def legend_of(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def bars_of(ax) -> list:
+    """The error bars, each with its line, caps and bars."""
+    return [c for c in ax.containers if type(c).__name__ == "ErrorbarContainer"]
+
+
+def points_of(ax) -> set[tuple[float, float]]:
+    return {
+        (round(float(x), 9), round(float(y), 9)) for bar in bars_of(ax) for x, y in zip(*bar[0].get_data(), strict=True)
+    }
+
+
+def drawn(ax) -> None:
+    ax.figure.canvas.draw()
+
+
+# A grid
+
+
+@pytest.mark.parametrize("cells", [CELLS, ("only cell",), ("delta=0.5", "delta=2")], ids=len)
+def test_grid_curve_shows_every_cell_in_its_order_and_the_choice(cells):
+    frame, choice = grid_frame(cells), cells[-1]
+    ax = plots.grid_curve(frame, choice=choice)
+    assert labels_of(ax.xaxis) == [cell.replace(" ", "\n") for cell in cells]
+    assert set(legend_of(ax)) == {*(plots.LABELS[metric] for metric in SCORES), "chosen"}
+    assert len(bars_of(ax)) == 4 and all(len(bar[0].get_xdata()) == len(cells) for bar in bars_of(ax))
+    (span,) = (patch for patch in ax.patches if patch.get_label() == "chosen")
+    middle = (span.get_extents().transformed(ax.transData.inverted()).intervalx).mean()
+    assert middle == pytest.approx(len(cells) - 1, abs=1e-6)
+    for metric, bar in zip(SCORES, bars_of(ax), strict=True):
+        assert bar[0].get_ydata().tolist() == pytest.approx(frame[frame.metric == metric].value.tolist())
+    drawn(ax)
+
+
+def test_grid_curve_draws_where_it_is_told():
+    _, ax = plt.subplots()
+    assert plots.grid_curve(grid_frame(), choice=CELLS[0], ax=ax) is ax
+
+
+def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
+    frame = grid_frame()
+    ax = plots.trade_off(frame, by="cell", choice=CELLS[1])
+    wide = frame.pivot(index="cell", columns="metric", values="value")
+    expected = {(round(r.specificity_cont, 9), round(r.efficacy_cont, 9)) for r in wide.itertuples()}
+    assert points_of(ax) == expected and len(expected) == len(CELLS)
+    assert {text.get_text() for text in ax.texts} == set(CELLS)
+    assert {"base model", "chosen"} <= set(legend_of(ax))
+    assert any((line.get_xdata()[:1], line.get_ydata()[:1]) == ([1], [0]) for line in ax.lines)
+    special = [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
+    assert [bar[0].get_xdata()[0] for bar in special] == [wide.specificity_cont[CELLS[1]]]
+    drawn(ax)
+
+
+def test_trade_off_without_a_choice():
+    ax = plots.trade_off(grid_frame().rename(columns={"cell": "arm"}), by="arm")
+    assert "chosen" not in legend_of(ax)
+    assert {to_hex(bar[0].get_color()).upper() for bar in bars_of(ax)} == {plots.PALETTE["simdom"]}
+    drawn(ax)
+
+
+@pytest.mark.parametrize("arms", [ARMS, ARMS[:1], ARMS[:3]], ids=len)
+def test_grid_panels_have_one_panel_an_arm(arms):
+    frames = [grid_frame(method=m, ember=e) for m, e in arms]
+    chosen = pd.DataFrame([{"method": m, "ember": e, "cell": CELLS[k % 4]} for k, (m, e) in enumerate(arms)])
+    figure = plots.grid_panels(pd.concat(frames), chosen)
+    shown = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title() for ax in shown] == [f"{'EMBER + ' if e else ''}{m.upper()}" for m, e in arms]
+    for k, ax in enumerate(shown):
+        assert len(points_of(ax)) == len(CELLS)
+        (special,) = (bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"])
+        frame = frames[k]
+        wanted = frame[(frame.cell == CELLS[k % 4]) & (frame.metric == "efficacy_cont")].value.iloc[0]
+        assert special[0].get_ydata()[0] == wanted
+    figure.canvas.draw()
+
+
+# Arms
+
+
+def filled(bar) -> bool:
+    return to_hex(bar[0].get_markerfacecolor()) != "#ffffff"
+
+
+def test_arm_scores_have_a_panel_a_score_and_a_point_an_arm():
+    axes = plots.arm_scores(arm_frame())
+    assert [ax.get_title() for ax in axes] == [plots.LABELS[metric] for metric in SCORES]
+    assert labels_of(axes[0].yaxis) == ["EMBER", "SNMF", "RMU"]
+    for k, ax in enumerate(axes):
+        assert len(bars_of(ax)) == len(ARMS)
+        assert {round(x, 9) for x, _ in points_of(ax)} == {round(0.2 + 0.15 * k, 9)}
+        assert [filled(bar) for bar in bars_of(ax)] == [True, False, True, False, True]
+        base = {line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"}
+        assert base == {0.0 if SCORES[k] in ("efficacy_cont", "final_cont") else 1.0}
+    assert "base model" in legend_of(axes[-1])
+    drawn(axes[0])
+
+
+def test_arm_scores_leave_out_what_was_not_run():
+    axes = plots.arm_scores(arm_frame([("ember", False), ("rmu", True)]))
+    assert [len(bars_of(ax)) for ax in axes] == [2] * 4
+
+
+@pytest.mark.parametrize("arms", [ARMS, ARMS[:1]], ids=len)
+def test_arm_trade_off_leads_from_alone_to_after_ember(arms):
+    frame = arm_frame(arms).assign(value=lambda f: f.value + 0.01 * np.arange(len(f)))
+    ax = plots.arm_trade_off(frame)
+    assert len(points_of(ax)) == len(bars_of(ax)) == len(arms)
+    place = {
+        arm: (part.value[part.metric == "specificity_cont"].iloc[0], part.value[part.metric == "efficacy_cont"].iloc[0])
+        for arm, part in frame.groupby(["method", "ember"])
+    }
+    arrows = [text for text in ax.texts if text.arrow_patch is not None]
+    assert {(*text.xyann, *text.xy) for text in arrows} == {(*place[m, False], *place[m, True]) for m, e in arms if e}
+    assert {text.get_text() for text in ax.texts} - {""} == {m.upper() for m, _ in arms}
+    assert sum(map(filled, bars_of(ax))) == sum(m == "ember" or e for m, e in arms)
+    assert "base model" in legend_of(ax)
+    drawn(ax)
+
+
+def test_ember_effect_has_a_panel_a_score_and_a_point_a_method():
+    frame = pd.DataFrame([row for method in ("snmf", "rmu") for row in scored(method=method)])
+    axes = plots.ember_effect(frame)
+    assert [ax.get_title() for ax in axes] == [f"Δ {plots.LABELS[metric]}" for metric in SCORES]
+    assert labels_of(axes[0].yaxis) == ["SNMF", "RMU"]
+    for k, ax in enumerate(axes):
+        assert points_of(ax) == {(round(0.2 + 0.15 * k, 9), 0.0), (round(0.2 + 0.15 * k, 9), 1.0)}
+        assert any(line.get_linestyle() == "--" and line.get_xdata()[0] == 0 for line in ax.lines)
+    drawn(axes[0])
+
+
+@pytest.mark.parametrize("draw", [plots.arm_scores, plots.arm_trade_off])
+def test_every_method_has_a_colour_of_its_own(draw):
+    from ember.methods import METHODS
+
+    assert set(METHODS) <= set(plots.ARM_COLOURS)
+    assert len(set(plots.ARM_COLOURS.values())) == len(plots.ARM_COLOURS)
+    drawn(np.ravel(draw(arm_frame([("own", False), ("own", True)])))[0])  # a method of one's own is drawn too
+
+
+@pytest.mark.parametrize("value", [0.15, 0.4])
+def test_a_value_outside_its_interval_has_no_negative_bar(value):
+    """Bootstrap percentiles need not hold the value; matplotlib refuses negative bars."""
+    outside = {"value": value, "ci_low": 0.2, "ci_high": 0.3}
+    drawn(plots.grid_curve(grid_frame().assign(**outside), choice=CELLS[0]))
+    drawn(plots.trade_off(grid_frame().assign(**outside), by="cell"))
+    drawn(plots.arm_scores(arm_frame().assign(**outside))[0])
+    drawn(plots.arm_trade_off(arm_frame().assign(**outside)))
+    drawn(plots.ember_effect(arm_frame([("rmu", False)]).assign(**outside))[0])
+    rows = pd.DataFrame([{"label": "x", "set": "concept", **outside}])
+    drawn(plots.interval_bars(rows, title="t", xlabel="x", base=0.0))
+
+
+# Single runs
+
+
+def test_loss_curve_marks_the_best():
+    ax = plots.loss_curve([8.0, 4.0, 2.0, 3.0], total=10.0)
+    assert legend_of(ax) == ["kept: 0.200"]
+    drawn(ax)
+
+
+def features(n: int = 6) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "feature": range(n),
+            "score": np.linspace(2, 0.1, n),
+            "ratio_abs": np.linspace(5, 0, n),
+            "top_tokens": [" ".join(f"t{k}{i}" for i in range(12)) for k in range(n)],
+        }
+    )
+
+
+def test_feature_scores_and_role_composition():
+    ax = plots.feature_scores(features(), threshold=0.6, selected=[0, 2], top=4)
+    assert labels_of(ax.yaxis) == [f"feature {k}" for k in range(4)]
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert [colour == plots.PALETTE["concept"] for colour in colours] == [True, False, True, False]
+    drawn(ax)
+    ax = plots.role_composition(features(), selected=[0, 2])
+    assert [len(c.get_offsets()) for c in ax.collections] == [4, 2]
+    drawn(ax)
+
+
+def test_token_preview_shows_the_rows():
+    frame = pd.DataFrame({"token": [" Rome", "x"], "change": [1.0, 0.2], "norm": 2.0, "ordinary": [False, True]})
+    ax = plots.token_preview(frame)
+    assert labels_of(ax.yaxis) == ["␣Rome", "x"]
+    assert [bar.get_width() for bar in ax.patches[:2]] == [0.5, 0.1]
+    drawn(ax)
+
+
+def test_item_changes_shows_every_question():
+    sizes = {"concept": 9, "simdom": 5, "general": 7}
+    rows = itertools.chain.from_iterable([(name, -0.1 * k) for k in range(n)] for name, n in sizes.items())
+    ax = plots.item_changes(pd.DataFrame(rows, columns=["set", "change"]))
+    assert [len(c.get_offsets()) for c in ax.collections if len(c.get_offsets()) > 1] == list(sizes.values())
+    assert [label.split("n = ")[1] for label in labels_of(ax.xaxis)] == ["9)", "5)", "7)"]
+    drawn(ax)
+
+
+def test_interval_bars_show_base_and_labels():
+    rows = pd.DataFrame({"label": ["a", "b"], "value": [0.1, 0.3], "ci_low": 0.0, "ci_high": 0.5})
+    ax = plots.interval_bars(rows, title="t", xlabel="x", base=0.0)
+    assert labels_of(ax.yaxis) == ["a", "b"]
+    assert "base model" in legend_of(ax)
+    drawn(ax)
+
+
+def test_text_panel_shows_what_was_said():
+    samples = pd.DataFrame({"prompt": ["Who?"], "base": ["Caesar $5$ did."], "edited": [""]})
+    ax = plots.text_panel(samples)
+    texts = [text.get_text() for text in ax.texts]
+    assert {"prompt", "base model", "edited model", "Who?", r"Caesar \$5\$ did.", "(nothing)"} == set(texts)
+    drawn(ax)
