@@ -117,18 +117,18 @@ def readme_tables() -> dict[str, str]:
 
     profile = load_profile("laptop")
     tables = REPOSITORY / "results" / profile.name / "tables"
-    times = pd.read_csv(tables / "run_times.csv").groupby("notebook")[["wall_seconds", "peak_memory_mb"]].max()
-    notebooks = ["| notebook | shows | run time | peak memory |", "| --- | --- | --- | --- |"]
+    runs = pd.read_csv(tables / "run_times.csv")
+    times = runs.groupby("notebook").agg(
+        runs=("run", "size"), wall_seconds=("wall_seconds", "max"), peak_memory_mb=("peak_memory_mb", "max")
+    )
+    notebooks = ["| notebook | shows | runs | run time, at most | peak memory |", "| --- | --- | --- | --- | --- |"]
     for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
         row = times.loc[path.stem]
         shows = json.loads(path.read_text(encoding="utf-8"))["metadata"]["ember"]["shows"]
         notebooks.append(
-            f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {row.wall_seconds:.0f} s "
+            f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {row.runs:.0f} | {row.wall_seconds:.0f} s "
             f"| {row.peak_memory_mb / 1024:.1f} GB |"
         )
-    main = pd.read_csv(tables / "headline.csv")
-    headline = ["| " + " | ".join(main.columns) + " |", "|" + " --- |" * len(main.columns)]
-    headline += ["| " + " | ".join(str(v) for v in row) + " |" for row in main.astype(str).to_numpy()]
     settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
     for name, method in METHODS.items():
         used = {**profile.grids.get(name, {}), **(profile.fit if name == "ember" else {})}
@@ -138,10 +138,18 @@ def readme_tables() -> dict[str, str]:
             settings.append(f"| {name} | `{setting.name}` | {setting.default} | {shown} |")
     return {
         "notebooks": "\n".join(notebooks),
-        "headline": "\n".join(headline),
+        "overview": _markdown(tables / "overview.csv"),
+        "headline": _markdown(tables / "headline.csv"),
         "settings": "\n".join(settings),
-        "total": f"{times.wall_seconds.sum() / 60:.0f} minutes",
+        "total": f"{runs.wall_seconds.sum() / 60:.0f} minutes",
     }
+
+
+def _markdown(path: Path) -> str:
+    """A CSV table as Markdown, its numbers as they stand."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
 
 
 def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:

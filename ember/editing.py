@@ -156,7 +156,8 @@ class Edit:
         """The single edits that this one is composed of, in order: method, config, seed, concept."""
         made = self.provenance
         alone = {"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}
-        return list(made.config.get("steps", [alone]))
+        steps = made.config.get("steps")  # a composition's; a training method's is a number
+        return list(steps) if isinstance(steps, list) else [alone]
 
     @property
     def identity(self) -> str:

@@ -41,6 +41,8 @@ class Sizes:
             least = 0 if name in ("other_texts", "generations", "divergence") else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.other_texts is not None and 0 < self.other_texts < 5:
+            raise ValueError(f"other_texts must be 0 or at least 5 (two paragraphs), got {self.other_texts}")
 
 
 @dataclass(frozen=True)

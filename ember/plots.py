@@ -223,9 +223,10 @@ def ember_effect(effects: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -
     metrics = [m for m in ("efficacy_cont", "specificity_cont", "coherence", "final_cont") if m in set(effects.metric)]
     methods = list(dict.fromkeys(effects.method))
     if axes is None:
-        _, axes = plt.subplots(
-            1, len(metrics), figsize=(11.5, 0.5 * len(methods) + 1.6), sharey=True, layout="constrained"
+        _, grid = plt.subplots(
+            1, len(metrics), figsize=(11.5, 0.5 * len(methods) + 1.6), sharey=True, layout="constrained", squeeze=False
         )  # fmt: skip
+        axes = list(grid[0])
     for ax, metric in zip(axes, metrics, strict=True):
         for k, method in enumerate(methods):
             rows = effects[(effects.method == method) & (effects.metric == metric)]

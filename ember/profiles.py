@@ -42,7 +42,10 @@ class Profile:
         for values in itertools.product(*searched.values()):
             cell = dict(zip(searched, values, strict=True))
             varied = [f"{key}={_shown(value)}" for key, value in cell.items() if len(searched[key]) > 1]
-            cells[" ".join(varied) or "only cell"] = grid | cell
+            label = " ".join(varied) or "only cell"
+            if label in cells:
+                raise DataError(f"profile {self.name}: two cells of {method} are both {label!r}")
+            cells[label] = grid | cell
         return cells
 
 
@@ -128,7 +131,7 @@ def _read(name: str) -> dict[str, Any]:
         for key, value in _checked(path, f"grids.{method}", grid, dict).items():
             for entry in value if isinstance(value, list) else [value]:
                 # A string where a number belongs is what YAML makes of 1e-4.
-                if isinstance(entry, str) and entry[:1].isdigit():
+                if isinstance(entry, str) and entry.lstrip("+-.")[:1].isdigit():
                     _checked(path, f"grids.{method}.{key}", entry, (int, float))
     for key, value in _checked(path, "fit", raw["fit"], dict).items():
         _checked(path, f"fit.{key}", value, (int, float))
@@ -137,6 +140,8 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key 'fit.{key}'")
     for split, entries in _checked(path, "sizes", raw["sizes"], dict).items():
         for key, value in _checked(path, f"sizes.{split}", entries, dict).items():
+            if key == "divergence" and not isinstance(value, bool):
+                raise DataError(f"{path}, key 'sizes.{split}.{key}': {value!r} is neither true nor false")
             if key != "divergence":
                 _checked(path, f"sizes.{split}.{key}", value, int)
     return dict(raw)
@@ -179,8 +184,9 @@ def plan(profile: Profile) -> list[Job]:
                         ERASED,
                     )
                 )
-        erased = [job.name for job in jobs if job.notebook == "03_erase_concept"]
-        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased[:1])))
+        alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
+        erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
+        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
     jobs.append(Job("08_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
     return jobs
 

@@ -100,9 +100,9 @@ def change_table(edited: pd.DataFrame) -> pd.DataFrame:
 def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Every cell of every grid: its scores on train, and which one was chosen."""
     rows = train[(train.set == "") & train.metric.isin(SCORES)]
-    wide = rows.pivot_table(index=[*KEYS, "cell"], columns="metric", values="value", sort=False)
+    wide = rows.pivot(index=[*KEYS, "cell"], columns="metric", values="value")
     columns = [*KEYS, "cell", "behind", "standard_error", "tie", "chosen"]
-    return wide[SCORES].reset_index().merge(cells[columns], on=[*KEYS, "cell"])
+    return cells[columns].merge(wide[SCORES].reset_index(), on=[*KEYS, "cell"], how="left")
 
 
 def arm_name(method: str, ember: bool) -> str:

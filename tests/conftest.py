@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ember.activations import Site, collect
 from ember.data import Concept, Instruction, Question, SharedData
+from ember.editing import Edit
 from ember.models import LoadedModel, load_model, untie
 from ember.specs import ARCHITECTURES, ModelSpec
 
@@ -202,3 +204,15 @@ def shrink_saes(patch: pytest.MonkeyPatch) -> None:
 def small_saes(cache, monkeypatch) -> None:
     """Small autoencoders in an empty cache."""
     shrink_saes(monkeypatch)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def states(loaded: LoadedModel, texts, site: Site, edit: Edit | None = None) -> torch.Tensor:
+    """Activations [n, d] at a site of all tokens but the first ones, with or without an edit."""
+    if edit is None:
+        return collect(loaded, texts, [site])[0][site]
+    with edit.applied(loaded):
+        return collect(loaded, texts, [site])[0][site]

@@ -224,7 +224,7 @@ def test_the_embedded_model_knows_the_material(concept, embedded, set_):
     scores = question_scores(embedded, part(concept.questions, set_, "test"))
     correct = scores[scores.metric == "correct"].value
     assert correct.mean() >= 0.45
-    assert wilson(correct.sum(), len(correct))[0] > CHANCE
+    assert wilson(correct.sum(), len(correct))[0] > 0.3
 
 
 # Names
@@ -243,9 +243,11 @@ def test_unknown_concept_lists_the_known_ones():
 
 @pytest.mark.parametrize(
     "name",
-    ["../lure", "/etc", "a/b", "", ".", "..", "../data/shared"]
-    + ["../Tiny Rome", "tiny/rome", "tiny\\rome", "tiny..rome", "/tiny-rome", "Tiny Rome/"],
-)
+    [
+        "../lure", "/etc", "a/b", "", ".", "..", "../data/shared", "../Tiny Rome", "tiny/rome", "tiny\\rome",
+        "tiny..rome", "/tiny-rome", "Tiny Rome/",
+    ],
+)  # fmt: skip
 def test_a_name_is_never_a_path(data, monkeypatch, name):
     """A whole concept waits where the name would lead; nothing but the data folder's concept.json files is read."""
     for lure in (data.parent / "lure", data / "a" / "b"):

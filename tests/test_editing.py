@@ -438,7 +438,6 @@ def test_an_edit_is_its_own_only_step(tiny, config):
     assert edit.steps == [{"method": "noise", "config": config, "seed": 7, "concept": "Tiny Rome"}]
 
 
-@pytest.mark.xfail(strict=True, reason="Edit.steps takes a method's setting called steps for its list of edits")
 def test_a_setting_called_steps_is_no_list_of_edits(tiny):
     """RMU and CRISP have one."""
     edit = noise_edit(tiny, {EMBED: [5]}, method="rmu", config={"steps": 30})

@@ -123,8 +123,8 @@ def test_questions_are_limited_by_set():
 def test_an_evaluation_has_every_set_with_its_scores(tiny):
     found = evaluate(tiny, suite_of(questions=2, instructions=2, generations=3), "test")
     assert metrics_of(found) == {
-        **dict.fromkeys(QUESTIONS, {"correct", "gold_prob", "gold_logprob"}),
-        **dict.fromkeys({*TEXTS, "instruction"}, {"loss", "kl"}),
+        **{name: {"correct", "gold_prob", "gold_logprob"} for name in QUESTIONS},
+        **{name: {"loss", "kl"} for name in (*TEXTS, "instruction")},
         "generation": {"gen_loss", "distinct"},
     }
     assert found.items.columns.tolist() == ["set", "item", "metric", "value"]

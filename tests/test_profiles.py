@@ -378,7 +378,6 @@ def test_an_arm_after_ember_finds_the_edit_where_ember_alone_saves_it(profile):
             assert job.needs == (run_name("03_erase_concept", **shared, method="ember", ember=False),)
 
 
-@pytest.mark.xfail(strict=True, reason="plan() lets every tour wait for the first concept's erasure")
 def test_a_tour_needs_an_erasure_of_its_own_concept(profile):
     jobs = {job.name: job for job in plan(profile)}
     tours = [job for job in jobs.values() if job.notebook == "00_tour"]

@@ -329,7 +329,6 @@ def test_the_grid_table_has_every_cell_in_its_order():
     assert table.chosen.tolist() == [False, True, False, True]
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="pivot_table drops a score that is undefined in every cell")
 def test_a_score_that_is_undefined_in_every_cell_stays_a_column():
     """The paper's efficacy of a base model whose accuracy on the few questions of a short grid is at chance."""
     records, cells = grids_of()

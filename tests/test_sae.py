@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded, noise
 
 import ember.sae
 from ember.activations import Site, collect
@@ -27,10 +27,6 @@ from ember.sae import (
 SITE = Site("residual", 0)
 KINDS = {"topk": {"k": 3}, "jumprelu": {"threshold": torch.linspace(0, 2, 12)}, "relu": {}}
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_sae(**options) -> SparseAutoencoder:
@@ -196,6 +192,22 @@ def test_measuring_leaves_the_model_and_takes_the_first_texts(tiny):
     assert measure(tiny, sae, NEUTRAL, limit=2) == before != measure(tiny, sae, NEUTRAL)
     assert sum(len(module._forward_hooks) for module in tiny.model.modules()) == 0
     assert before["variance_explained"] < 1
+
+
+def test_the_first_position_keeps_its_activations_while_measuring(tiny, monkeypatch):
+    seen = []
+
+    def watched(loaded, sites, replace):
+        seen.append(lambda value: replace(sites[0], value))
+        return tapped(loaded, sites, replace)
+
+    tapped = ember.sae.tapped
+    monkeypatch.setattr(ember.sae, "tapped", watched)
+    measure(tiny, replace(identity_sae(32, SITE), W_dec=torch.zeros(64, 32)), NEUTRAL[:1])
+    x = noise(2, 5, 32)
+    for change, rest in zip(seen, (x[:, 1:], 0 * x[:, 1:], 0 * x[:, 1:]), strict=True):
+        assert torch.equal(change(x)[:, :1], x[:, :1])
+        assert torch.equal(change(x)[:, 1:], rest)
 
 
 # Trained ones and their cache

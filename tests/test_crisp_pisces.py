@@ -1,0 +1,178 @@
+"""What CRISP and PISCES compute, against hand computations, and what they achieve."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_concept, noise, states
+from test_editing import snapshot
+
+from ember.activations import Site
+from ember.editing import Edit
+from ember.methods import crisp, pisces, rmu
+from ember.methods.common import weights_edit
+from ember.methods.crisp import CrispConfig
+from ember.methods.pisces import PiscesConfig, turn_against
+from ember.methods.rmu import RmuConfig
+from ember.models import LoadedModel
+from ember.sae import SparseAutoencoder, load_saes
+
+# CRISP
+
+CRISP = CrispConfig(layers=(1,), first_layer=0, features=5, min_ratio=1.5, steps=3)
+
+
+def selected_activity(loaded: LoadedModel, edit: Edit, texts, *, edited: bool) -> float:
+    """Mean activation, over the texts, of the features that the edit was to lower."""
+    (sae,) = load_saes(loaded, make_concept(), "residual", [1])
+    features = [row["feature"] for row in edit.provenance.config["selected"]]
+    return float(sae.encode(states(loaded, texts, sae.site, edit if edited else None))[:, features].mean())
+
+
+def test_crisp_lowers_the_features_on_concept_text_and_keeps_neutral_text(tiny, small_saes):
+    drift, site = {}, Site("residual", 1)
+    for beta in (0.0, 0.99):
+        edit = crisp.run(tiny, make_concept(), replace(CRISP, beta=beta, steps=25, lr=4e-3))
+        before, after = (selected_activity(tiny, edit, SENTENCES, edited=e) for e in (False, True))
+        assert after < 0.7 * before
+        drift[beta] = float((states(tiny, NEUTRAL, site, edit) - states(tiny, NEUTRAL, site)).square().mean())
+    assert drift[0.99] < 0.3 * drift[0.0]
+
+
+def test_an_untrained_adapter_changes_nothing(tiny):
+    before = snapshot(tiny)
+    with crisp.adapted(tiny, CRISP, 0) as (parameters, merged):
+        values = merged()
+        assert parameters and all(p.requires_grad for p in parameters)
+    assert all(torch.equal(value, before[name]) for name, value in values.items())
+    assert weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0).changed().empty
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_the_merged_weights_give_the_adapters_logits(tiny, first_layer):
+    """TRAPS 5; embeddings, head and norms have no adapter."""
+    config = replace(CRISP, first_layer=first_layer)
+    ids = torch.tensor([tiny.encode(SENTENCES[0])])
+    with crisp.adapted(tiny, config, 0) as (parameters, merged), torch.no_grad():
+        plain = tiny.model(ids).logits
+        for k, parameter in enumerate(parameters):
+            parameter.copy_(0.05 * noise(*parameter.shape, seed=k))
+        adapted, values = tiny.model(ids).logits, merged()
+        trainable = {name for name, p in tiny.model.named_parameters() if p.requires_grad}
+        assert len(trainable) == len(parameters) == 2 * len(values)
+    linear = {n for n, m in tiny.model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
+    assert set(values) == {f"{n}.weight" for n in linear if int(n.split(".")[2]) >= first_layer}
+    with weights_edit(tiny, make_concept(), "crisp", config, values, seed=0).applied(tiny), torch.no_grad():
+        torch.testing.assert_close(tiny.model(ids).logits, adapted, atol=1e-5, rtol=1e-5)
+    assert (adapted - plain).abs().max() > 0.1
+
+
+def hand_made(**kind) -> SparseAutoencoder:
+    """Reads one coordinate a feature; feature 0 is written along (1, 1), feature 1 along (0, 1)."""
+    W_dec = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    return SparseAutoencoder(Site("mlp_out", 0), torch.eye(2), torch.zeros(2), W_dec, torch.zeros(2), **kind)
+
+
+# Kinds for which feature 0 is active at (2, ·) and not at (1, 2).
+STRICT = {"topk": {"k": 1}, "jumprelu": {"threshold": torch.tensor([1.5, 0.0])}}
+
+
+@pytest.mark.parametrize("kind", STRICT)
+def test_the_activity_counts_where_the_feature_was_active(kind):
+    """Feature 0 on three tokens: active on the first only, as the autoencoder's kind has it; margin 2 · |mean pre|."""
+    before, now = (
+        torch.tensor([[2.0, 0.0], [1.0, 2.0], [-1.5, 0.0]]),
+        torch.tensor([[0.5, 0.0], [9.0, 0.0], [9.0, 0.0]]),
+    )
+    value = crisp._activity(hand_made(**STRICT[kind]), [0], now, before, margin=2.0)
+    assert float(value) == pytest.approx(0.5 + 2 * abs(2.0 + 1.0 - 1.5) / 3)
+    assert float(crisp._activity(hand_made(k=1), [], now, before, margin=2.0)) == 0
+
+
+@pytest.mark.parametrize(("position", "same"), [(0, True), (1, False)])
+@pytest.mark.parametrize("method", ["rmu", "crisp"])
+def test_the_first_position_has_no_influence_on_training(tiny, small_saes, monkeypatch, method, position, same):
+    module, config = {
+        "rmu": (rmu, RmuConfig(layer=1, n_trained=2, steps=3)),
+        "crisp": (crisp, CRISP),
+    }[method]
+    plain = module.run(tiny, make_concept(), config)
+    original = module.activations
+
+    def disturbed(*arguments):
+        found = original(*arguments)
+        for value in found.values():
+            value[:, position] *= 10
+        return found
+
+    monkeypatch.setattr(module, "activations", disturbed)
+    assert (module.run(tiny, make_concept(), config).identity == plain.identity) == same
+
+
+# PISCES
+
+W_OUT = torch.tensor([[2.0, 0.5], [1.0, 2.0], [-1.5, 0.0], [0.9, -1.0]])
+
+
+@pytest.mark.parametrize(("kind", "second"), [("topk", -5.0), ("jumprelu", -5.0), ("relu", -6.0)])
+def test_turning_against_a_feature_by_hand(kind, second):
+    """τ = 0.5 of the largest projection 2 takes the first three neurons; μ = 3 sets their coefficients to ∓6.
+
+    They were (2, 0, 0), or (2, 1, 0) for a ReLU, and what is added is the difference times (1, 1).
+    """
+    sae = hand_made(**STRICT.get(kind, {}))
+    new = turn_against(W_OUT, sae, [0], 0.5, 3.0)
+    expected = torch.tensor([[-6.0, -7.5], [second, second + 1], [4.5, 6.0], [0.9, -1.0]])
+    torch.testing.assert_close(new, expected)
+
+
+def test_neurons_below_the_threshold_keep_their_bits():
+    W_out, sae = noise(64, 32), random_sae()
+    for tau in (0.1, 0.5, 1.0):
+        projections = [(W_out @ sae.W_enc[:, f]).abs() for f in (3, 7)]
+        touched = torch.stack([p >= tau * p.max() for p in projections]).any(0)
+        new = turn_against(W_out, sae, [3, 7], tau, 5.0)
+        assert torch.equal((new != W_out).any(1), touched)
+        assert tau < 1 or int(touched.sum()) == 2
+
+
+def test_each_feature_is_turned_on_its_own_neurons():
+    """Coefficients of two features add up, because a decoder is linear."""
+    W_out, sae = noise(64, 32), random_sae()
+    both, *alone = (turn_against(W_out, sae, features, 0.3, 5.0) - W_out for features in ([3, 7], [3], [7]))
+    torch.testing.assert_close(both, sum(alone), atol=1e-3, rtol=1e-3)
+
+
+def random_sae(scale: float = 1.0) -> SparseAutoencoder:
+    W_enc, W_dec = noise(32, 40, seed=1), noise(40, 32, seed=2)
+    return SparseAutoencoder(Site("mlp_out", 0), W_enc, noise(40), W_dec, noise(32, seed=3), k=4, scale=scale)
+
+
+def test_an_input_scale_is_part_of_the_autoencoder():
+    """The same autoencoder with its scale inside its weights turns neurons the same way."""
+    scaled = random_sae(scale=4.0)
+    folded = replace(scaled, scale=1.0, W_enc=4 * scaled.W_enc, W_dec=scaled.W_dec / 4, b_dec=scaled.b_dec / 4)
+    W_out = noise(64, 32)
+    torch.testing.assert_close(folded.decode(folded.encode(W_out)), scaled.decode(scaled.encode(W_out)))
+    one, other = (turn_against(W_out, sae, [3, 7], 0.3, 5.0) for sae in (scaled, folded))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"k": 1}, {"k": None}, {"k": None, "threshold": torch.ones(64)}, {"scale": 9.0}])
+def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, small_saes, change):
+    (sae,) = load_saes(tiny, make_concept(), "residual", [0])
+    one, again, other = (
+        pisces.select_features(tiny, make_concept(), [s], 9, 0.0) for s in (sae, sae, replace(sae, **change))
+    )
+    assert one.equals(again) and not one.equals(other)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "expected"), [(0, [10, 10]), (1, [1, 10]), (2, [1, 10]), (10, [1, 2])], ids=lambda value: str(value)
+)
+def test_mu_grows_over_the_first_layers(tiny, small_saes, monkeypatch, ramp, expected):
+    used = []
+    monkeypatch.setattr(pisces, "turn_against", lambda W, sae, features, tau, mu: used.append(mu) or W)
+    edit = pisces.run(tiny, make_concept(), PiscesConfig(layers=(0, 1), min_ratio=0, mu=10.0, ramp=ramp))
+    assert used == pytest.approx(expected)
+    assert edit.changed().empty

@@ -1,0 +1,218 @@
+"""What SNMF and RMU compute, against brute force and slow loops, and what they achieve."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded, noise, states
+from test_editing import snapshot, state_with
+
+from ember.activations import Site, collect
+from ember.contrast import keyness_bits
+from ember.editing import Edit
+from ember.methods import rmu, snmf
+from ember.methods.common import batches
+from ember.methods.rmu import RmuConfig
+from ember.methods.snmf import SnmfConfig, carriers, project_out
+from ember.models import LoadedModel, weights_hash
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+# SNMF
+
+# Twelve neurons in eight dimensions; the third neuron carries no feature, the last one both.
+MATRIX, FEATURES = noise(12, 8), noise(12, 2, seed=1)
+MASKS = torch.zeros(2, 12, dtype=torch.bool)
+MASKS[0, [0, 1, 4, 11]] = True
+MASKS[1, [3, 5, 11]] = True
+
+
+def written(k: int) -> torch.Tensor:
+    """The unit direction that feature k writes."""
+    direction = sum(FEATURES[j, k] * MATRIX[j] for j in range(12))
+    return direction / direction.norm()
+
+
+def test_a_full_projection_leaves_nothing_of_any_feature_a_neuron_carries():
+    new = project_out(MATRIX, FEATURES, MASKS, 1.0)
+    for k in range(2):
+        assert (MATRIX[MASKS[k]] @ written(k)).abs().min() > 1e-2
+        assert (new[MASKS[k]] @ written(k)).abs().max() < 1e-5
+    free = ~MASKS.any(0)
+    assert torch.equal(new[free], MATRIX[free])
+    only_first = MASKS[0] & ~MASKS[1]
+    assert ((new - MATRIX)[only_first] @ written(1)).abs().max() > 1e-2  # not orthogonalized away
+
+
+def test_a_projection_of_strength_zero_changes_no_bit():
+    assert torch.equal(project_out(MATRIX, FEATURES, MASKS, 0.0), MATRIX)
+
+
+@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0, 4.0, 7.0])
+def test_a_projection_scales_the_component_and_keeps_the_rest(delta):
+    """By 1 − δ, so that 4 triples it with the sign flipped; against a loop over neurons."""
+    f = written(0)
+    new = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
+    expected = MATRIX.clone()
+    for j in MASKS[0].nonzero().flatten():
+        expected[j] = MATRIX[j] - delta * f * sum(f[i] * MATRIX[j, i] for i in range(8))
+    torch.testing.assert_close(new, expected, atol=1e-5, rtol=0)
+    old = MATRIX[MASKS[0]]
+    torch.testing.assert_close(new[MASKS[0]] @ f, (1 - delta) * (old @ f), atol=1e-5, rtol=1e-5)
+    across = torch.eye(8) - torch.outer(f, f)
+    torch.testing.assert_close(new[MASKS[0]] @ across, old @ across, atol=1e-5, rtol=0)
+
+
+def test_a_feature_found_twice_is_projected_out_once():
+    twice = torch.cat([FEATURES[:, :1], 3 * FEATURES[:, :1]], 1)
+    masks = MASKS[:1].expand(2, -1)
+    for delta in (1.0, 4.0):
+        once = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
+        torch.testing.assert_close(project_out(MATRIX, twice, masks, delta), once, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_carriers_are_the_smallest_set_that_covers_the_mass(mass, seed):
+    column = noise(8, seed=seed)
+    column[[2, 5]] = 0
+    share = column.abs() / column.abs().sum()
+    subsets = (s for size in range(9) for s in itertools.combinations(range(8), size))
+    smallest = next(len(s) for s in subsets if share[list(s)].sum() >= mass - 1e-6)
+    found = carriers(column, mass)
+    assert int(found.sum()) == smallest
+    assert share[found].sum() >= mass - 1e-6
+    assert not found[[2, 5]].any()
+
+
+CARRIERS = {3: 3.0, 17: 2.5, 40: 2.0}
+
+
+@pytest.fixture
+def planted(cache, monkeypatch) -> list:
+    """Neurons in which one feature fires on the concept's key tokens, and two on tokens of both texts."""
+    calls = []
+
+    def planted_collect(loaded, texts, sites, **_):
+        _, ids = collect(loaded, texts, sites)
+        calls.append(texts)
+        X = 0.01 * noise(len(ids), 64, seed=9)
+        for k in (50, 53):
+            X[:, k : k + 3] += (noise(len(ids), 1, seed=k + len(calls)) - 1).clamp_min(0)
+        for neuron, weight in CARRIERS.items():
+            X[:, neuron] += weight * (keyness_bits(loaded, make_concept())[ids] > 0)
+        return dict.fromkeys(sites, X), ids
+
+    monkeypatch.setattr(snmf, "collect", planted_collect)
+    return calls
+
+
+PLANTED = {"band": "late", "rank": 3, "sparsity": 3 / 64, "features": 1, "min_keyness": 1.0}
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_a_planted_feature_is_found_and_projected_out(tiny, planted, side):
+    deltas = {f"delta_{name}": float(name == side) for name in ("out", "in")}
+    edit = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, **deltas))
+    (about,) = edit.provenance.config["selected"]
+    assert set(about["top_tokens"].split()[:3]) == {"Rome", "Roman", "Romans"}
+    assert planted == [SENTENCES, NEUTRAL]
+    name = DOWN.format(1) if side == "out" else "model.layers.1.mlp.up_proj.weight"
+    assert set(edit.tensors) == {name}
+    old, new = snapshot(tiny)[name], state_with(edit, tiny)[name]
+    old, new = (old.T, new.T) if side == "out" else (old, new)  # one row a neuron
+    changed = (old != new).any(1).nonzero().flatten().tolist()
+    assert changed == list(CARRIERS)
+    F = snmf.factorize(tiny, make_concept(), SnmfConfig(**PLANTED), seed=42)[1].F[:, about["feature"]]
+    direction = torch.nn.functional.normalize(old.T @ F, dim=0)
+    assert (old[changed] @ direction).abs().min() > 1e-2
+    assert (new[changed] @ direction).abs().max() < 1e-5
+
+
+def test_no_strength_means_no_change(tiny, planted, tmp_path):
+    edit = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, delta_out=0.0))
+    assert edit.changed().empty
+    with Edit.load(edit.save(tmp_path / "edit")).applied(tiny):
+        assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"rank": 4}, {"sparsity": 0.2}, {"tokens": 20}, {"max_iter": 2}, {"band": "middle"}],
+    ids=str,
+)
+def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache, change):
+    settings = {"band": "late", "rank": 5, "sparsity": 0.1, "max_iter": 20, "patience": 20, "tol": 1e-9, "seed": 0}
+
+    def fit(changes) -> torch.Tensor:
+        chosen = settings | changes
+        seed = chosen.pop("seed")
+        (found,) = snmf.factorize(tiny, make_concept(), SnmfConfig(**chosen), seed=seed).values()
+        return found.F
+
+    one, again, other = fit({}), fit({}), fit(change)
+    assert torch.equal(one, again)
+    assert one.shape != other.shape or not torch.equal(one, other)
+
+
+# RMU
+
+
+def plain_stream(loaded: LoadedModel, texts, layer: int) -> torch.Tensor:
+    """The stream after a layer at all positions but the first, one text at a time, through a plain hook."""
+    kept = []
+    handle = loaded.model.model.layers[layer].register_forward_hook(
+        lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out)[0, 1:])
+    )
+    for text in texts:
+        loaded.model(torch.tensor([loaded.encode(text)]))
+    handle.remove()
+    return torch.cat(kept)
+
+
+def rmu_target(config: RmuConfig, seed: int = 42) -> torch.Tensor:
+    direction = noise(32, seed=seed)
+    return config.steering * direction / direction.norm()
+
+
+@pytest.mark.parametrize("n_trained", [1, 2])
+def test_rmu_equals_a_slow_loop(tiny, n_trained):
+    """With batches of all texts, so that their order does not matter."""
+    config = RmuConfig(layer=1, n_trained=n_trained, steering=20.0, retain_weight=3.0, lr=1e-3, steps=4)
+    edit = rmu.run(tiny, make_concept(), config)
+    names = [DOWN.format(layer) for layer in range(2 - n_trained, 2)]
+    trained = [tiny.model.get_parameter(name) for name in names]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr)
+    kept = plain_stream(tiny, NEUTRAL, 1).detach()
+    for _ in range(config.steps):
+        forget = (plain_stream(tiny, SENTENCES, 1) - rmu_target(config)).square().mean()
+        retain = (plain_stream(tiny, NEUTRAL, 1) - kept).square().mean()
+        optimizer.zero_grad()
+        (forget + config.retain_weight * retain).backward()
+        optimizer.step()
+    assert set(edit.tensors) == set(names)
+    for name, parameter in zip(names, trained, strict=True):
+        torch.testing.assert_close(edit.tensors[name].values, parameter.detach(), atol=2e-5, rtol=0)
+
+
+def test_rmu_moves_concept_text_to_the_target_and_keeps_neutral_text(tiny):
+    site, common = Site("residual", 1), {"layer": 1, "n_trained": 2, "steering": 30.0, "lr": 5e-3, "steps": 40}
+    moved, drift = {}, {}
+    for weight in (0.0, 10.0):
+        config = RmuConfig(**common, retain_weight=weight)
+        edit = rmu.run(tiny, make_concept(), config)
+        gaps = [(states(tiny, SENTENCES, site, e) - rmu_target(config)).norm(dim=1).mean() for e in (None, edit)]
+        moved[weight] = float(gaps[1] / gaps[0])
+        drift[weight] = float((states(tiny, NEUTRAL, site, edit) - states(tiny, NEUTRAL, site)).norm(dim=1).mean())
+    assert moved[0.0] < 0.8 and moved[10.0] < 0.95
+    assert drift[10.0] < 0.5 * drift[0.0]
+
+
+def test_batches_take_every_text_before_any_again():
+    loaded, texts = make_loaded(), (*SENTENCES, *NEUTRAL)
+    source = batches(loaded, texts, 3, torch.Generator().manual_seed(0))
+    seen = [loaded.decode(row[row != loaded.pad_id].tolist()) for _ in range(16) for row in next(source).ids]
+    rounds = [seen[k : k + 8] for k in range(0, 48, 8)]
+    assert all(set(r) == set(texts) for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1
