@@ -17,6 +17,8 @@ from ember.methods.rmu import RmuConfig
 from ember.models import LoadedModel
 from ember.sae import SparseAutoencoder, load_saes
 
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
 # CRISP
 
 CRISP = CrispConfig(layers=(1,), first_layer=0, features=5, min_ratio=1.5, steps=3)
@@ -158,13 +160,25 @@ def test_an_input_scale_is_part_of_the_autoencoder():
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"k": 1}, {"k": None}, {"k": None, "threshold": torch.ones(64)}, {"scale": 9.0}])
+@pytest.mark.parametrize("change", [{"k": 1}, {"k": None}, {"threshold": torch.ones(64)}, {"scale": 9.0}], ids=list)
 def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, small_saes, change):
     (sae,) = load_saes(tiny, make_concept(), "residual", [0])
+    if "threshold" in change:
+        sae = replace(sae, k=None)
     one, again, other = (
         pisces.select_features(tiny, make_concept(), [s], 9, 0.0) for s in (sae, sae, replace(sae, **change))
     )
     assert one.equals(again) and not one.equals(other)
+
+
+def test_a_selection_in_the_cache_is_that_of_its_weights(tiny, small_saes):
+    saes = load_saes(tiny, make_concept(), "residual", [0])
+    weight = tiny.model.get_parameter(DOWN).detach()
+    edit = weights_edit(tiny, make_concept(), "noise", CRISP, {DOWN: weight + noise(*weight.shape)}, seed=0)
+    base = pisces.select_features(tiny, make_concept(), saes, 9, 0.0)
+    with edit.applied(tiny):
+        assert not pisces.select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
+    assert pisces.select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
 
 
 @pytest.mark.parametrize(

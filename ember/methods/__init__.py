@@ -6,6 +6,7 @@ from typing import Any
 
 from ember.data import Concept
 from ember.editing import Edit
+from ember.errors import UnknownNameError
 from ember.methods import crisp, ember, pisces, rmu, snmf
 from ember.models import LoadedModel
 
@@ -44,7 +45,14 @@ def erase(
     """The edit of a method, or with ``first`` (an EMBER edit) of the method run after it, composed into one.
 
     The model is left bit-identical.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such method; other errors are the method's own.
     """
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
     chosen = METHODS[method]
     if first is None:
         return chosen.run(loaded, concept, config, seed=seed, progress=progress)

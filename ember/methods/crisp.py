@@ -71,7 +71,7 @@ def run(
     """Train (1−β)·forget + β·retain + γ·coherence and merge the LoRA; the model is left bit-identical.
 
     forget: mean of the selected features' activation on concept text wherever the unedited model activates them, raised
-    by α times the mean magnitude of their pre-activation so that they are pushed below zero and not just to it. retain:
+    by α times the magnitude of their mean pre-activation so that they are pushed below zero and not just to it. retain:
     MSE(h, h⁰) of the autoencoders' layers on neutral text. coherence: MSE of the last layer on 20 train instructions.
     The first position is left out of all three.
 
