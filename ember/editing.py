@@ -166,9 +166,9 @@ class Edit:
         return digest(self.provenance.base_hash, *parts)
 
     def changed(self) -> pd.DataFrame:
-        """What is replaced: one line for each row (index along the first dimension) of each parameter."""
+        """What is replaced: one line for each row (index along the first dimension) of each parameter, by name."""
         frames = [
-            pd.DataFrame({"parameter": name, "row": change.rows.numpy()}) for name, change in self.tensors.items()
+            pd.DataFrame({"parameter": name, "row": self.tensors[name].rows.numpy()}) for name in sorted(self.tensors)
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["parameter", "row"])
 

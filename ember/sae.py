@@ -74,7 +74,7 @@ class SaeTraining:
 
     width: int = 1536
     k: int = 24
-    epochs: int = 5
+    epochs: int = 4
     batch_size: int = 512
     lr: float = 2e-3
     seed: int = 0
