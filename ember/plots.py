@@ -159,7 +159,7 @@ def arm_scores(arms: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Seq
     methods = list(dict.fromkeys(arms.method))
     if axes is None:
         _, axes = plt.subplots(
-            1, 4, figsize=(11.5, 0.55 * len(methods) + 1.7), sharey=True, layout="constrained"
+            1, 4, figsize=(11.5, 0.55 * len(methods) + 2.0), sharey=True, layout="constrained"
         )  # fmt: skip
     for ax, metric in zip(axes, metrics, strict=True):
         for k, method in enumerate(methods):
@@ -182,7 +182,7 @@ def arm_scores(arms: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Seq
         Line2D([], [], marker="o", ls="", color="#666666", label="after EMBER (or EMBER)"),
         Line2D([], [], ls="--", color=PALETTE["base"], label="base model"),
     ]
-    axes[-1].legend(handles=handles, fontsize=7, loc="best")
+    axes[0].figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3)
     return axes
 
 
@@ -212,6 +212,7 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
     ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")
+    ax.margins(x=0.12)
     ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
     ax.set_title("What each method erases, and at what price (95 % intervals)")
     ax.legend(fontsize=8, loc="best")
