@@ -107,8 +107,9 @@ def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Every cell of every grid: its scores on train, and which one was chosen."""
     rows = train[(train.set == "") & train.metric.isin(SCORES)]
     wide = rows.pivot(index=[*KEYS, "cell"], columns="metric", values="value")
-    columns = [*KEYS, "cell", "behind", "standard_error", "tie", "chosen"]
-    return cells[columns].merge(wide[SCORES].reset_index(), on=[*KEYS, "cell"], how="left")
+    choice = ["behind", "standard_error", "tie", "chosen"]
+    table = cells[[*KEYS, "cell", *choice]].merge(wide[SCORES].reset_index(), on=[*KEYS, "cell"], how="left")
+    return table[[*KEYS, "cell", *SCORES, *choice]]
 
 
 def arm_name(method: str, ember: bool) -> str:
