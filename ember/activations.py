@@ -135,16 +135,10 @@ class Batch:
 
 def text_batch(loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int = 256) -> Batch:
     """Texts as one right-padded batch, each cut to ``max_tokens``."""
-    rows = [loaded.encode(text)[:max_tokens] for text in texts]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), loaded.pad_id)
-    mask = torch.zeros_like(ids)
-    for k, row in enumerate(rows):
-        ids[k, : len(row)] = torch.tensor(row)
-        mask[k, : len(row)] = 1
+    ids, mask = loaded.pad([loaded.encode(text)[:max_tokens] for text in texts])
     scored = mask.bool()
     scored[:, 0] = False
-    return Batch(ids.to(loaded.device), mask.to(loaded.device), scored.to(loaded.device))
+    return Batch(ids, mask, scored)
 
 
 @torch.no_grad()

@@ -29,3 +29,11 @@ class DownloadError(EmberError):
 
 class WrongWeightsError(EmberError):
     """An edit met weights other than those it was made for."""
+
+
+def require_at_least(config: object, least: float, *names: str) -> None:
+    """A ``ValueError`` that names the first of a config's settings below ``least`` (or NaN)."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -108,6 +108,17 @@ class LoadedModel:
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [batch, longest] of rows of ids, padded on one side."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for k, row in enumerate(rows):
+            span = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[k, span] = torch.tensor(row)
+            mask[k, span] = 1
+        return ids.to(self.device), mask.to(self.device)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 

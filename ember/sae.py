@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from ember.activations import Site, collect, tapped
 from ember.cache import cached_tensors
 from ember.data import Concept, list_concepts, load_concept, load_shared
-from ember.errors import EmberError, UnknownNameError
+from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.files import digest
 from ember.models import LoadedModel
 from ember.progress import bar
@@ -80,9 +80,7 @@ class SaeTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("width", "k", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "width", "k", "epochs", "batch_size")
         if self.k > self.width:
             raise ValueError(f"k must be 1..width = {self.width}, got {self.k}")
 

@@ -67,14 +67,14 @@ def option_logprobs(
 
 
 def _score_options(loaded: LoadedModel, prefixes: list[list[int]], options: list[list[list[int]]]) -> list[np.ndarray]:
-    prefix, prefix_mask = _pad(loaded, prefixes, left=True)
+    prefix, prefix_mask = loaded.pad(prefixes, left=True)
     positions = (prefix_mask.cumsum(1) - 1).clamp_min(0)
     out = loaded.model(
         input_ids=prefix, attention_mask=prefix_mask, position_ids=positions, use_cache=True, logits_to_keep=1
     )
     counts = [len(choices) for choices in options]
     owner = torch.repeat_interleave(torch.arange(len(options)), torch.tensor(counts)).to(prefix.device)
-    ids, mask = _pad(loaded, [choice for choices in options for choice in choices], left=False)
+    ids, mask = loaded.pad([choice for choices in options for choice in choices])
     first = out.logits[:, -1].float().log_softmax(-1)[owner]
     logprobs = [first.gather(1, ids[:, :1])]
     if ids.shape[1] > 1:
@@ -113,7 +113,7 @@ def sequence_losses(
     """Next-token loss (nats) of each token of sequence i from token ``starts[i]`` (at least 1) on."""
     losses: list[np.ndarray] = [np.empty(0)] * len(sequences)
     for chunk in _batches(_scorable(sequences, starts), batch_size, progress, "texts"):
-        ids, mask = _pad(loaded, [list(sequences[i]) for i in chunk], left=False)
+        ids, mask = loaded.pad([list(sequences[i]) for i in chunk])
         rows = _token_losses(_next_logprobs(loaded, ids, mask), ids)
         for row, i in zip(rows, chunk, strict=True):
             losses[i] = row[starts[i] - 1 : len(sequences[i]) - 1]
@@ -137,7 +137,7 @@ def sequence_scores(
     """
     scores: list[TokenScores | None] = [None] * len(sequences)
     for group in _groups(_scorable(sequences, starts), sequences, batch_size, progress):
-        batches = [_pad(loaded, [list(sequences[i]) for i in chunk], left=False) for chunk in group]
+        batches = [loaded.pad([list(sequences[i]) for i in chunk]) for chunk in group]
         bases = [_next_logprobs(loaded, ids, mask) for ids, mask in batches]
         with nullcontext() if edit is None else edit.applied(loaded):
             for chunk, (ids, mask), base in zip(group, batches, bases, strict=True):
@@ -194,7 +194,7 @@ def generate_greedy(
     """Greedy continuations (token ids, without the end token) of tokenized prompts."""
     results: list[list[int]] = []
     for chunk in _batches(list(range(len(prompts))), batch_size, progress, "generate"):
-        ids, mask = _pad(loaded, [list(prompts[i]) for i in chunk], left=True)
+        ids, mask = loaded.pad([list(prompts[i]) for i in chunk], left=True)
         out = loaded.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -212,15 +212,3 @@ def generate_greedy(
 def _batches(order: list[int], size: int, progress: bool, label: str) -> Iterator[list[int]]:
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     return iter(bar(chunks, show=progress, desc=label))
-
-
-def _pad(loaded: LoadedModel, rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask [batch, longest]."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), loaded.pad_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        span = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, span] = torch.tensor(row)
-        mask[i, span] = 1
-    return ids.to(loaded.device), mask.to(loaded.device)

@@ -9,6 +9,7 @@ import torch
 from ember.activations import Batch, Site, activations, layer_name, n_layers
 from ember.data import Concept, load_shared
 from ember.editing import Edit
+from ember.errors import require_at_least
 from ember.methods.common import batches, forget_texts, require_finite, retain_texts, trainable, weights_edit
 from ember.methods.pisces import select_features
 from ember.models import LoadedModel
@@ -48,9 +49,7 @@ class CrispConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or not 0 <= self.first_layer <= max(self.layers):
             raise ValueError("layers must name at least one layer, and first_layer be at most the last of them")
-        for name in ("features", "lora_rank", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "features", "lora_rank", "steps", "batch_size")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
 

@@ -11,6 +11,7 @@ from ember.cache import cached_tensors
 from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
 from ember.data import Concept
 from ember.editing import Edit
+from ember.errors import require_at_least
 from ember.files import digest
 from ember.methods.common import forget_texts, retain_texts, weights_edit
 from ember.models import LoadedModel, tensor_hash
@@ -42,10 +43,8 @@ class PiscesConfig:
             raise ValueError("layers must name at least one layer")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
-        if self.mu < 0:
-            raise ValueError(f"mu must be at least 0, got {self.mu}")
-        if self.features < 1:
-            raise ValueError(f"features must be at least 1, got {self.features}")
+        require_at_least(self, 0, "mu")
+        require_at_least(self, 1, "features")
 
 
 def prepare(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, progress: bool = False) -> None:

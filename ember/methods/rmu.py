@@ -7,6 +7,7 @@ import torch
 from ember.activations import Batch, Site, activations, layer_name, n_layers
 from ember.data import Concept
 from ember.editing import Edit
+from ember.errors import require_at_least
 from ember.methods.common import batches, forget_texts, require_finite, retain_texts, trainable, weights_edit
 from ember.models import LoadedModel
 from ember.progress import bar
@@ -30,14 +31,10 @@ class RmuConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("n_trained", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "n_trained", "steps", "batch_size")
         if self.layer < self.n_trained - 1:
             raise ValueError(f"layer must be at least n_trained - 1 = {self.n_trained - 1}, got {self.layer}")
-        for name in ("steering", "retain_weight", "lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        require_at_least(self, 0, "steering", "retain_weight", "lr")
 
 
 def run(

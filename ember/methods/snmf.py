@@ -10,6 +10,7 @@ from ember.cache import cached_tensors
 from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some
 from ember.data import Concept
 from ember.editing import Edit
+from ember.errors import require_at_least
 from ember.factorization import semi_nmf
 from ember.files import digest
 from ember.methods.common import forget_texts, retain_texts, weights_edit
@@ -46,9 +47,7 @@ class SnmfConfig:
     def __post_init__(self) -> None:
         if self.band not in BANDS:
             raise ValueError(f"band must be one of {', '.join(BANDS)}, got {self.band!r}")
-        for name in ("features", "rank", "tokens", "max_iter", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "features", "rank", "tokens", "max_iter", "patience")
         for name in ("sparsity", "mass"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
