@@ -37,8 +37,8 @@ def method_of(wildcards):
     return JOBS[f"03_erase_concept__{wildcards.run}"].parameters["method"]
 
 
-# One notebook at a time, with all cores: Snakemake would give each job a single thread otherwise.
-THREADS = workflow.cores or 1
+# Two notebooks at a time: while one starts up, or waits on a single thread, the other computes.
+THREADS = max(1, (workflow.cores or 1) // 2)
 # Whatever the texts are, a change of one of them changes the results.
 DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
 RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
@@ -91,6 +91,7 @@ rule select_features:
 
 rule erase_concept:
     input:
+        ancient(MODEL),
         needs("03_erase_concept"),
     output:
         outputs("03_erase_concept", *ERASED),

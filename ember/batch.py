@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # both bring torch, which most commands do without
 
 def describe(profile: Profile) -> str:
     """What a profile's run consists of, and how long each part took when it was last measured."""
-    measured = _measured(profile.name)
+    runs = _measured(profile.name)
+    measured = dict(zip(runs.run, runs.wall_seconds, strict=True))
     lines = [f"Profile {profile.name}: {profile.model}; {', '.join(profile.concepts)}; {', '.join(profile.methods)}"]
     total = 0.0
     for job in plan(profile):
@@ -31,32 +32,43 @@ def describe(profile: Profile) -> str:
         total += 0.0 if done or seconds is None else seconds
         time = "not measured yet" if seconds is None else f"about {max(1, round(seconds))} s"
         lines.append(f"  {job.notebook:<26} {time:<18} {'done before' if done else 'to run'}")
+    total *= busy_seconds(runs) / max(1.0, runs.wall_seconds.sum())
     return "\n".join([*lines, f"About {total / 60:.0f} minutes to go on a machine like the one measured (2 cores)."])
 
 
-def _measured(profile: str) -> dict[str, float]:
+def busy_seconds(runs: pd.DataFrame) -> float:
+    """Seconds in which at least one of the runs (columns start, wall_seconds) was going on."""
+    total, end = 0.0, float("-inf")
+    for start, seconds in sorted(zip(runs.start, runs.wall_seconds, strict=True)):
+        total += max(0.0, start + seconds - max(start, end))
+        end = max(end, start + seconds)
+    return total
+
+
+def _measured(profile: str) -> pd.DataFrame:
     path = results_dir(profile) / "tables" / "run_times.csv"
     if not path.exists():
         # Where results go elsewhere, the committed measurement still tells how long it takes.
         path = REPOSITORY / "results" / profile / "tables" / "run_times.csv"
-    if not path.exists():
-        return {}
-    frame = pd.read_csv(path)
-    return dict(zip(frame.run, frame.wall_seconds, strict=True))
+    return pd.read_csv(path) if path.exists() else pd.DataFrame({"run": [], "start": [], "wall_seconds": []})
 
 
 def write_run_times(profile: Profile) -> Path:
-    """Collect wall seconds and peak memory from the manifests into ``tables/run_times.csv``."""
+    """Collect start, wall seconds and peak memory from the manifests into ``tables/run_times.csv``.
+
+    ``start`` counts seconds from the start of the first run.
+    """
     from ember.results import write_frame
 
-    rows = [_run_time(profile, job) for job in plan(profile)]
-    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", pd.DataFrame(rows))
+    rows = pd.DataFrame([_run_time(profile, job) for job in plan(profile)])
+    rows["start"] = (rows.start - rows.start.min()).round(1)
+    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", rows)
 
 
 def _run_time(profile: Profile, job: Job) -> dict[str, object]:
     about = json.loads(manifest_path(profile.name, job.name).read_text(encoding="utf-8"))
     keep = {key: about[key] for key in ("wall_seconds", "peak_memory_mb")}
-    return {"run": job.name, "notebook": job.notebook} | keep
+    return {"run": job.name, "notebook": job.notebook, "start": about["started"]} | keep
 
 
 def check_data(
@@ -141,7 +153,7 @@ def readme_tables() -> dict[str, str]:
         "overview": _markdown(tables / "overview.csv"),
         "headline": _markdown(tables / "headline.csv"),
         "settings": "\n".join(settings),
-        "total": f"{runs.wall_seconds.sum() / 60:.0f} minutes",
+        "total": f"{busy_seconds(runs) / 60:.0f} minutes",
     }
 
 

@@ -2,15 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ember.activations import collect
+from ember.cache import cached_tensors
 from ember.data import Concept
 from ember.errors import EmberError
-from ember.models import LoadedModel
+from ember.files import digest
+from ember.models import LoadedModel, tensor_hash
+from ember.sae import SparseAutoencoder
 from ember.tokens import token_table
+
+
+def forget_texts(concept: Concept) -> tuple[str, ...]:
+    """The concept's fit sentences. Paragraphs are for relearning, and questions for the evaluation: neither is here."""
+    return concept.sentences
+
+
+def retain_texts(concept: Concept) -> tuple[str, ...]:
+    """All neutral sentences of the fit."""
+    return (*concept.neutral, *concept.further_neutral)
 
 
 @dataclass(frozen=True)
@@ -85,3 +100,39 @@ def require_some(chosen: Sequence[pd.DataFrame], concept: Concept, what: str) ->
     if table.empty:
         raise EmberError(f"no {what} feature is much more active on {concept.name!r} than on neutral text")
     return table
+
+
+def select_features(
+    loaded: LoadedModel,
+    concept: Concept,
+    saes: Sequence[SparseAutoencoder],
+    count: int,
+    min_ratio: float,
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
+
+    Kept in the user cache, because every strength of a method shares it.
+    """
+    texts = (forget_texts(concept), retain_texts(concept))
+
+    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        sites = [sae.site for sae in saes]
+        found = [collect(loaded, part, sites, progress=progress) for part in texts]
+        text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
+        tables = []
+        for sae in saes:
+            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
+            table = contrast_table(loaded, forget, retain, text)
+            tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
+        chosen = require_some(tables, concept, "SAE")
+        return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
+
+    parts = [
+        (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
+        for sae in saes
+        for tensors in [(sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)]
+    ]
+    key = digest(loaded.weights_hash, loaded.dtype, texts, [sae.site for sae in saes], parts, count, min_ratio)
+    return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])

@@ -118,10 +118,9 @@ def evaluate(
     asked = [loaded.encode_chat(i.instruction) for i in prompts]
     # Applied once for everything that needs the edited model alone: an edit of whole matrices is not cheap to apply.
     with nullcontext() if edit is None else edit.applied(loaded):
-        frames = [
-            question_scores(loaded, questions[split], progress=progress).assign(set=name)
-            for name, questions in suite.questions.items()
-        ]
+        questions = [q for chosen in suite.questions.values() for q in chosen[split]]
+        scored = question_scores(loaded, questions, progress=progress)
+        frames = [scored.assign(set=np.repeat([q.set for q in questions], len(scored) // len(questions)))]
         if not size.divergence:
             frames += [
                 _loss_rows(names, sequence_losses(loaded, texts, starts, progress=progress)).assign(set=name)

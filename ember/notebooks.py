@@ -114,6 +114,7 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
         "notebook": name,
         "parameters": dict(parameters),
         "code_hash": code_hash(name),
+        "started": round(started, 1),
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }

@@ -175,15 +175,10 @@ def plan(profile: Profile) -> list[Job]:
             jobs += [first, second]
             for method, ember in arms(profile):
                 arm = {**chosen, "seed": seed}
-                plain = run_name("03_erase_concept", **arm, method="ember", ember=False)
-                jobs.append(
-                    Job(
-                        "03_erase_concept",
-                        {**arm, "method": method, "ember": ember},
-                        (plain if ember else second.name,),
-                        ERASED,
-                    )
-                )
+                before = [run_name("03_erase_concept", **arm, method=m, ember=False) for m in ("ember", method)]
+                # After EMBER: its saved edit, and what the method alone has put into the cache (autoencoders).
+                needs = before if ember else [second.name] if method == "ember" else []
+                jobs.append(Job("03_erase_concept", {**arm, "method": method, "ember": ember}, tuple(needs), ERASED))
         alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
         erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
         jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))

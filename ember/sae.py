@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -16,7 +17,7 @@ from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.files import digest
 from ember.models import LoadedModel
 from ember.progress import bar
-from ember.scoring import sequence_scores
+from ember.scoring import sequence_losses
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def train_sae(
 
 
 @torch.no_grad()
-def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *, limit: int = 40) -> dict[str, float]:
+def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *, limit: int = 20) -> dict[str, float]:
     """Quality on held-out texts.
 
     ``variance_explained``: 1 − squared error over squared deviation from the mean. ``loss_recovered``: with the
@@ -232,8 +233,8 @@ def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *
             return torch.cat([value[:, :1], change(value[:, 1:].float()).to(value)], 1)
 
         with tapped(loaded, [sae.site], replace):
-            scores = sequence_scores(loaded, sequences, [1] * len(sequences))
-        return float(sum(s.loss.sum() for s in scores) / sum(len(s.loss) for s in scores))
+            losses = sequence_losses(loaded, sequences, [1] * len(sequences))
+        return float(np.concatenate(losses).mean())
 
     kept, zeroed = loss(lambda v: v), loss(torch.zeros_like)
     rebuilt = loss(lambda v: sae.decode(sae.encode(v)))

@@ -44,7 +44,7 @@ def option_logprobs(
     prompts: Sequence[str],
     options: Sequence[Sequence[str]],
     *,
-    batch_size: int = 24,
+    batch_size: int = 16,
     progress: bool = False,
 ) -> list[np.ndarray]:
     """Log-likelihood (nats, summed over tokens) of every option after its prompt.
@@ -57,7 +57,8 @@ def option_logprobs(
         pairs = [continuation_ids(loaded, prompt, choice) for choice in choices]
         shared = min(len(before) for before, _ in pairs)
         split.append((pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
-    order = sorted(range(len(split)), key=lambda i: len(split[i][0]))
+    # Questions side by side whose longest options, and then whose prompts, are about as long: little padding.
+    order = sorted(range(len(split)), key=lambda i: (max(map(len, split[i][1]), default=0), len(split[i][0])))
     scores: list[np.ndarray] = [np.empty(0)] * len(split)
     for chunk in _batches(order, batch_size, progress, "options"):
         values = _score_options(loaded, [split[i][0] for i in chunk], [split[i][1] for i in chunk])
@@ -76,8 +77,10 @@ def _score_options(loaded: LoadedModel, prefixes: list[list[int]], options: list
     owner = torch.repeat_interleave(torch.arange(len(options)), torch.tensor(counts)).to(prefix.device)
     ids, mask = loaded.pad([choice for choices in options for choice in choices])
     first = out.logits[:, -1].float().log_softmax(-1)[owner]
-    logprobs = [first.gather(1, ids[:, :1])]
-    if ids.shape[1] > 1:
+    totals = first.gather(1, ids[:, :1]).squeeze(1)
+    longer = (mask.sum(1) > 1).nonzero().squeeze(1)  # the others are scored by now
+    if len(longer):
+        ids, mask, owner = ids[longer], mask[longer], owner[longer]
         cache = out.past_key_values
         cache.batch_select_indices(owner)
         steps = positions[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=ids.device)
@@ -87,9 +90,9 @@ def _score_options(loaded: LoadedModel, prefixes: list[list[int]], options: list
             position_ids=steps,
             past_key_values=cache,
         ).logits
-        logprobs.append(logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2))
-    totals = (torch.cat(logprobs, 1) * mask).sum(1).cpu().numpy()
-    return np.split(totals, np.cumsum(counts)[:-1])
+        rest = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        totals[longer] += (rest * mask[:, 1:]).sum(1)
+    return np.split(totals.cpu().numpy(), np.cumsum(counts)[:-1])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from conftest import NEUTRAL, SENTENCES, make_concept, noise, states
 from test_editing import snapshot
 
 from ember.activations import Site
+from ember.contrast import select_features
 from ember.editing import Edit
 from ember.methods import crisp, pisces, rmu
 from ember.methods.common import weights_edit
@@ -165,9 +166,7 @@ def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, small_saes, c
     (sae,) = load_saes(tiny, make_concept(), "residual", [0])
     if "threshold" in change:
         sae = replace(sae, k=None)
-    one, again, other = (
-        pisces.select_features(tiny, make_concept(), [s], 9, 0.0) for s in (sae, sae, replace(sae, **change))
-    )
+    one, again, other = (select_features(tiny, make_concept(), [s], 9, 0.0) for s in (sae, sae, replace(sae, **change)))
     assert one.equals(again) and not one.equals(other)
 
 
@@ -175,10 +174,10 @@ def test_a_selection_in_the_cache_is_that_of_its_weights(tiny, small_saes):
     saes = load_saes(tiny, make_concept(), "residual", [0])
     weight = tiny.model.get_parameter(DOWN).detach()
     edit = weights_edit(tiny, make_concept(), "noise", CRISP, {DOWN: weight + noise(*weight.shape)}, seed=0)
-    base = pisces.select_features(tiny, make_concept(), saes, 9, 0.0)
+    base = select_features(tiny, make_concept(), saes, 9, 0.0)
     with edit.applied(tiny):
-        assert not pisces.select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
-    assert pisces.select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
+        assert not select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
+    assert select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
 
 
 @pytest.mark.parametrize(

@@ -356,18 +356,21 @@ def test_job_names_are_unique(profile):
     assert len(set(names)) == len(names)
 
 
-def test_an_erasure_needs_the_features_of_its_own_concept_and_seed(profile):
-    """An arm after EMBER needs them through EMBER alone, whose saved edit it starts from."""
+def test_an_erasure_needs_what_its_own_concept_and_seed_give(profile):
+    """EMBER the features; an arm after it its saved edit, and the method alone; other methods nothing."""
     jobs = {job.name: job for job in plan(profile)}
     for job in erasures(profile):
-        (needed,) = (jobs[name] for name in job.needs)
-        assert all(needed.parameters[key] == job.parameters[key] for key in ("concept", "seed", "model"))
+        needed = [jobs[name] for name in job.needs]
+        assert all(n.parameters[key] == job.parameters[key] for n in needed for key in ("concept", "seed", "model"))
         if job.parameters["ember"]:
-            assert needed.notebook == "03_erase_concept"
-            assert (needed.parameters["method"], needed.parameters["ember"]) == ("ember", False)
+            arms_needed = [(n.notebook, n.parameters["method"], n.parameters["ember"]) for n in needed]
+            assert arms_needed == [("03_erase_concept", m, False) for m in ("ember", job.parameters["method"])]
+        elif job.parameters["method"] == "ember":
+            (features,) = needed
+            assert features.notebook == "02_select_features"
+            assert {key: features.parameters[key] for key in ("rank", "sparsity")} == profile.fit
         else:
-            assert needed.notebook == "02_select_features"
-            assert {key: needed.parameters[key] for key in ("rank", "sparsity")} == profile.fit
+            assert needed == []
 
 
 def test_an_arm_after_ember_finds_the_edit_where_ember_alone_saves_it(profile):
@@ -375,7 +378,7 @@ def test_an_arm_after_ember_finds_the_edit_where_ember_alone_saves_it(profile):
     for job in erasures(profile):
         if job.parameters["ember"]:
             shared = {key: job.parameters[key] for key in ("model", "concept", "seed")}
-            assert job.needs == (run_name("03_erase_concept", **shared, method="ember", ember=False),)
+            assert job.needs[0] == run_name("03_erase_concept", **shared, method="ember", ember=False)
 
 
 def test_a_tour_needs_an_erasure_of_its_own_concept(profile):

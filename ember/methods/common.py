@@ -1,4 +1,4 @@
-"""What the methods share: forget and retain texts, parameters that are trained and put back, the edit at the end."""
+"""What the methods share: batches of texts, parameters that are trained and put back, the edit at the end."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +14,6 @@ from ember.editing import Edit, Provenance
 from ember.environment import library_versions
 from ember.errors import EmberError
 from ember.models import LoadedModel
-
-
-def forget_texts(concept: Concept) -> tuple[str, ...]:
-    """The concept's fit sentences. Paragraphs are for relearning, and questions for the evaluation: neither is here."""
-    return concept.sentences
-
-
-def retain_texts(concept: Concept) -> tuple[str, ...]:
-    """All neutral sentences of the fit."""
-    return (*concept.neutral, *concept.further_neutral)
 
 
 def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ember.activations import Batch, Site, activations, layer_name, n_layers
+from ember.contrast import forget_texts, retain_texts, select_features
 from ember.data import Concept, load_shared
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.common import batches, forget_texts, require_finite, retain_texts, trainable, weights_edit
-from ember.methods.pisces import select_features
+from ember.methods.common import batches, require_finite, trainable, weights_edit
 from ember.models import LoadedModel
 from ember.progress import bar
 from ember.sae import SparseAutoencoder, load_saes, quality_table

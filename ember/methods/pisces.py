@@ -1,20 +1,16 @@
 """PISCES: rewrite MLP output vectors through a sparse autoencoder, with the concept's features turned against it."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import pandas as pd
 import torch
 
-from ember.activations import collect, layer_name
-from ember.cache import cached_tensors
-from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
+from ember.activations import layer_name
+from ember.contrast import select_features
 from ember.data import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.files import digest
-from ember.methods.common import forget_texts, retain_texts, weights_edit
-from ember.models import LoadedModel, tensor_hash
+from ember.methods.common import weights_edit
+from ember.models import LoadedModel
 from ember.sae import SparseAutoencoder, load_saes, quality_table
 
 
@@ -79,42 +75,6 @@ def run(
             values[name] = turn_against(W_out, sae, features, config.tau, mu).T
     found = {"selected": chosen.to_dict("records"), "autoencoders": quality_table(saes)}
     return weights_edit(loaded, concept, "pisces", config, values, seed=seed, **found)
-
-
-def select_features(
-    loaded: LoadedModel,
-    concept: Concept,
-    saes: list[SparseAutoencoder],
-    count: int,
-    min_ratio: float,
-    *,
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
-
-    Kept in the user cache, because every strength of a method shares it.
-    """
-    texts = (forget_texts(concept), retain_texts(concept))
-
-    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        sites = [sae.site for sae in saes]
-        found = [collect(loaded, part, sites, progress=progress) for part in texts]
-        text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
-        tables = []
-        for sae in saes:
-            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
-            table = contrast_table(loaded, forget, retain, text)
-            tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
-        chosen = require_some(tables, concept, "SAE")
-        return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
-
-    parts = [
-        (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
-        for sae in saes
-        for tensors in [(sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)]
-    ]
-    key = digest(loaded.weights_hash, loaded.dtype, texts, [sae.site for sae in saes], parts, count, min_ratio)
-    return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])
 
 
 def turn_against(

@@ -1,19 +1,21 @@
 """SNMF: factorize a layer's MLP neurons into features and project the concept's out of the neurons that carry them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pandas as pd
 import torch
 
 from ember.activations import Site, collect, layer_name, n_layers
 from ember.cache import cached_tensors
-from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some
+from ember.contrast import ContrastText, contrast_table, forget_texts, keyness_bits, require_some, retain_texts
 from ember.data import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.factorization import semi_nmf
 from ember.files import digest
-from ember.methods.common import forget_texts, retain_texts, weights_edit
+from ember.methods.common import weights_edit
 from ember.models import LoadedModel
 from ember.progress import bar
 
@@ -110,7 +112,8 @@ def factorize(
     def compute():  # type: ignore[no-untyped-def]
         sites = [Site("neurons", layer) for layer in layers]
         generator = torch.Generator().manual_seed(seed)
-        found = [collect(loaded, part, sites, progress=progress) for part in texts]
+        samples = [sampled(loaded, part, config.tokens, generator) for part in texts]
+        found = [collect(loaded, part, sites, progress=progress) for part in samples]
         picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in found]
         ids = [ids[pick] for (_, ids), pick in zip(found, picks, strict=True)]
         text = ContrastText(*ids, keyness_bits(loaded, concept))
@@ -128,6 +131,13 @@ def factorize(
 
     tensors, tables = cached_tensors("snmf", f"{concept.slug}-{key}", compute)
     return {layer: LayerFit(tensors[str(layer)], pd.DataFrame(tables[str(layer)])) for layer in layers}
+
+
+def sampled(loaded: LoadedModel, texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
+    """Texts in random order, as many as it takes for ``tokens`` tokens without each text's first, or all of them."""
+    order = [texts[k] for k in torch.randperm(len(texts), generator=generator).tolist()]
+    totals = accumulate(len(loaded.encode(text)) - 1 for text in order)
+    return order[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(order))]
 
 
 def select(fit: LayerFit, config: SnmfConfig) -> pd.DataFrame:
