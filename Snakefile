@@ -11,15 +11,16 @@ from json import dumps
 from ember.files import digest, sha256_of
 from ember.notebooks import code_hash
 from ember.paths import data_dir, results_dir
-from ember.profiles import ERASED, frame_path, load_profile, manifest_path, plan
+from ember.planning import FRAMES, plan
+from ember.profiles import frame_path, load_profile, manifest_path
 
 PROFILE = load_profile(config.get("profile", "laptop"))
 JOBS = {job.name: job for job in plan(PROFILE)}
 MODEL = str(results_dir(PROFILE.name) / "records" / "model.json")
 
 
-def outputs(notebook, *frames):
-    stem = f"{notebook}__{{run}}"
+def outputs(notebook):
+    stem, frames = f"{notebook}__{{run}}", FRAMES.get(notebook, ())
     return [str(manifest_path(PROFILE.name, stem)), *(str(frame_path(PROFILE.name, stem, f)) for f in frames)]
 
 
@@ -62,7 +63,7 @@ rule factorize_embeddings:
     input:
         ancient(MODEL),
     output:
-        outputs("01_factorize_embeddings", "loss"),
+        outputs("01_factorize_embeddings"),
     params:
         notebook="01_factorize_embeddings",
         settings=settings("01_factorize_embeddings"),
@@ -78,7 +79,7 @@ rule select_features:
     input:
         needs("02_select_features"),
     output:
-        outputs("02_select_features", "scores", "preview"),
+        outputs("02_select_features"),
     params:
         notebook="02_select_features",
         settings=settings("02_select_features"),
@@ -94,12 +95,29 @@ rule erase_concept:
         ancient(MODEL),
         needs("03_erase_concept"),
     output:
-        outputs("03_erase_concept", *ERASED),
+        outputs("03_erase_concept"),
     params:
         notebook="03_erase_concept",
         settings=settings("03_erase_concept"),
         grid=lambda wildcards: dumps([PROFILE.cells(method_of(wildcards)), PROFILE.sizes], sort_keys=True),
         code=code_hash("03_erase_concept"),
+        data=DATA,
+    threads: THREADS
+    shell:
+        RUN
+
+
+rule relearn:
+    input:
+        ancient(MODEL),
+        needs("04_relearn"),
+    output:
+        outputs("04_relearn"),
+    params:
+        notebook="04_relearn",
+        settings=settings("04_relearn"),
+        relearn=dumps([PROFILE.relearn["settings"], PROFILE.sizes], sort_keys=True),
+        code=code_hash("04_relearn"),
         data=DATA,
     threads: THREADS
     shell:

@@ -13,7 +13,8 @@ import pandas as pd
 
 from ember.errors import EmberError
 from ember.paths import REPOSITORY, notebooks_dir, results_dir
-from ember.profiles import Job, Profile, load_profile, manifest_path, plan
+from ember.planning import Job, plan
+from ember.profiles import Profile, load_profile, manifest_path
 
 if TYPE_CHECKING:  # both bring torch, which most commands do without
     from ember.checks import CheckReport
@@ -143,7 +144,7 @@ def readme_tables() -> dict[str, str]:
         )
     settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
     for name, method in METHODS.items():
-        used = {**profile.grids.get(name, {}), **(profile.fit if name == "ember" else {})}
+        used = {**profile.grids.get(name, {}), **(profile.fit if name in profile.factorizing else {})}
         for setting in fields(method.config):
             shown = used.get(setting.name, setting.default)
             shown = " · ".join(map(str, shown)) if isinstance(shown, list) else shown

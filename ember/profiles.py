@@ -1,9 +1,9 @@
-"""Profiles: what a batch run covers, read from ``notebooks/params/PROFILE.yaml``, and the jobs that follow from it."""
+"""Profiles: what a batch run covers, read from ``notebooks/params/PROFILE.yaml``, and where its results lie."""
 
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,35 @@ from ember.paths import notebooks_dir, results_dir, slug
 class Profile:
     """One batch run.
 
-    ``fit`` holds settings of EMBER's factorization; ``grids`` for each method the settings that all its cells share
-    and, as lists, those that are searched (the gentlest value first); ``sizes`` the number of questions, texts,
-    instructions and generations of each split.
+    ``controls`` are edits of EMBER's rows, run alone. ``fit`` holds the settings of EMBER's factorization, theirs too;
+    ``grids`` for each method the settings that all its cells share and, as lists, those that are searched (the
+    gentlest value first); ``sizes`` the number of questions, texts, instructions and generations of each split;
+    ``relearn`` the ``settings`` of every relearning and the ``sweeps``, each of which says which ``arms`` meet which
+    ``attacks`` at which ``precisions`` and learning rates ``lrs``.
     """
 
     name: str
     model: str
     concepts: tuple[str, ...]
     methods: tuple[str, ...]
+    controls: tuple[str, ...]
     seeds: tuple[int, ...]
     fit: Mapping[str, int | float]
     grids: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, int]]
+    relearn: Mapping[str, Any]
+
+    @property
+    def factorizing(self) -> tuple[str, ...]:
+        """The methods that edit the rows which EMBER's factorization selects."""
+        return ("ember", *self.controls)
 
     def cells(self, method: str) -> dict[str, dict[str, Any]]:
         """The grid of a method: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest.
 
         The same cells serve the arms with and without EMBER.
         """
-        grid: dict[str, Any] = {**(self.fit if method == "ember" else {}), **self.grids[method]}
+        grid: dict[str, Any] = {**(self.fit if method in self.factorizing else {}), **self.grids[method]}
         searched = {key: value for key, value in grid.items() if isinstance(value, list)}
         cells = {}
         for values in itertools.product(*searched.values()):
@@ -49,21 +58,7 @@ class Profile:
         return cells
 
 
-@dataclass(frozen=True)
-class Job:
-    """One notebook run: its parameters, the runs it needs, and the result frames it writes."""
-
-    notebook: str
-    parameters: Mapping[str, Any]
-    needs: tuple[str, ...] = ()
-    frames: tuple[str, ...] = field(default=())
-
-    @property
-    def name(self) -> str:
-        return run_name(self.notebook, **self.parameters)
-
-
-_ORDER = ("model", "concept", "method", "ember", "rank", "sparsity", "seed")
+_ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "rank", "sparsity", "seed")
 
 
 def run_name(notebook: str, **parameters: Any) -> str:
@@ -89,8 +84,8 @@ def list_profiles() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read a profile.
 
-    Where ``$EMBER_SIZES`` names another profile, ``grids`` and ``sizes`` are taken from that one: so the tests run
-    the notebooks as they stand with shorter loops.
+    Where ``$EMBER_SIZES`` names another profile, ``grids``, ``sizes`` and ``relearn`` are taken from that one: so the
+    tests run the notebooks as they stand with shorter loops.
 
     Raises
     ------
@@ -102,7 +97,7 @@ def load_profile(name: str) -> Profile:
     raw = _read(name)
     sizes = os.environ.get("EMBER_SIZES")
     if sizes:
-        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes")}
+        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes", "relearn")}
     return Profile(name=name, **raw)
 
 
@@ -121,10 +116,10 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key {key!r}")
         raise UnknownNameError(f"key in {path.name}", key, known)
     _checked(path, "model", raw["model"], str)
-    for key, kind in (("concepts", str), ("methods", str), ("seeds", int)):
+    for key, kind in (("concepts", str), ("methods", str), ("controls", str), ("seeds", int)):
         raw[key] = tuple(_checked(path, key, value, kind) for value in _checked(path, key, raw[key], list))
     _checked(path, "grids", raw["grids"], dict)
-    for method in raw["methods"]:
+    for method in (*raw["methods"], *raw["controls"]):
         if method not in raw["grids"]:
             raise DataError(f"{path}: missing key 'grids.{method}'")
     for method, grid in raw["grids"].items():
@@ -144,46 +139,32 @@ def _read(name: str) -> dict[str, Any]:
                 raise DataError(f"{path}, key 'sizes.{split}.{key}': {value!r} is neither true nor false")
             if key != "divergence":
                 _checked(path, f"sizes.{split}.{key}", value, int)
+    _check_relearn(path, raw["relearn"])
     return dict(raw)
+
+
+def _check_relearn(path: Path, relearn: Any) -> None:
+    parts: dict[str, Any] = {"settings": dict, "sweeps": list}
+    for key in sorted(_checked(path, "relearn", relearn, dict).keys() ^ parts.keys()):
+        raise DataError(f"{path}: 'relearn' needs the keys {' and '.join(map(repr, parts))}, not {key!r}")
+    for key, kind in parts.items():
+        _checked(path, f"relearn.{key}", relearn[key], kind)
+    wanted: dict[str, Any] = {"arms": str, "attacks": str, "precisions": str, "lrs": (int, float)}
+    for k, sweep in enumerate(relearn["sweeps"]):
+        for key in sorted(_checked(path, f"relearn.sweeps[{k}]", sweep, dict).keys() - {*wanted, "seeds"}):
+            raise UnknownNameError(f"key in relearn.sweeps of {path.name}", key, [*wanted, "seeds"])
+        for key, kind in wanted.items():
+            if key not in sweep:
+                raise DataError(f"{path}: missing key 'relearn.sweeps[{k}].{key}'")
+            for value in _checked(path, f"relearn.sweeps[{k}].{key}", sweep[key], list):
+                _checked(path, f"relearn.sweeps[{k}].{key}", value, kind)
+        _checked(path, f"relearn.sweeps[{k}].seeds", sweep.get("seeds", 1), int)
 
 
 def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{path}, key {key!r}: {value!r} is {type(value).__name__}; numbers look like 1.0e-4 in YAML")
     return value
-
-
-ERASED = ("records", "cells", "items", "samples", "selected", "autoencoders", "lexical")
-
-
-def arms(profile: Profile) -> list[tuple[str, bool]]:
-    """(method, after EMBER?) of every arm: EMBER alone first, then each other method alone and after it."""
-    others = [(method, ember) for method in profile.methods if method != "ember" for ember in (False, True)]
-    return [("ember", False), *others]
-
-
-def plan(profile: Profile) -> list[Job]:
-    """The notebook runs of a profile, in an order in which each finds what it needs."""
-    jobs = []
-    common = {"profile": profile.name, "model": profile.model}
-    fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
-    for concept in profile.concepts:
-        for seed in profile.seeds:
-            chosen = {**common, "concept": concept}
-            first = Job("01_factorize_embeddings", {**chosen, **fit, "seed": seed}, (), ("loss",))
-            second = Job("02_select_features", {**chosen, **fit, "seed": seed}, (first.name,), ("scores", "preview"))
-            jobs += [first, second]
-            for method, ember in arms(profile):
-                arm = {**chosen, "seed": seed}
-                before = [run_name("03_erase_concept", **arm, method=m, ember=False) for m in ("ember", method)]
-                # After EMBER: its saved edit, and what the method alone has put into the cache (autoencoders).
-                needs = before if ember else [second.name] if method == "ember" else []
-                jobs.append(Job("03_erase_concept", {**arm, "method": method, "ember": ember}, tuple(needs), ERASED))
-        alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
-        erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
-        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
-    jobs.append(Job("08_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
-    return jobs
 
 
 def manifest_path(profile: str, name: str) -> Path:

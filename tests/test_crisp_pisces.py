@@ -11,7 +11,7 @@ from ember.activations import Site
 from ember.contrast import select_features
 from ember.editing import Edit
 from ember.methods import crisp, pisces, rmu
-from ember.methods.common import weights_edit
+from ember.methods.common import adapted, linear_modules, weights_edit
 from ember.methods.crisp import CrispConfig
 from ember.methods.pisces import PiscesConfig, turn_against
 from ember.methods.rmu import RmuConfig
@@ -44,9 +44,9 @@ def test_crisp_lowers_the_features_on_concept_text_and_keeps_neutral_text(tiny, 
 
 def test_an_untrained_adapter_changes_nothing(tiny):
     before = snapshot(tiny)
-    with crisp.adapted(tiny, CRISP, 0) as (parameters, merged):
+    with adapted(tiny, linear_modules(tiny, [0, 1]), rank=4, scale=2, seed=0) as (parameters, merged):
         values = merged()
-        assert parameters and all(p.requires_grad for p in parameters)
+        assert parameters and all(p.requires_grad for p in parameters.values())
     assert all(torch.equal(value, before[name]) for name, value in values.items())
     assert weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0).changed().empty
 
@@ -54,20 +54,20 @@ def test_an_untrained_adapter_changes_nothing(tiny):
 @pytest.mark.parametrize("first_layer", [0, 1])
 def test_the_merged_weights_give_the_adapters_logits(tiny, first_layer):
     """TRAPS 5; embeddings, head and norms have no adapter."""
-    config = replace(CRISP, first_layer=first_layer)
     ids = torch.tensor([tiny.encode(SENTENCES[0])])
-    with crisp.adapted(tiny, config, 0) as (parameters, merged), torch.no_grad():
+    targets = linear_modules(tiny, range(first_layer, 2))
+    with adapted(tiny, targets, rank=4, scale=2, seed=0) as (parameters, merged), torch.no_grad():
         plain = tiny.model(ids).logits
-        for k, parameter in enumerate(parameters):
+        for k, parameter in enumerate(parameters.values()):
             parameter.copy_(0.05 * noise(*parameter.shape, seed=k))
-        adapted, values = tiny.model(ids).logits, merged()
+        with_adapter, values = tiny.model(ids).logits, merged()
         trainable = {name for name, p in tiny.model.named_parameters() if p.requires_grad}
         assert len(trainable) == len(parameters) == 2 * len(values)
     linear = {n for n, m in tiny.model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
     assert set(values) == {f"{n}.weight" for n in linear if int(n.split(".")[2]) >= first_layer}
-    with weights_edit(tiny, make_concept(), "crisp", config, values, seed=0).applied(tiny), torch.no_grad():
-        torch.testing.assert_close(tiny.model(ids).logits, adapted, atol=1e-5, rtol=1e-5)
-    assert (adapted - plain).abs().max() > 0.1
+    with weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0).applied(tiny), torch.no_grad():
+        torch.testing.assert_close(tiny.model(ids).logits, with_adapter, atol=1e-5, rtol=1e-5)
+    assert (with_adapter - plain).abs().max() > 0.1
 
 
 def hand_made(**kind) -> SparseAutoencoder:

@@ -25,16 +25,19 @@ SETTINGS = {
     "crisp": {"layers": (1,), "first_layer": 1, "steps": 3, "min_ratio": 0},
     "pisces": {"layers": (0, 1), "min_ratio": 0},
 }  # fmt: skip
+SETTINGS |= dict.fromkeys(("mean_rows", "random_direction"), SETTINGS["ember"])
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 CHANGES = {
     "ember": {EMBED},
+    "mean_rows": {EMBED},
+    "random_direction": {EMBED},
     "snmf": {f"model.layers.1.{part}.weight" for part in MLP[1:]},
     "rmu": {"model.layers.1.mlp.down_proj.weight"},
     "crisp": {f"model.layers.1.{part}.weight" for part in MLP + ATTENTION},
     "pisces": {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)},
 }
-RANDOM = {"ember", "snmf", "rmu", "crisp"}
+RANDOM = {name for name, method in METHODS.items() if method.seeded}
 WITH_SAES = ("crisp", "pisces")
 BEYOND_EMBEDDINGS = ("snmf", "rmu", "crisp", "pisces")
 ARMS = ("alone", "after EMBER")

@@ -13,17 +13,23 @@ from ember.errors import DataError, EmberError, UnknownNameError
 from ember.methods import METHODS
 from ember.notebooks import check_parameters, read_notebook
 from ember.paths import REPOSITORY
-from ember.profiles import Job, Profile, arms, frame_path, list_profiles, load_profile, manifest_path, plan, run_name
+from ember.planning import Job, arms, plan
+from ember.profiles import Profile, frame_path, list_profiles, load_profile, manifest_path, run_name
 
 PROFILES = list_profiles()
 GOOD = {
     "model": "tiny",
     "concepts": ["Rome", "Greece"],
     "methods": ["ember", "other"],
+    "controls": ["aside"],
     "seeds": [1, 2],
     "fit": {"rank": 8, "sparsity": 0.1},
-    "grids": {"ember": {"delta": [0.5, 2]}, "other": {"lr": [0.1, 0.2], "layer": 3}},
+    "grids": {"ember": {"delta": [0.5, 2]}, "other": {"lr": [0.1, 0.2], "layer": 3}, "aside": {"delta": 1.0}},
     "sizes": {"train": {"questions": 4}, "test": {"questions": 8}},
+    "relearn": {
+        "settings": {"points": [10, 20]},
+        "sweeps": [{"arms": ["none", "ember+other"], "attacks": ["all", "lora"], "precisions": ["fp32"], "lrs": [0.1]}],
+    },
 }
 
 
@@ -55,7 +61,9 @@ def write(params, content, name="mine"):
 def with_grid(**grid) -> Profile:
     """A profile with this grid for the methods ``ember`` and ``other``, as read from a file."""
     fit = {"rank": 8, "sparsity": 0.1}
-    return Profile("mine", "tiny", ("Rome",), ("ember", "other"), (1,), fit, {"ember": grid, "other": grid}, {})
+    grids = dict.fromkeys(("ember", "other", "aside"), grid)
+    relearn = {"settings": {}, "sweeps": []}
+    return Profile("mine", "tiny", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, relearn)
 
 
 # Our profiles
@@ -149,7 +157,7 @@ def test_cells_are_all_combinations_and_the_first_setting_varies_slowest():
 
 
 def test_cells_keep_the_order_of_the_file(params):
-    write(params, GOOD | {"grids": {"ember": {"delta": [2, 0.5, 10.0]}, "other": {}}})
+    write(params, GOOD | {"grids": {"ember": {"delta": [2, 0.5, 10.0]}, "other": {}}, "controls": []})
     assert list(load_profile("mine").cells("ember")) == ["delta=2", "delta=0.5", "delta=10"]
 
 
@@ -170,9 +178,10 @@ def test_a_setting_that_is_a_list_is_searched_as_a_list_of_lists():
     assert cells == {"layers=[3]": {"layers": [3], "mu": 2.0}, "layers=[3, 4]": {"layers": [3, 4], "mu": 2.0}}
 
 
-def test_settings_of_the_fit_are_embers_only():
+def test_settings_of_the_fit_are_those_of_ember_and_its_controls():
     profile = with_grid(delta=[1.0, 2.0])
-    assert list(profile.cells("ember").values()) == [profile.fit | {"delta": delta} for delta in (1.0, 2.0)]
+    for method in ("ember", "aside"):
+        assert list(profile.cells(method).values()) == [profile.fit | {"delta": delta} for delta in (1.0, 2.0)]
     assert list(profile.cells("other").values()) == [{"delta": 1.0}, {"delta": 2.0}]
 
 
@@ -203,7 +212,7 @@ def test_unknown_profile_lists_the_known_ones(params, name):
 
 def test_unknown_key(params):
     write(params, GOOD | {"delta": [1]})
-    with pytest.raises(UnknownNameError, match=r"key in mine\.yaml 'delta'; known: concepts, fit, grids"):
+    with pytest.raises(UnknownNameError, match=r"key in mine\.yaml 'delta'; known: concepts, controls, fit, grids"):
         load_profile("mine")
 
 
@@ -250,6 +259,11 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"fit": [1]},
         {"fit": {"rank": 8}},
         {"sizes": {"train": 4}},
+        {"relearn": {"settings": {}}},
+        {"relearn": {"settings": {}, "sweeps": [], "more": 1}},
+        {"relearn": {"settings": {}, "sweeps": [{"arms": ["none"], "attacks": ["all"], "precisions": ["fp32"]}]}},
+        {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lrs": ["1e-5"]}]}},
+        {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lr": [1.0]}]}},
     ],
     ids=repr,
 )
@@ -290,14 +304,15 @@ def test_a_file_that_is_no_mapping(params, content):
 
 def test_sizes_come_from_the_other_profile_and_nothing_else(params, monkeypatch):
     grids, sizes = {"x": {"lr": 1}, "ember": {"delta": [7]}}, {"train": {"questions": 1}}
-    other = GOOD | {"model": "big", "seeds": [9], "grids": grids, "sizes": sizes, "methods": ["x"]}
+    other = GOOD | {"model": "big", "seeds": [9], "grids": grids, "sizes": sizes, "methods": ["x"], "controls": []}
     write(params, GOOD)
-    write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}}, "other")
+    relearn = {"settings": {"points": [3]}, "sweeps": []}
+    write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}, "relearn": relearn}, "other")
     plain = load_profile("mine")
     monkeypatch.setenv("EMBER_SIZES", "other")
     short = load_profile("mine")
-    assert (short.grids, short.sizes) == (grids, sizes)
-    assert vars(short) | {"grids": plain.grids, "sizes": plain.sizes} == vars(plain)
+    assert (short.grids, short.sizes, short.relearn) == (grids, sizes, relearn)
+    assert vars(short) | {"grids": plain.grids, "sizes": plain.sizes, "relearn": plain.relearn} == vars(plain)
 
 
 def test_unknown_sizes_are_an_error(params, monkeypatch):
@@ -310,7 +325,7 @@ def test_unknown_sizes_are_an_error(params, monkeypatch):
 # Jobs
 
 
-ARMS = [("ember", False), ("other", False), ("other", True)]
+ARMS = [("ember", False), ("other", False), ("other", True), ("aside", False)]
 
 
 def test_arms_are_ember_alone_then_each_other_method_alone_and_after_ember(profile):
@@ -319,13 +334,13 @@ def test_arms_are_ember_alone_then_each_other_method_alone_and_after_ember(profi
 
 @pytest.mark.parametrize("methods", [("a", "ember", "b"), ("ember", "a", "b"), ("a", "b", "ember"), ("a", "b")])
 def test_ember_is_the_first_arm_and_the_others_keep_their_order(profile, methods):
-    """It is an arm in any case: the others run after it."""
-    wanted = [("ember", False), ("a", False), ("a", True), ("b", False), ("b", True)]
+    """It is an arm in any case: the others run after it. Controls run alone, at the end."""
+    wanted = [("ember", False), ("a", False), ("a", True), ("b", False), ("b", True), ("aside", False)]
     assert arms(replace(profile, methods=methods)) == wanted
 
 
 def test_ember_alone_is_one_arm(profile):
-    assert arms(replace(profile, methods=("ember",))) == [("ember", False)]
+    assert arms(replace(profile, methods=("ember",), controls=())) == [("ember", False)]
 
 
 def erasures(profile: Profile) -> list[Job]:
@@ -365,7 +380,7 @@ def test_an_erasure_needs_what_its_own_concept_and_seed_give(profile):
         if job.parameters["ember"]:
             arms_needed = [(n.notebook, n.parameters["method"], n.parameters["ember"]) for n in needed]
             assert arms_needed == [("03_erase_concept", m, False) for m in ("ember", job.parameters["method"])]
-        elif job.parameters["method"] == "ember":
+        elif job.parameters["method"] in ("ember", "aside"):
             (features,) = needed
             assert features.notebook == "02_select_features"
             assert {key: features.parameters[key] for key in ("rank", "sparsity")} == profile.fit
@@ -379,6 +394,38 @@ def test_an_arm_after_ember_finds_the_edit_where_ember_alone_saves_it(profile):
         if job.parameters["ember"]:
             shared = {key: job.parameters[key] for key in ("model", "concept", "seed")}
             assert job.needs[0] == run_name("03_erase_concept", **shared, method="ember", ember=False)
+
+
+def test_every_attack_of_a_sweep_meets_every_arm_and_needs_its_erasure(profile):
+    found = [job for job in plan(profile) if job.notebook == "04_relearn"]
+    wanted = {
+        (c, m, e, a, s)
+        for c in profile.concepts
+        for m, e in (("none", False), ("other", True))
+        for a in ("all", "lora")
+        for s in profile.seeds
+    }
+    keys = ("concept", "method", "ember", "attack", "seed")
+    assert sorted(tuple(job.parameters[key] for key in keys) for job in found) == sorted(wanted)
+    for job in found:
+        arm = {key: job.parameters[key] for key in ("model", "concept", "seed")}
+        erased = run_name("03_erase_concept", **arm, method="other", ember=True)
+        assert job.needs == (() if job.parameters["method"] == "none" else (erased,))
+
+
+def test_overlapping_sweeps_plan_a_relearning_once_and_seeds_may_be_fewer(params):
+    (sweep,) = GOOD["relearn"]["sweeps"]
+    few = [sweep, sweep | {"arms": ["none"], "attacks": ["all", "mlps"], "seeds": 1}]
+    write(params, GOOD | {"relearn": {"settings": {}, "sweeps": few}})
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "04_relearn"]
+    assert len({job.name for job in found}) == len(found) == 2 * (2 * 2 * 2 + 1)
+
+
+def test_an_unknown_arm_of_a_sweep_lists_the_known_ones(params):
+    (sweep,) = GOOD["relearn"]["sweeps"]
+    write(params, GOOD | {"relearn": {"settings": {}, "sweeps": [sweep | {"arms": ["nope"]}]}})
+    with pytest.raises(UnknownNameError, match=r"'nope'; known: aside, ember, ember\+other, none, other"):
+        plan(load_profile("mine"))
 
 
 def test_a_tour_needs_an_erasure_of_its_own_concept(profile):

@@ -28,6 +28,7 @@ LAYERS = [
     {"evaluation", "metrics"},
     {"checks"},
     {"profiles"},
+    {"planning"},
     {"results"},
     {"plots", "report"},
     {"notebooks", "batch"},

@@ -7,7 +7,7 @@ from typing import Any
 from ember.data import Concept
 from ember.editing import Edit
 from ember.errors import UnknownNameError
-from ember.methods import crisp, ember, pisces, rmu, snmf
+from ember.methods import controls, crisp, ember, pisces, rmu, snmf
 from ember.models import LoadedModel
 
 
@@ -16,11 +16,13 @@ class Method:
     """A method's config class and ``run(loaded, concept, config, *, seed) -> Edit``, which leaves the model as is.
 
     ``prepare(loaded, concept, config)`` makes what a method needs from the unedited model, if it needs anything.
+    ``seeded`` tells whether the edit depends on the seed.
     """
 
     config: type[Any]
     run: Callable[..., Edit]
     prepare: Callable[..., None] | None = None
+    seeded: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -28,7 +30,9 @@ METHODS: dict[str, Method] = {
     "snmf": Method(snmf.SnmfConfig, snmf.run),
     "rmu": Method(rmu.RmuConfig, rmu.run),
     "crisp": Method(crisp.CrispConfig, crisp.run, crisp.prepare),
-    "pisces": Method(pisces.PiscesConfig, pisces.run, pisces.prepare),
+    "pisces": Method(pisces.PiscesConfig, pisces.run, pisces.prepare, seeded=False),
+    "mean_rows": Method(ember.EmberConfig, controls.mean_rows),
+    "random_direction": Method(ember.EmberConfig, controls.random_direction),
 }
 
 

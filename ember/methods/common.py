@@ -1,14 +1,14 @@
 """What the methods share: batches of texts, parameters that are trained and put back, the edit at the end."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ember.activations import Batch, text_batch
+from ember.activations import Batch, layer_name, text_batch
 from ember.data import Concept
 from ember.editing import Edit, Provenance
 from ember.environment import library_versions
@@ -49,6 +49,63 @@ def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, t
                 parameter.grad = None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
+
+
+Merged = Callable[[], dict[str, torch.Tensor]]
+
+
+def linear_modules(loaded: LoadedModel, layers: Iterable[int]) -> list[str]:
+    """Module paths of all linear maps in the layers: those of attention and MLP, not embeddings or head."""
+    names = []
+    for path in (layer_name(loaded, layer) for layer in layers):
+        modules = loaded.model.get_submodule(path).named_modules(prefix=path)
+        names += [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    return names
+
+
+@contextmanager
+def adapted(
+    loaded: LoadedModel, targets: Sequence[str], *, rank: int, scale: int, seed: int
+) -> Iterator[tuple[dict[str, torch.nn.Parameter], Merged]]:
+    """LoRA on the linear modules named, through ``peft``; its product is multiplied by ``scale``.
+
+    Yields the adapter's parameters by name and a function that gives the merged weights by name. On exit the adapter
+    is gone and the model as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(targets))
+    original = {name: loaded.model.get_submodule(name) for name in targets}
+    state = torch.get_rng_state()
+    with trainable(loaded, []):
+        try:
+            torch.manual_seed(seed)
+            inject_adapter_in_model(lora, loaded.model)
+            torch.set_rng_state(state)
+            layers = {name: loaded.model.get_submodule(name) for name in targets}
+            parameters = {
+                f"{name}.{part}": parameter
+                for name, module in layers.items()
+                for part, parameter in module.named_parameters()
+                if "lora_" in part
+            }
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+
+            def merged() -> dict[str, torch.Tensor]:
+                return {
+                    f"{name}.weight": (original[name].weight + module.get_delta_weight("default")).detach()
+                    for name, module in layers.items()
+                }
+
+            yield parameters, merged
+        finally:
+            torch.set_rng_state(state)
+            for name, module in original.items():
+                parent, _, child = name.rpartition(".")
+                setattr(loaded.model.get_submodule(parent), child, module)
+            # peft also leaves a note on the model, and would take the next adapter for a second one.
+            vars(loaded.model).pop("peft_config", None)
 
 
 def require_finite(loss: torch.Tensor, method: str, step: int) -> None:

@@ -1,23 +1,20 @@
 """CRISP: train a LoRA that lowers the concept's autoencoder features on concept text and leaves neutral text alone."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ember.activations import Batch, Site, activations, layer_name, n_layers
+from ember.activations import Batch, Site, activations, n_layers
 from ember.contrast import forget_texts, retain_texts, select_features
 from ember.data import Concept, load_shared
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.common import batches, require_finite, trainable, weights_edit
+from ember.methods.common import adapted, batches, linear_modules, require_finite, weights_edit
 from ember.models import LoadedModel
 from ember.progress import bar
 from ember.sae import SparseAutoencoder, load_saes, quality_table
 
 COHERENCE_TEXTS = 20
-Merged = Callable[[], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,9 @@ def run(
     # What the model does before any step; inference only, so it is done once.
     with torch.no_grad():
         before = [(_states(loaded, f, sites), _states(loaded, r, sites), _states(loaded, c, last)) for f, r, c in plan]
-    with adapted(loaded, config, seed) as (parameters, merged):
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, amsgrad=True)
+    targets = linear_modules(loaded, range(config.first_layer, max(config.layers) + 1))
+    with adapted(loaded, targets, rank=config.lora_rank, scale=config.lora_scale, seed=seed) as (parameters, merged):
+        optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, amsgrad=True)
         for step in bar(range(config.steps), show=progress, desc="CRISP"):
             (forget, retain, coherence), (forget0, retain0, coherence0) = plan[step], before[step]
             now = _states(loaded, forget, sites)
@@ -137,49 +135,3 @@ def _activity(
     raised = sae.pre(now)[:, features] + margin * original[:, features].mean().abs()
     values = raised.clamp_min(0)[active]
     return values.mean() if len(values) else now.new_zeros(())
-
-
-@contextmanager
-def adapted(loaded: LoadedModel, config: CrispConfig, seed: int) -> Iterator[tuple[list[torch.nn.Parameter], Merged]]:
-    """LoRA on the linear modules of a band of layers, through ``peft``; embeddings and head are left out.
-
-    Yields the adapter's parameters and a function that gives the merged weights by name. On exit the adapter is gone
-    and the model as it was.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets = [
-        name
-        for layer in range(config.first_layer, max(config.layers) + 1)
-        for name, module in loaded.model.get_submodule(layer_name(loaded, layer)).named_modules(
-            prefix=layer_name(loaded, layer)
-        )
-        if isinstance(module, torch.nn.Linear)
-    ]
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank * config.lora_scale, target_modules=targets)
-    original = {name: loaded.model.get_submodule(name) for name in targets}
-    state = torch.get_rng_state()
-    with trainable(loaded, []):
-        try:
-            torch.manual_seed(seed)
-            inject_adapter_in_model(lora, loaded.model)
-            torch.set_rng_state(state)
-            layers = {name: loaded.model.get_submodule(name) for name in targets}
-            parameters = [p for module in layers.values() for n, p in module.named_parameters() if "lora_" in n]
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-
-            def merged() -> dict[str, torch.Tensor]:
-                return {
-                    f"{name}.weight": (original[name].weight + module.get_delta_weight("default")).detach()
-                    for name, module in layers.items()
-                }
-
-            yield parameters, merged
-        finally:
-            torch.set_rng_state(state)
-            for name, module in original.items():
-                parent, _, child = name.rpartition(".")
-                setattr(loaded.model.get_submodule(parent), child, module)
-            # peft also leaves a note on the model, and would take the next adapter for a second one.
-            vars(loaded.model).pop("peft_config", None)

@@ -1,5 +1,6 @@
 """EMBER: subtract the concept features' contribution from the embedding rows of concept-only tokens."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -75,13 +76,23 @@ def fit(
     )  # fmt: skip
 
 
-def edit_from_features(
-    loaded: LoadedModel, features: ConceptFeatures, config: EmberConfig = EmberConfig(), *, seed: int = 42
-) -> Edit:  # fmt: skip
-    """The edit of already fitted features.
+# (matrix [vocab, d_model], rows [r], contributions c [r, d_model] in the matrix's units) → displacement [r, d_model]
+Displacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-    Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the edit is
-    divided by the scale.
+
+def edit_from_features(
+    loaded: LoadedModel,
+    features: ConceptFeatures,
+    config: EmberConfig = EmberConfig(),
+    *,
+    seed: int = 42,
+    method: str = "ember",
+    displacement: Displacement = lambda matrix, rows, contributions: contributions,
+) -> Edit:
+    """The edit of already fitted features: δ times a displacement, c_i by default, is subtracted from each row.
+
+    Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the contributions
+    are divided by the scale. ``method`` and another ``displacement`` make a control edit of the same rows.
 
     Raises
     ------
@@ -95,15 +106,17 @@ def edit_from_features(
     if not contributions:
         raise EmberError(f"features {selected} are active on no concept-only token; nothing to edit")
     rows = torch.tensor(sorted(contributions))
-    change = config.delta / loaded.embedding_scale * torch.stack([contributions[int(i)] for i in rows])
+    c = torch.stack([contributions[int(i)] for i in rows]) / loaded.embedding_scale
     names = {"input": [loaded.embedding_name], "output": [loaded.head_name]}
     names["both"] = names["input"] + names["output"]
     values = {}
     for name in names[config.side]:
-        old = loaded.model.get_parameter(name).detach()[rows.to(loaded.device)]
-        values[name] = (rows, (old.float() - change.to(old.device)).to(old.dtype))
+        matrix = loaded.model.get_parameter(name).detach()
+        old = matrix[rows.to(matrix.device)]
+        change = config.delta * displacement(matrix, rows, c).to(old.device)
+        values[name] = (rows, (old.float() - change).to(old.dtype))
     provenance = Provenance(
-        base_model=loaded.name, base_hash=loaded.weights_hash, method="ember", seed=seed, concept=features.concept,
+        base_model=loaded.name, base_hash=loaded.weights_hash, method=method, seed=seed, concept=features.concept,
         config=asdict(config) | {"selected": selected}, side=config.side, versions=library_versions(),
     )  # fmt: skip
     return Edit.from_values(loaded, values, provenance)

@@ -1,0 +1,295 @@
+"""Attacks on edited tiny models: what they train, what they leave, and the curves they give."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+from test_editing import EMBED, differing, snapshot
+
+from ember.attacks import ATTACKS, PRECISIONS, Attack, attack_texts, opened, working_copy
+from ember.editing import Edit
+from ember.errors import EmberError, UnknownNameError
+from ember.evaluation import question_scores
+from ember.methods import METHODS
+from ember.methods.ember import EmberConfig
+from ember.models import LoadedModel, weights_hash
+from ember.relearning import RelearnConfig, packed_loss, relearn, training_plan
+
+SETTINGS = EmberConfig(delta=3.0, rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1))
+CONFIG = RelearnConfig(points=(30, 60, 120), lr=1e-3)
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def edit(tiny, cache) -> Edit:
+    return METHODS["ember"].run(tiny, make_concept(), SETTINGS)
+
+
+def measure(loaded: LoadedModel):
+    """Scores of two questions; also checks in which precision they are taken."""
+    questions = [q for q in make_concept().questions if q.set == "concept"][:2]
+
+    def scored() -> pd.DataFrame:
+        assert loaded.embedding.dtype == torch.float32
+        return question_scores(loaded, questions).assign(set="concept")
+
+    return scored
+
+
+def run(loaded: LoadedModel, edit: Edit | None, attack: Attack = ATTACKS["all"], config=CONFIG, **options):
+    return relearn(loaded, edit, SENTENCES, attack, config, measure(loaded), **options)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_packed_paragraphs_give_the_gradients_of_one_paragraph_at_a_time(kind):
+    loaded = make_loaded(kind, bos=kind == "gemma2")
+    sequences = [loaded.encode(text)[:length] for text, length in zip(SENTENCES, (9, 30, 2, 17), strict=True)]
+    model = loaded.model
+    losses = [packed_loss(loaded, [s]) for s in sequences]
+    (sum(losses) / len(losses)).backward()
+    one_by_one = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    packed = packed_loss(loaded, sequences)
+    packed.backward()
+    torch.testing.assert_close(packed, sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        scale = float(one_by_one[name].abs().max())
+        torch.testing.assert_close(parameter.grad, one_by_one[name], atol=2e-5 * scale, rtol=1e-4)
+    # Without separation the texts would see one another.
+    joined = packed_loss(loaded, [[i for s in sequences for i in s]])
+    assert abs(float(joined.detach() - packed.detach())) > 1e-2
+
+
+def test_the_loss_is_that_of_the_model_itself(tiny):
+    ids = tiny.encode(SENTENCES[0])
+    expected = tiny.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    torch.testing.assert_close(packed_loss(tiny, [ids]), expected)
+
+
+# The plan
+
+
+def test_every_text_is_seen_before_any_is_seen_again_and_budgets_are_equal(tiny):
+    plan = training_plan(tiny, SENTENCES, RelearnConfig(points=(200,), batch_size=1), seed=1)
+    texts = [tuple(s) for step in plan for s in step]
+    assert len(set(texts[:4])) == 4
+    assert 200 <= sum(map(len, texts)) < 200 + max(map(len, texts))
+    assert plan == training_plan(tiny, SENTENCES, RelearnConfig(points=(200,)), seed=1)
+    assert plan != training_plan(tiny, SENTENCES, RelearnConfig(points=(200,)), seed=2)
+
+
+def test_texts_are_cut_and_empty_ones_are_left_out(tiny):
+    plan = training_plan(tiny, [*SENTENCES, ""], RelearnConfig(points=(50,), max_tokens=5), seed=0)
+    assert {len(s) for step in plan for s in step} == {5}
+    with pytest.raises(EmberError, match="no texts"):
+        training_plan(tiny, [""], RelearnConfig(), seed=0)
+
+
+# What an attack trains
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit, name, precision):
+    before, flags = snapshot(tiny), {n: p.requires_grad for n, p in tiny.model.named_parameters()}
+    seen = {}
+
+    def look() -> pd.DataFrame:
+        seen.update({n: p.detach().float().clone() for n, p in tiny.model.named_parameters()})
+        return measure(tiny)()
+
+    config = replace(CONFIG, precision=precision, points=(40,), lr=1e-2)
+    found = relearn(tiny, edit, SENTENCES, ATTACKS[name], config, look)
+    assert not found.diverged
+    assert found.items.tokens.nunique() == 2
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    with edit.applied(tiny):
+        start = {n: p.detach().to(dtype).float().clone() for n, p in tiny.model.named_parameters()}
+    changed = {n for n, value in start.items() if n in seen and not torch.equal(seen[n], value)}
+    mlps = {n for n in start if ".mlp." in n}
+    if name == "edited_rows":
+        assert changed == {EMBED}
+        rows = (seen[EMBED] != start[EMBED]).any(1).nonzero().squeeze(1).tolist()
+        assert rows
+        assert set(rows) <= set(edit.tensors[EMBED].rows.tolist())
+    elif name == "lora":
+        assert not changed
+        assert any("lora_B" in n and value.abs().max() > 0 for n, value in seen.items())
+    else:
+        assert changed == (mlps if name == "mlps" else set(start))
+    assert not differing(before, snapshot(tiny))
+    assert {n: p.requires_grad for n, p in tiny.model.named_parameters()} == flags
+    assert all(p.grad is None for p in tiny.model.parameters())
+    assert weights_hash(tiny.model) == tiny.weights_hash
+
+
+def test_the_model_is_left_as_it_was_after_an_error(tiny, edit):
+    before, hashes = snapshot(tiny), dict(tiny.parameter_hashes)
+
+    def broken() -> pd.DataFrame:
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        relearn(tiny, edit, SENTENCES, ATTACKS["all"], CONFIG, broken)
+    assert not differing(before, snapshot(tiny))
+    assert tiny.parameter_hashes == hashes
+
+
+def test_a_model_in_training_shares_no_cache_entry_with_the_loaded_one(tiny, edit):
+    with edit.applied(tiny):
+        edited = tiny.weights_hash
+    with opened(tiny, edit, ATTACKS["all"], "fp32", 0):
+        assert tiny.weights_hash not in (edited, tiny.base_hash)
+
+
+def test_an_unedited_model_has_no_edited_rows(tiny):
+    with pytest.raises(EmberError, match="no edited rows"), opened(tiny, None, ATTACKS["edited_rows"], "fp32", 0):
+        pass
+
+
+def test_benign_texts_say_nothing_of_the_concept():
+    concept = make_concept()
+    assert attack_texts(concept, ATTACKS["benign"]) == NEUTRAL
+    assert attack_texts(concept, ATTACKS["all"]) == concept.paragraphs
+
+
+@pytest.mark.parametrize("change", [{"trained": "some"}, {"texts": "some"}])
+def test_unknown_choices_list_the_known_ones(change):
+    with pytest.raises(UnknownNameError, match="known: "):
+        Attack(**change)
+    with pytest.raises(UnknownNameError, match="known: bf16, bf16_master, fp32"):
+        RelearnConfig(precision="fp8")
+
+
+@pytest.mark.parametrize(
+    "change", [{"points": ()}, {"points": (5, 5)}, {"points": (0,)}, {"lr": 0.0}, {"max_tokens": 1}, {"batch_size": 0}]
+)
+def test_wrong_settings_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        RelearnConfig(**change)
+
+
+# The run
+
+
+def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
+    config = replace(CONFIG, points=(100, 400), lr=3e-3)
+    one, again, other = (run(tiny, edit, config=config, seed=s) for s in (1, 1, 2))
+    losses = [step["loss"] for step in one.steps]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert one.steps == again.steps
+    assert one.items.equals(again.items)
+    assert other.steps != one.steps
+    points = one.items.tokens.unique()
+    assert [points[0], *(p >= t for p, t in zip(points[1:], config.points, strict=True))] == [0, True, True]
+    assert one.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
+    found = run(tiny, edit, config=replace(CONFIG, batch_size=batch_size))
+    first = found.items[found.items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
+    with edit.applied(tiny):
+        expected = measure(tiny)()
+    pd.testing.assert_frame_equal(first, expected)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["all", "lora", "edited_rows"])
+def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_path, name, precision):
+    config = replace(CONFIG, precision=precision)
+    whole = run(tiny, edit, ATTACKS[name], config)
+    calls = []
+
+    def dies_at_the_third() -> pd.DataFrame:
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(tiny)()
+
+    store = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        relearn(tiny, edit, SENTENCES, ATTACKS[name], config, dies_at_the_third, store=store)
+    steps = []
+    plain = packed_loss
+
+    def counted(*given):
+        steps.append(0)
+        return plain(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ember.relearning.packed_loss", counted)
+        resumed = run(tiny, edit, ATTACKS[name], config, store=store)
+    assert 0 < len(steps) < len(whole.steps)
+    assert resumed.steps == whole.steps
+    pd.testing.assert_frame_equal(resumed.items, whole.items)
+    assert str(resumed.moved) == str(whole.moved)
+
+
+def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, tmp_path, monkeypatch):
+    first = run(tiny, edit, store=tmp_path / "run")
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    monkeypatch.setattr("ember.relearning.packed_loss", None)
+    again = run(tiny, edit, store=tmp_path / "run")
+    assert again.steps == first.steps
+    pd.testing.assert_frame_equal(again.items, first.items)
+
+
+def test_a_diverging_run_is_recorded_as_such(tiny, edit, tmp_path):
+    found = run(tiny, edit, config=replace(CONFIG, lr=1e3, points=(20, 2000)), store=tmp_path / "run")
+    assert "nats per token at step" in found.diverged
+    assert found.tokens < 2000
+    assert set(found.items.tokens) <= {0, *[s["tokens"] for s in found.steps]}
+    assert run(tiny, edit, config=replace(CONFIG, lr=1e3, points=(20, 2000)), store=tmp_path / "run").diverged
+
+
+# Movement
+
+
+def test_small_steps_are_lost_in_bfloat16_and_kept_by_float32_masters(tiny, edit):
+    """Whether part of a robustness is rounding: an update below half a unit in the last place changes nothing."""
+    shares = {}
+    for precision in PRECISIONS:
+        config = replace(CONFIG, precision=precision, lr=1e-6, weight_decay=0.0, points=(300,))
+        found = run(tiny, edit, config=config)
+        shares[precision] = found.moved[0]["changed"]
+    assert shares["fp32"] > 0.7  # rows of tokens that do not occur get no gradient
+    assert shares["bf16"] < 0.2
+    assert shares["bf16"] < shares["bf16_master"] < shares["fp32"]
+
+
+def test_the_way_back_of_the_edited_rows_is_measured(tiny, edit, monkeypatch):
+    """An optimizer that puts the rows half way back has them travel one half."""
+    rows = edit.tensors[EMBED].rows
+    base = tiny.embedding.detach()[rows].clone()
+
+    def half_way(self, closure=None):
+        (leaf,) = self.param_groups[0]["params"]
+        with torch.no_grad():
+            leaf.copy_((edit.tensors[EMBED].values + base) / 2)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half_way)
+    found = run(tiny, edit, ATTACKS["edited_rows"], replace(CONFIG, points=(5,)))
+    everything, edited = found.moved
+    assert edited["travelled"] == pytest.approx(0.5, abs=1e-5)
+    assert edited["values"] == everything["values"] == base.numel()
+    assert math.isnan(everything["travelled"])
+
+
+def test_weights_that_did_not_train_have_not_moved(tiny, edit):
+    found = run(tiny, edit, ATTACKS["mlps"], replace(CONFIG, points=(30,)))
+    assert [row["part"] for row in found.moved] == ["all that is trained"]
+
+
+def test_a_working_copy_leaves_storage_alone(tiny):
+    pointers = {n: p.data_ptr() for n, p in tiny.model.named_parameters()}
+    with working_copy(tiny.model, torch.bfloat16):
+        assert tiny.embedding.dtype == torch.bfloat16
+        assert all(p.data_ptr() != pointers[n] for n, p in tiny.model.named_parameters())
+    assert {n: p.data_ptr() for n, p in tiny.model.named_parameters()} == pointers
