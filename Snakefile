@@ -64,6 +64,7 @@ rule factorize_embeddings:
         ancient(MODEL),
     output:
         outputs("01_factorize_embeddings"),
+    priority: 1  # much waits for it
     params:
         notebook="01_factorize_embeddings",
         settings=settings("01_factorize_embeddings"),
@@ -80,6 +81,7 @@ rule select_features:
         needs("02_select_features"),
     output:
         outputs("02_select_features"),
+    priority: 1  # much waits for it
     params:
         notebook="02_select_features",
         settings=settings("02_select_features"),

@@ -167,7 +167,7 @@ def test_provenance_tells_how_it_was_made(case):
         assert (made_by.method, made_by.seed, made_by.concept) == (case.method, 42, "Tiny Rome")
     expected = json.loads(json.dumps(dataclasses.asdict(config_of(case.method))))
     assert {name: config[name] for name in expected} == expected
-    assert made_by.side == ("input" if case.first or case.method == "ember" else "none")
+    assert made_by.side == ("input" if case.first or EMBED in CHANGES[case.method] else "none")
     assert made_by.versions["torch"] == torch.__version__
 
 
