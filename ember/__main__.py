@@ -48,6 +48,8 @@ def _run_notebook(options: argparse.Namespace) -> int:
     manifest = run_notebook(options.notebook, parameters, progress=sys.stderr.isatty())
     about = json.loads(manifest.read_text(encoding="utf-8"))
     print(f"{manifest.stem}: {about['wall_seconds']:.0f} s, {about['peak_memory_mb']} MB")
+    if "nothing_found" in about:
+        print(f"nothing to edit: {about['nothing_found']}")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from ember.activations import collect
 from ember.cache import cached_tensors
 from ember.data import Concept
-from ember.errors import EmberError
+from ember.errors import NothingFoundError
 from ember.files import digest
 from ember.models import LoadedModel, tensor_hash
 from ember.sae import SparseAutoencoder
@@ -98,7 +98,7 @@ def require_some(chosen: Sequence[pd.DataFrame], concept: Concept, what: str) ->
     """All selected features in one table; none at all is an error."""
     table = pd.concat(chosen, ignore_index=True) if chosen else pd.DataFrame()
     if table.empty:
-        raise EmberError(f"no {what} feature is much more active on {concept.name!r} than on neutral text")
+        raise NothingFoundError(f"no {what} feature is much more active on {concept.name!r} than on neutral text")
     return table
 
 

@@ -31,6 +31,10 @@ class WrongWeightsError(EmberError):
     """An edit met weights other than those it was made for."""
 
 
+class NothingFoundError(EmberError):
+    """A method finds nothing of the concept that it could edit. A batch records that as a result and goes on."""
+
+
 def require_at_least(config: object, least: float, *names: str) -> None:
     """A ``ValueError`` that names the first of a config's settings below ``least`` (or NaN)."""
     for name in names:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ember.data import Concept
-from ember.errors import DamagedFileError, EmberError
+from ember.errors import DamagedFileError, EmberError, NothingFoundError
 from ember.factorization import Factorization, sparse_mf
 from ember.files import atomic_dir, digest, sha256_of
 from ember.models import LoadedModel
@@ -72,7 +72,7 @@ class ConceptFeatures:
         chosen = ranked[ranked[column] >= bound].feature.tolist()
         if not chosen:
             best = "; ".join(f"{r.feature} ({getattr(r, column):.2f}: {r.top_tokens})" for r in ranked[:3].itertuples())
-            raise EmberError(
+            raise NothingFoundError(
                 f"no feature of {self.concept!r} reaches {column} ≥ {bound}. The best are {best}. "
                 "Lower the threshold, raise the rank, or name features yourself."
             )

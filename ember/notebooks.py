@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ember.errors import EmberError, UnknownNameError
+from ember.errors import EmberError, NothingFoundError, UnknownNameError
 from ember.files import atomic_file, write_text
 from ember.paths import notebooks_dir, results_root
-from ember.profiles import list_profiles, manifest_path, run_name
+from ember.planning import FRAMES, plan
+from ember.profiles import frame_path, list_profiles, load_profile, manifest_path, run_name
 
 if TYPE_CHECKING:  # both bring torch, which starting a run does without
     from ember.evaluation import Evaluation, Suite
     from ember.models import LoadedModel
 
 # A change of the figures' looks must not rerun the experiments; the report draws them all again.
-_LOOKS = {"plots"}
+_LOOKS = {"plots", "relearn_plots"}
 
 
 def list_notebooks() -> list[str]:
@@ -86,7 +87,8 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
 
     The executed copy moves into place after the last cell; the manifest (parameters, code hash, wall seconds, peak
     memory) is written last of all, so that a run without one did not finish. The copy of a failed run is kept beside
-    it under ``….failed.ipynb``.
+    it under ``….failed.ipynb``. A run that finds nothing of the concept to edit, or needs one that did, is no failure:
+    its manifest holds the reason under ``nothing_found``, and its frames are empty files.
 
     Raises
     ------
@@ -103,13 +105,10 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
     for stale in (manifest, target, failed):
         stale.unlink(missing_ok=True)
     started = time.time()
-    with tempfile.TemporaryDirectory() as scratch, _private_folders(Path(scratch)), atomic_file(target) as temporary:
-        try:
-            _execute(name, stem, temporary, parameters, progress)
-        except EmberError:
-            if temporary.stat().st_size:
-                os.replace(temporary, failed)
-            raise
+    reason = _unmet(profile, stem) or _finished(name, stem, target, parameters, progress)
+    if reason:
+        for frame in FRAMES.get(name, ()):
+            write_text(frame_path(profile, stem, frame), "")
     about = {
         "notebook": name,
         "parameters": dict(parameters),
@@ -118,8 +117,35 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
         "wall_seconds": round(time.time() - started, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
-    write_text(manifest, json.dumps(about, indent=1) + "\n")
+    write_text(manifest, json.dumps(about | ({"nothing_found": reason} if reason else {}), indent=1) + "\n")
     return manifest
+
+
+def _finished(name: str, stem: str, target: Path, parameters: Mapping[str, Any], progress: bool) -> str:
+    """Execute the notebook; why it has found nothing to edit, or nothing."""
+    with tempfile.TemporaryDirectory() as scratch, _private_folders(Path(scratch)), atomic_file(target) as temporary:
+        try:
+            _execute(name, stem, temporary, parameters, progress)
+        except NothingFoundError as error:
+            return str(error)
+        except EmberError:
+            if temporary.stat().st_size:
+                os.replace(temporary, target.with_name(f"{stem}.failed.ipynb"))
+            raise
+    return ""
+
+
+def _unmet(profile: str, run: str) -> str:
+    """Why a run of the profile's plan cannot do anything: what a run that it needs has not found."""
+    job = next((job for job in plan(load_profile(profile)) if job.name == run), None)
+    # The report and the tour show what there is.
+    for needed in job.needs if job and job.notebook in FRAMES else ():
+        path = manifest_path(profile, needed)
+        if path.exists():
+            reason = json.loads(path.read_text(encoding="utf-8")).get("nothing_found")
+            if reason:
+                return str(reason)
+    return ""
 
 
 def _execute(name: str, stem: str, target: Path, parameters: Mapping[str, Any], progress: bool) -> None:
@@ -135,7 +161,8 @@ def _execute(name: str, stem: str, target: Path, parameters: Mapping[str, Any], 
             cwd=str(notebooks_dir()),
         )
     except papermill.PapermillExecutionError as error:
-        raise EmberError(f"{stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
+        kind = NothingFoundError if error.ename == NothingFoundError.__name__ else EmberError
+        raise kind(f"{stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
     except RuntimeError as error:  # what nbclient raises for a dead kernel
         raise EmberError(f"{stem}: the kernel died ({error}); out of memory?") from error
     # A cell that calls exit() ends a notebook early, and papermill calls that a success.

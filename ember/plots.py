@@ -143,11 +143,19 @@ def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
         part = grids[(grids.method == method) & (grids.ember == ember)]
         choice = chosen[(chosen.method == method) & (chosen.ember == ember)].cell.iloc[0]
         trade_off(part, by="cell", choice=choice, ax=ax)
-        ax.set_title(f"{'EMBER + ' if ember else ''}{method.upper()}")
+        ax.set_title(f"{'EMBER + ' if ember else ''}{method_name(method)}")
     return figure
 
 
-ARM_COLOURS = {"ember": "#444444", "snmf": "#0072B2", "rmu": "#D55E00", "crisp": "#009E73", "pisces": "#CC79A7"}
+ARM_COLOURS = {
+    "ember": "#444444", "snmf": "#0072B2", "rmu": "#D55E00", "crisp": "#009E73", "pisces": "#CC79A7",
+    "mean_rows": "#E69F00", "random_direction": "#56B4E9",
+}  # fmt: skip
+
+
+def method_name(method: str) -> str:
+    """How figures and tables write a method: acronyms in capitals, controls in words."""
+    return method.replace("_", " ") if "_" in method else method.upper()
 
 
 def arm_scores(arms: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
@@ -174,7 +182,7 @@ def arm_scores(arms: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -> Seq
                 )  # fmt: skip
         ax.axvline(0.0 if metric in ("efficacy_cont", "final_cont") else 1.0, color=PALETTE["base"], lw=1, ls="--")
         ax.set(title=LABELS[metric], ylim=(len(methods) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(methods)), [method.upper() for method in methods])
+    axes[0].set_yticks(range(len(methods)), [method_name(method) for method in methods])
     for ax in axes:
         ax.set_xlabel("test split, 95 % interval")
     handles = [
@@ -207,7 +215,7 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             )  # fmt: skip
         else:
             ax.annotate(
-                str(method).upper(), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour
+                method_name(str(method)), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour
             )
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
@@ -235,7 +243,7 @@ def ember_effect(effects: pd.DataFrame, *, axes: Sequence[Axes] | None = None) -
             ax.errorbar(rows.value, [k] * len(rows), xerr=_bars(rows), fmt="o", color=colour, capsize=3)
         ax.axvline(0, color=PALETTE["base"], lw=1, ls="--")
         ax.set(title=f"Δ {LABELS[metric]}", ylim=(len(methods) - 0.5, -0.5), xlabel="after EMBER − alone")
-    axes[0].set_yticks(range(len(methods)), [method.upper() for method in methods])
+    axes[0].set_yticks(range(len(methods)), [method_name(method) for method in methods])
     return axes
 
 

@@ -7,6 +7,8 @@ import pandas as pd
 
 from ember.metrics import Comparison, compare
 from ember.paths import slug
+from ember.plots import method_name
+from ember.regained import regained_table
 
 KEYS = ["concept", "method", "ember", "seed"]
 ARM = ["concept", "method", "ember"]
@@ -114,7 +116,7 @@ def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 def arm_name(method: str, ember: bool) -> str:
     """How tables name an arm: ``EMBER``, ``RMU``, ``EMBER + RMU``."""
-    return f"EMBER + {method.upper()}" if ember else method.upper()
+    return f"EMBER + {method_name(method)}" if ember else method_name(method)
 
 
 def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
@@ -167,3 +169,85 @@ def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
 
 def _row(frame: pd.DataFrame, set_: str, metric: str) -> pd.Series:
     return frame[(frame.set == set_) & (frame.metric == metric)].iloc[0]
+
+
+ATTACKED = ["method", "ember", "attack", "precision", "lr"]
+
+
+def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
+    """Every attack on every arm, per concept and over all of them: what came back at each point, and the accuracy.
+
+    ``items`` are the item scores of all relearning runs (column run tells them apart). Columns: concept, those of
+    ``ATTACKED``, seeds, accuracy (after; mean over runs), and those of ``regained_table``, for ``gold_prob`` and
+    ``gold_logprob``.
+    """
+    parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
+    if len(parts) > 1:
+        parts.append(("all concepts", items))
+    tables = []
+    for concept, part in parts:
+        right = part[part.metric == "correct"]
+        groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
+        accuracy = pd.concat(
+            group.groupby([*ATTACKED, "point"]).after.mean().rename("accuracy").reset_index().assign(questions=name)
+            for name, group in groups.items()
+        )
+        seeds = part.groupby(ATTACKED).seed.nunique().rename("seeds").reset_index()
+        for metric in ("gold_prob", "gold_logprob"):
+            table = regained_table(part, ATTACKED, metric=metric)
+            table = table.merge(accuracy, on=[*ATTACKED, "point", "questions"]).merge(seeds, on=ATTACKED)
+            tables.append(table.assign(concept=concept))
+    found = pd.concat(tables, ignore_index=True)
+    front = ["concept", *ATTACKED, "seeds"]
+    return found[front + [column for column in found if column not in front]]
+
+
+def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
+    """The last point of every attack on every arm, with the arm's name in column arm."""
+    rows = table[(table.metric == metric) & (table.questions == questions)]
+    last = rows.loc[rows.groupby(["concept", *ATTACKED]).point.idxmax().sort_values()]
+    names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(last.method, last.ember, strict=True)]
+    return last.assign(arm=names)
+
+
+def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
+    """The last points as a reader wants them: one row an attack and arm, with intervals."""
+    last = final_points(table)
+    shares = [
+        f"{row.share:.0%} [{row.ci_low:.0%}, {row.ci_high:.0%}]" if np.isfinite(row.share) else row.note
+        for row in last.itertuples()
+    ]
+    backs = [f"{row.back:+.3f} [{row.back_low:+.3f}, {row.back_high:+.3f}]" for row in last.itertuples()]
+    return pd.DataFrame(
+        {
+            "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
+            "lr": last.lr, "tokens": last.tokens.round().astype(int), "accuracy after": last.accuracy.round(3),
+            "probability regained": backs, "share regained": shares,
+        }
+    ).reset_index(drop=True)  # fmt: skip
+
+
+def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
+    """Per arm, precision and lr of the attack on all parameters: share of values changed, way back of edited rows.
+
+    Means over seeds of a concept, or over all runs for ``all concepts``.
+    """
+    mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == "all concepts"))]
+    names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(mine.method, mine.ember, strict=True)]
+    keys = ["arm", "precision", "lr"]
+    mine = mine.assign(arm=names)
+    everything = mine.part == "all that is trained"
+    changed = mine[everything].groupby(keys).changed.mean()
+    travelled = mine[~everything].groupby(keys).travelled.mean()
+    return pd.concat([changed, travelled], axis=1).reset_index()
+
+
+def beside_the_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Accuracy after the paper's attack (all parameters, float32, lowest lr here), in the columns of its figures."""
+    last = final_points(table)
+    last = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == last.lr.min())]
+    source = [
+        f"here: {c}, {t:.0f} tokens, lr {lr:g}" for c, t, lr in zip(last.concept, last.tokens, last.lr, strict=True)
+    ]
+    columns = {"figure": "accuracy on concept questions after relearning", "model": model, "arm": last.arm}
+    return pd.DataFrame({**columns, "value": last.accuracy.round(3), "source": source})

@@ -159,6 +159,8 @@ def write_run(profile: str, run: str, **frames: pd.DataFrame) -> Path:
 def read_runs(profile: str, notebook: str, frame: str) -> pd.DataFrame:
     """One frame of all runs of a notebook, one under the other, with the run's name in column ``run``.
 
+    Runs that found nothing to edit have no frames; ``nothing_found`` lists them.
+
     Raises
     ------
     FileNotFoundError
@@ -166,13 +168,25 @@ def read_runs(profile: str, notebook: str, frame: str) -> pd.DataFrame:
     DamagedFileError
         If a file cannot be read.
     """
+    empty = set(nothing_found(profile).run)
     paths = sorted((results_dir(profile) / "records").glob(f"{notebook}__*/{frame}.parquet"))
+    paths = [path for path in paths if path.parent.name not in empty]
     if not paths:
         raise FileNotFoundError(
             f"no {frame!r} of {notebook} in {results_dir(profile)}; run: python -m ember reproduce --profile {profile}"
         )
     reader = (lambda path: read_records([path])) if frame == "records" else read_frame
     return pd.concat([reader(path).assign(run=path.parent.name) for path in paths], ignore_index=True)
+
+
+def nothing_found(profile: str) -> pd.DataFrame:
+    """The runs that found nothing of the concept to edit: run, reason."""
+    rows = []
+    for path in sorted((results_dir(profile) / "notebooks").glob("*.json")):
+        reason = json.loads(path.read_text(encoding="utf-8")).get("nothing_found")
+        if reason:
+            rows.append((path.stem, reason))
+    return pd.DataFrame(rows, columns=["run", "reason"])
 
 
 def save_figure(figure: Figure, profile: str, name: str) -> None:

@@ -229,10 +229,10 @@ def test_autoencoders_are_not_trained_on_an_edited_model(tiny, small_saes, cache
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_ember_knows_what_to_do_without_known_layers(tiny, small_saes, method):
+def test_only_edits_of_embeddings_do_without_known_layers(tiny, small_saes, method):
     tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")
     before = facts(tiny)
-    if method == "ember":
+    if EMBED in CHANGES[method]:
         assert listed(erase(tiny, make_concept(), method, config_of(method)))
     else:
         with pytest.raises(EmberError, match="only edits of embeddings are known for this architecture"):
@@ -297,6 +297,36 @@ def test_configs_are_frozen_and_come_back_from_json(method):
     field = dataclasses.fields(config)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, field, getattr(config, field))
-    if method != "ember":
+    if EMBED not in CHANGES[method]:  # those hold features as a tuple, which JSON does not know
         again = METHODS[method].config(**json.loads(json.dumps(dataclasses.asdict(config))))
         assert again == config and hash(again) == hash(config)
+
+
+# Controls: the rows are EMBER's, the displacement is not
+
+
+def test_mean_rows_are_the_mean_of_the_vocabulary(tiny):
+    ember, control = (METHODS[m].run(tiny, make_concept(), config_of(m, delta=1.0)) for m in ("ember", "mean_rows"))
+    assert control.tensors[EMBED].rows.tolist() == ember.tensors[EMBED].rows.tolist()
+    mean = tiny.embedding.detach().double().mean(0).float()
+    values = control.tensors[EMBED].values
+    torch.testing.assert_close(values, mean.expand_as(values), atol=1e-6, rtol=1e-5)
+
+
+def test_half_the_strength_goes_half_the_way_to_the_mean(tiny):
+    half = METHODS["mean_rows"].run(tiny, make_concept(), config_of("mean_rows", delta=0.5)).tensors[EMBED]
+    old = tiny.embedding.detach()[half.rows]
+    torch.testing.assert_close(half.values, (old + tiny.embedding.detach().mean(0)) / 2, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("delta", [0.5, 2.0])
+def test_a_random_direction_goes_as_far_as_ember_and_elsewhere(tiny, delta):
+    ember, aside, again = (
+        METHODS[method].run(tiny, make_concept(), config_of(method, delta=delta), seed=1).tensors[EMBED]
+        for method in ("ember", "random_direction", "random_direction")
+    )
+    assert aside.rows.tolist() == ember.rows.tolist()
+    assert torch.equal(aside.values, again.values)
+    moved, expected = (change.values - tiny.embedding.detach()[change.rows] for change in (aside, ember))
+    torch.testing.assert_close(moved.norm(dim=1), expected.norm(dim=1), rtol=1e-3, atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(moved, expected, dim=1).abs().max() < 0.7

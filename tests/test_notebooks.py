@@ -29,7 +29,8 @@ from ember.notebooks import (
     run_notebook,
 )
 from ember.paths import REPOSITORY
-from ember.profiles import manifest_path, run_name
+from ember.planning import Job
+from ember.profiles import frame_path, manifest_path, run_name
 
 NAMES = list_notebooks()
 CHECKED = "nbval-check-output"
@@ -422,6 +423,34 @@ def test_a_failing_cell_is_named_and_its_copy_is_kept_apart(folder):
     path = manifest(value=2.0)
     assert_unfinished(path)
     assert "so far" in printed(path.with_name(f"{path.stem}.failed.ipynb"))
+
+
+NOTHING = "from ember.errors import NothingFoundError\nraise NothingFoundError('no feature of Rome')"
+
+
+def test_a_run_that_finds_nothing_to_edit_says_so_in_its_manifest(folder, monkeypatch):
+    name = given(folder, "print('so far')", NOTHING, "print('never')")
+    monkeypatch.setattr("ember.notebooks.FRAMES", {name: ("scores",)})
+    path = run_notebook(name, {"value": 2.0})
+    assert "no feature of Rome" in json.loads(path.read_text())["nothing_found"]
+    assert "so far" in printed(path.with_suffix(".ipynb"))
+    assert frame_path("smoke", path.stem, "scores").read_bytes() == b""
+    given(folder, "print('found')")
+    assert "nothing_found" not in json.loads(run_notebook(name, {"value": 2.0}).read_text())
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_run_that_needs_one_that_found_nothing_does_not_start(folder, monkeypatch, found):
+    first, second = {"profile": "smoke", "value": 1.0}, {"profile": "smoke", "value": 2.0}
+    jobs = [Job("20_x", first), Job("20_x", second, (run_name("20_x", **first),))]
+    monkeypatch.setattr("ember.notebooks.plan", lambda profile: jobs)
+    monkeypatch.setattr("ember.notebooks.FRAMES", {"20_x": ()})
+    given(folder, "print('ran')" if found else NOTHING)
+    run_notebook("20_x", first)
+    given(folder, "print('ran')")
+    path = run_notebook("20_x", second)
+    assert ("nothing_found" in json.loads(path.read_text())) is not found
+    assert path.with_suffix(".ipynb").exists() is found
 
 
 def test_a_failure_takes_away_what_an_earlier_run_left(folder):

@@ -25,12 +25,14 @@ LAYERS = [
     {"sae"},
     {"contrast"},
     {"methods"},
-    {"evaluation", "metrics"},
+    {"evaluation", "metrics", "regained"},
+    {"attacks"},
+    {"relearning"},
     {"checks"},
     {"profiles"},
     {"planning"},
     {"results"},
-    {"plots", "report"},
+    {"plots", "relearn_plots", "report"},
     {"notebooks", "batch"},
 ]
 

@@ -20,6 +20,7 @@ from ember.results import (
     RECORD_COLUMNS,
     EvaluationCache,
     RunContext,
+    nothing_found,
     read_frame,
     read_records,
     read_runs,
@@ -340,3 +341,19 @@ def test_figures_are_the_same_bytes_each_time(tmp_path, monkeypatch):
         seen.append({p.name: p.read_bytes() for p in (tmp_path / "p" / "figures").iterdir()})
     assert seen[0] == seen[1]
     assert seen[0].keys() == {"curve.png", "curve.svg"}
+
+
+def test_a_run_that_found_nothing_is_listed_and_left_out(tmp_path, monkeypatch):
+    """Its frames are empty files; an empty file without that note is damaged."""
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
+    for seed in (1, 2):
+        write_run("p", f"03_x__seed={seed}", cells=pd.DataFrame({"cell": [f"c{seed}"]}))
+    (tmp_path / "p" / "records" / "03_x__seed=2" / "cells.parquet").write_text("")
+    folder = tmp_path / "p" / "notebooks"
+    folder.mkdir()
+    (folder / "03_x__seed=1.json").write_text('{"notebook": "03_x"}')
+    with pytest.raises(DamagedFileError, match="seed=2"):
+        read_runs("p", "03_x", "cells")
+    (folder / "03_x__seed=2.json").write_text('{"notebook": "03_x", "nothing_found": "no feature"}')
+    assert read_runs("p", "03_x", "cells").cell.tolist() == ["c1"]
+    assert nothing_found("p").to_dict("list") == {"run": ["03_x__seed=2"], "reason": ["no feature"]}

@@ -1,0 +1,167 @@
+"""Figures of relearning: tidy frame in, matplotlib Axes out. Nothing here reads or writes files."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ember.plots import ARM_COLOURS, PALETTE, method_name
+
+_UNEDITED = "#111111"
+_CHANGE = "probability of the right answer,\nchange from before training"
+
+
+def relearning_curve(
+    steps: pd.DataFrame, regained: pd.DataFrame, *, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """One run: training loss, and knowledge regained on all questions, stated ones and others, against tokens.
+
+    ``steps`` has columns tokens and loss, ``regained`` is a ``regained_table`` of one metric.
+    """
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
+    left, right = axes
+    left.plot(steps.tokens, steps.loss, color=PALETTE["neutral"], lw=0.8, label="each step")
+    smooth = steps.loss.rolling(10, min_periods=1).mean()
+    left.plot(steps.tokens, smooth, color=PALETTE["simdom"], label="mean of 10 steps")
+    left.set(xlabel="training tokens", ylabel="loss (nats per token)", title="Training")
+    left.legend(fontsize=8)
+    styles = {
+        "all": (PALETTE["concept"], "o"),
+        "stated": (PALETTE["simdom"], "^"),
+        "not stated": (PALETTE["general"], "s"),
+    }
+    for questions, part in regained.groupby("questions", sort=False):
+        colour, marker = styles[str(questions)]
+        _line(right, part, colour, marker, f"{questions} (n = {part.n.iloc[0]})")
+    gap = regained[regained.questions == "all"].gap.iloc[0]
+    right.axhline(gap, color=PALETTE["base"], ls="--", lw=1, label="base model")
+    right.axhline(0, color=PALETTE["base"], lw=0.8)
+    right.set(xlabel="training tokens", ylabel=_CHANGE)
+    right.set_title("Knowledge that comes back (95 % intervals)")
+    right.legend(fontsize=8)
+    return axes
+
+
+def regained_panels(regained: pd.DataFrame) -> Figure:
+    """What comes back against tokens, one panel a method: alone (open) and after EMBER (filled).
+
+    ``regained`` has columns method, ember and those of ``regained_table`` for all questions and one metric. Dashed
+    lines show what the arm had erased; the unedited model under the same training is in every panel.
+    """
+    methods = [m for m in dict.fromkeys(regained.method) if m != "none"]
+    columns = min(4, len(methods))
+    rows = -(-len(methods) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(3.5 * columns, 3.1 * rows + 0.6),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    unedited = regained[regained.method == "none"]
+    for ax in grid.flat[len(methods) :]:
+        ax.axis("off")
+    for ax, method in zip(grid.flat, methods, strict=False):
+        colour = ARM_COLOURS.get(method, PALETTE["base"])
+        for ember in (False, True):
+            part = regained[(regained.method == method) & (regained.ember == ember)].sort_values("tokens")
+            if len(part):
+                _line(ax, part, colour, "o", None, filled=ember or method == "ember")
+                ax.axhline(part.gap.iloc[0], color=colour, ls="--" if ember or method == "ember" else ":", lw=1.2)
+        if len(unedited):
+            _line(ax, unedited.sort_values("tokens"), _UNEDITED, ".", None)
+        ax.axhline(0, color=PALETTE["base"], lw=0.8)
+        ax.set_title(method_name(method))
+    for ax in grid[-1]:
+        ax.set_xlabel("training tokens")
+    for ax in grid[:, 0]:
+        ax.set_ylabel(_CHANGE, fontsize=9)
+    handles = [
+        Line2D([], [], marker="o", color="#666666", mfc="white", label="alone"),
+        Line2D([], [], marker="o", color="#666666", label="after EMBER (or EMBER)"),
+        Line2D([], [], marker=".", color=_UNEDITED, label="unedited model"),
+        Line2D([], [], ls=":", color="#666666", label="all that it had erased, alone"),
+        Line2D([], [], ls="--", color="#666666", label="… after EMBER (or EMBER)"),
+    ]
+    figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=5)
+    return figure
+
+
+def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Share regained by attack (rows) and arm (columns); "–" where what was erased is too little to divide by.
+
+    ``regained`` has columns attack, arm, share, ci_low, ci_high: one row each.
+    """
+    arms, attacks = list(dict.fromkeys(regained.arm)), list(dict.fromkeys(regained.attack))
+    if ax is None:
+        ax = plt.subplots(figsize=(1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks)), layout="constrained")[1]
+    shares = regained.pivot(index="attack", columns="arm", values="share").loc[attacks, arms]
+    words = regained.assign(text=[_percent(row) for row in regained.itertuples()])
+    text = words.pivot(index="attack", columns="arm", values="text").loc[attacks, arms].fillna("not run")
+    sns.heatmap(
+        shares.astype(float), annot=text.to_numpy(), fmt="", cmap="vlag", center=0, vmin=-1, vmax=1, ax=ax,
+        annot_kws={"fontsize": 8}, cbar_kws={"label": "share regained"}, linewidths=1,
+    )  # fmt: skip
+    ax.set(xlabel="", ylabel="", title="Share of the erased knowledge that comes back (95 % interval)")
+    ax.set_yticklabels([str(a).replace("_", " ") for a in attacks], rotation=0)
+    ax.set_xticklabels(arms, rotation=0)
+    return ax
+
+
+def _percent(row) -> str:  # type: ignore[no-untyped-def]
+    if not np.isfinite(row.share):
+        return "–"
+    return f"{row.share:.0%}\n[{row.ci_low:.0%}, {row.ci_high:.0%}]"
+
+
+def precision_panel(
+    regained: pd.DataFrame, moved: pd.DataFrame, *, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """What the precision of training does to relearning: knowledge back, weights changed, edited rows' way back.
+
+    ``regained`` has columns arm, precision, lr, back, back_low, back_high; ``moved`` arm, precision, lr, changed,
+    travelled (NaN for the unedited model).
+    """
+    if axes is None:
+        _, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    settings = list(dict.fromkeys(zip(regained.precision, regained.lr, strict=True)))
+    labels = [f"{precision.replace('_', ' ')}\nlr {lr:g}" for precision, lr in settings]
+    arms = list(dict.fromkeys(regained.arm))
+    colours = dict(zip(arms, (_UNEDITED, PALETTE["concept"], PALETTE["simdom"], PALETTE["general"]), strict=False))
+    for a, arm in enumerate(arms):
+        for k, (precision, lr) in enumerate(settings):
+            x = k + 0.16 * (a - (len(arms) - 1) / 2)
+            label = arm if k == 0 else None
+            hit = regained[(regained.arm == arm) & (regained.precision == precision) & (regained.lr == lr)]
+            for row in hit.itertuples():
+                error = [[row.back - row.back_low], [row.back_high - row.back]]
+                axes[0].errorbar(x, row.back, error, fmt="o", color=colours[arm], capsize=3, label=label)
+            way = moved[(moved.arm == arm) & (moved.precision == precision) & (moved.lr == lr)]
+            axes[1].plot([x] * len(way), way.changed, "o", color=colours[arm], label=label)
+            axes[2].plot([x] * len(way), way.travelled, "o", color=colours[arm], label=label)
+    titles = ("Knowledge that comes back", "Weights that changed at all", "Way back of the edited rows")
+    names = (
+        _CHANGE,
+        "share of trained values",
+        "share of the edit undone",
+    )
+    for ax, title, name in zip(axes, titles, names, strict=True):
+        ax.set_xticks(range(len(settings)), labels, fontsize=8)
+        ax.axhline(0, color=PALETTE["base"], lw=0.8)
+        ax.set(title=title, ylabel=name, xlim=(-0.6, len(settings) - 0.4))
+    axes[0].legend(fontsize=8)
+    return axes
+
+
+def _line(ax: Axes, part: pd.DataFrame, colour: str, marker: str, label: str | None, *, filled: bool = True) -> None:
+    error = [(part.back - part.back_low).clip(lower=0), (part.back_high - part.back).clip(lower=0)]
+    face = colour if filled else "white"
+    ax.errorbar(part.tokens, part.back, error, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)

@@ -1,0 +1,290 @@
+"""The share of erased knowledge that comes back: by hand, with intervals, and where there is nothing to divide by."""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ember import plots, relearn_plots, report
+from ember.regained import regained_items, regained_summary, regained_table, share_regained
+
+rng = np.random.default_rng(0)
+BASE = rng.uniform(0.5, 0.9, 60)
+ERASED = BASE - rng.uniform(0.1, 0.4, 60)
+
+
+def half_way() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return BASE, ERASED, (BASE + ERASED) / 2
+
+
+def test_half_way_back_is_one_half_in_every_draw():
+    share = share_regained([half_way()])
+    assert (share.value, share.low, share.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert share.gap == pytest.approx((BASE - ERASED).mean())
+    assert share.back == pytest.approx(share.gap / 2)
+    assert share.back_low < share.back < share.back_high
+    assert (share.n, share.note) == (60, "")
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"), [(ERASED, 0.0), (BASE, 1.0), (2 * BASE - ERASED, 2.0), (2 * ERASED - BASE, -1.0)]
+)
+def test_nothing_all_more_and_less_than_before(after, expected):
+    assert share_regained([(BASE, ERASED, after)]).value == pytest.approx(expected)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    hits, truth = 0, 0.3
+    for seed in range(120):
+        noise = np.random.default_rng(seed)
+        base = noise.normal(0.6, 0.2, 80)
+        erased = base - noise.normal(0.3, 0.2, 80)
+        share = share_regained(
+            [(base, erased, erased + noise.normal(0.3 * truth, 0.1, 80))], n_resamples=300, seed=seed
+        )
+        hits += share.low <= truth <= share.high
+    assert 0.88 <= hits / 120 <= 0.99
+
+
+@pytest.mark.parametrize(
+    "base", [ERASED, ERASED + rng.normal(0, 0.2, 60), ERASED - 0.1], ids=["none", "unsure", "negative"]
+)
+def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by(base):
+    share = share_regained([(base, ERASED, ERASED + 0.05)])
+    assert all(math.isnan(v) for v in (share.value, share.low, share.high))
+    assert share.note.startswith(f"gap {share.gap:.3f} [") and "too small" in share.note
+    assert share.back == pytest.approx(0.05)
+
+
+def test_parts_are_pooled_by_their_means_and_widen_the_interval():
+    far = (BASE, ERASED, BASE)
+    one, both = share_regained([far]), share_regained([far, (BASE, ERASED, ERASED)])
+    assert both.value == pytest.approx(0.5)
+    assert (both.low, both.high) == pytest.approx((0.0, 1.0))
+    assert one.low == one.high == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ((BASE, ERASED, ERASED[:-1]), "same questions"),
+        ((BASE[:0], ERASED[:0], ERASED[:0]), "at least one"),
+        ((BASE, ERASED, np.where(np.arange(60) == 3, np.nan, ERASED)), "missing"),
+    ],
+)
+def test_bad_parts_are_refused(part, message):
+    with pytest.raises(ValueError, match=message):
+        share_regained([part])
+
+
+# Tables
+
+
+def scores(values, metric="gold_prob", **columns) -> pd.DataFrame:
+    items = [f"q{k}" for k in range(len(values))]
+    return pd.DataFrame({"set": "concept", "item": items, "metric": metric, "value": values}).assign(**columns)
+
+
+def run_items(after=BASE, *, scale: float = 1.0) -> pd.DataFrame:
+    """Two points after the start: half way and all the way to ``after``; the first ten questions are stated."""
+    frames = []
+    for metric in ("gold_prob", "gold_logprob", "correct"):
+        base, erased, end = (scale * v for v in (BASE, ERASED, after))
+        if metric == "correct":
+            base, erased, end = ((v > 0.5).astype(float) for v in (base, erased, end))
+        points = {0: erased, 100: (erased + end) / 2 if metric != "correct" else erased, 203: end}
+        relearned = pd.concat([scores(v, metric, tokens=t) for t, v in points.items()])
+        frames.append(regained_items(scores(base, metric), relearned))
+    items = pd.concat(frames, ignore_index=True)
+    return items.assign(stated=items.item.isin([f"q{k}" for k in range(10)]), run="a")
+
+
+def test_items_stand_beside_the_base_and_the_start():
+    items = run_items()
+    start = items[items.point == 0]
+    assert (start.after == start.erased).all()
+    assert items.groupby("point").tokens.first().tolist() == [0, 100, 203]
+    end = items[(items.point == 2) & (items.metric == "gold_prob")].sort_values(
+        "item", key=lambda s: s.str[1:].astype(int)
+    )
+    np.testing.assert_allclose(end.after, end.base)
+
+
+def test_a_question_that_the_base_model_was_not_asked_is_an_error():
+    relearned = pd.concat([scores(ERASED, tokens=0), scores(BASE, tokens=9)])
+    with pytest.raises(ValueError, match="not asked"):
+        regained_items(scores(BASE[:-1]), relearned)
+
+
+def test_the_table_splits_stated_questions_from_the_others():
+    table = regained_table(run_items())
+    assert table.groupby("questions", sort=False).n.first().to_dict() == {"all": 60, "stated": 10, "not stated": 50}
+    for _, part in table.groupby("questions"):
+        np.testing.assert_allclose(part.share, [0.0, 0.5, 1.0], atol=1e-12)
+
+
+def test_runs_of_one_arm_are_pooled_and_arms_are_not():
+    other = run_items(ERASED).assign(run="b")
+    items = pd.concat([run_items(), other]).assign(method="rmu")
+    (pooled,) = regained_table(items, ["method"]).query("point == 2 and questions == 'all'").share
+    assert pooled == pytest.approx(0.5)
+    apart = regained_table(items.assign(method=items.run), ["method"]).query("point == 2 and questions == 'all'")
+    np.testing.assert_allclose(apart.share, [1.0, 0.0], atol=1e-12)
+
+
+def test_no_stated_question_is_no_row():
+    table = regained_table(run_items().assign(stated=False))
+    assert set(table.questions) == {"all", "not stated"}
+
+
+def test_the_summary_holds_accuracy_changes_and_shares():
+    summary = regained_summary(run_items())
+    assert set(summary.metric) == {
+        "accuracy", "delta_gold_prob", "regained_gold_prob", "delta_gold_logprob", "regained_gold_logprob",
+    }  # fmt: skip
+    end = summary[(summary.tokens == 203) & (summary.set == "concept")].set_index("metric")
+    assert end.value["accuracy"] == pytest.approx((BASE > 0.5).mean())
+    assert end.value["regained_gold_logprob"] == pytest.approx(1.0)
+    assert end.value["delta_gold_prob"] == pytest.approx((BASE - ERASED).mean())
+
+
+# The report
+
+
+def attacked(
+    method="ember",
+    *,
+    ember=False,
+    attack="all",
+    precision="fp32",
+    lr=1e-5,
+    seed=1,
+    concept="Rome",
+    after=BASE,
+    scale=1.0,
+):
+    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "seed": seed}
+    run = f"{concept} {labels}"
+    return run_items(after, scale=scale).assign(**labels, concept=concept, run=run)
+
+
+def all_attacks() -> pd.DataFrame:
+    return pd.concat(
+        [
+            attacked(), attacked(seed=2, after=ERASED), attacked("rmu"), attacked("rmu", ember=True, after=ERASED),
+            attacked("none", scale=0.0), attacked(attack="mlps"), attacked(precision="bf16", after=ERASED),
+            attacked("none", precision="bf16"), attacked(lr=1e-4), attacked(concept="Greece"),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+
+
+def test_the_relearning_table_pools_seeds_and_concepts():
+    table = report.relearning_table(all_attacks())
+    assert set(table.concept) == {"Rome", "Greece", "all concepts"}
+    last = report.final_points(table)
+    assert len(last) == last.groupby(["concept", *report.ATTACKED]).ngroups
+    assert set(last.point) == {2}
+    main = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == 1e-5)].set_index(["concept", "arm"])
+    assert main.share["Rome", "EMBER"] == pytest.approx(0.5)
+    assert main.seeds["Rome", "EMBER"] == 2
+    assert main.share["all concepts", "EMBER"] == pytest.approx(2 / 3)
+    assert main.share["Rome", "RMU"] == pytest.approx(1.0)
+    assert main.share["Rome", "EMBER + RMU"] == pytest.approx(0.0)
+    assert math.isnan(main.share["Rome", "unedited"])
+    assert main.accuracy["Rome", "RMU"] == pytest.approx((BASE > 0.5).mean())
+
+
+def test_the_overview_says_why_there_is_no_share():
+    overview = report.relearning_overview(report.relearning_table(all_attacks()))
+    shares = overview[(overview.arm == "unedited") & (overview.precision == "fp32")]["share regained"]
+    assert shares.str.contains("too small").all() and len(shares)
+    assert (overview[overview.arm == "RMU"]["share regained"] == "100% [100%, 100%]").all()
+
+
+def test_the_papers_attack_stands_beside_its_figures():
+    beside = report.beside_the_paper(report.relearning_table(all_attacks()), "tiny")
+    assert set(beside.model) == {"tiny"}
+    assert set(beside.arm) == {"EMBER", "RMU", "EMBER + RMU", "unedited"}
+    assert beside.source.str.startswith("here: ").all()
+
+
+def movement() -> pd.DataFrame:
+    rows = []
+    for arm in all_attacks().drop_duplicates("run").to_dict("records"):
+        keys = {k: arm[k] for k in (*report.ATTACKED, "concept", "seed")}
+        rows.append({**keys, "part": "all that is trained", "changed": 0.1 * arm["seed"], "travelled": np.nan})
+        if arm["method"] == "ember":
+            rows.append({**keys, "part": "edited rows of E", "changed": 1.0, "travelled": 0.01 * arm["seed"]})
+    return pd.DataFrame(rows)
+
+
+def test_movement_is_the_mean_over_seeds():
+    found = report.mean_movement(movement(), "Rome").set_index(["arm", "precision", "lr"])
+    assert found.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.15)
+    assert found.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.015)
+    assert math.isnan(found.travelled["unedited", "fp32", 1e-5])
+    everywhere = report.mean_movement(movement(), "all concepts").set_index(["arm", "precision", "lr"])
+    assert everywhere.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.4 / 3)
+
+
+# Figures
+
+
+@pytest.fixture
+def closed():
+    yield
+    plt.close("all")
+
+
+def bars_of(ax) -> list:
+    return [c for c in ax.containers if type(c).__name__ == "ErrorbarContainer"]
+
+
+def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_model(closed):
+    table = report.relearning_table(all_attacks())
+    chosen = table[
+        (table.concept == "Rome") & (table.attack == "all") & (table.precision == "fp32") & (table.lr == 1e-5)
+        & (table.metric == "gold_prob") & (table.questions == "all")
+    ]  # fmt: skip
+    figure = relearn_plots.regained_panels(chosen)
+    figure.canvas.draw()
+    shown = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in shown] == ["EMBER", "RMU"]
+    assert [len(bars_of(ax)) for ax in shown] == [2, 3]
+    assert len(figure.legends[0].get_texts()) == 5
+
+
+def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
+    last = report.final_points(report.relearning_table(all_attacks()))
+    last = last[(last.concept == "Rome") & (last.precision == "fp32") & (last.lr == 1e-5)]
+    ax = relearn_plots.share_heatmap(last)
+    ax.figure.canvas.draw()
+    texts = [t.get_text() for t in ax.texts]
+    assert "100%\n[100%, 100%]" in texts
+    assert {label.get_text() for label in ax.get_yticklabels()} == {"all", "mlps"}
+
+
+def test_the_precision_panel_has_every_arm_at_every_setting(closed):
+    last = report.final_points(report.relearning_table(all_attacks()))
+    last = last[(last.concept == "Rome") & (last.attack == "all") & last.arm.isin(["EMBER", "unedited"])]
+    axes = relearn_plots.precision_panel(last, report.mean_movement(movement(), "Rome"))
+    axes[0].figure.canvas.draw()
+    assert len(bars_of(axes[0])) == len(last)
+    assert {t.get_text() for t in axes[0].get_legend().get_texts()} == {"EMBER", "unedited"}
+
+
+def test_one_runs_curve_shows_training_and_all_groups_of_questions(closed):
+    steps = pd.DataFrame({"tokens": [50, 100, 150, 203], "loss": [4.0, 3.5, 3.2, 3.1]})
+    left, right = relearn_plots.relearning_curve(steps, regained_table(run_items()))
+    left.figure.canvas.draw()
+    assert len(bars_of(right)) == 3
+    labels = {t.get_text() for t in right.get_legend().get_texts()}
+    assert labels == {"all (n = 60)", "stated (n = 10)", "not stated (n = 50)", "base model"}
+
+
+@pytest.mark.parametrize(("method", "name"), [("rmu", "RMU"), ("mean_rows", "mean rows")])
+def test_methods_are_written_as_readers_know_them(method, name):
+    assert plots.method_name(method) == report.arm_name(method, False) == name
