@@ -35,7 +35,14 @@ def results(embedded):
 
 def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
     manifests = sorted((results / "notebooks").glob("*.json"))
-    assert [json.loads(m.read_text())["notebook"][:2] for m in manifests] == ["00", "01", "02", *["03"] * 3, "08"]
+    assert [json.loads(m.read_text())["notebook"][:2] for m in manifests] == [
+        "00",
+        "01",
+        "02",
+        *["03"] * 3,
+        *["04"] * 4,
+        "08",
+    ]
     for manifest in manifests:
         about = json.loads(manifest.read_text())
         assert about["wall_seconds"] > 0
@@ -62,10 +69,11 @@ def test_records_hold_provenance_and_no_zero_for_missing(results):
 def test_tables_and_figures_are_there(results):
     tables = {path.stem for path in (results / "tables").glob("*.csv")}
     assert {"base_model", "main", "changes", "headline", "grid", "features", "edited_rows", "run_times"} <= tables
-    assert {"overview", "ember_effect", "generations", "lexical_damage"} <= tables
+    assert {"overview", "ember_effect", "generations", "lexical_damage", "nothing_found"} <= tables
+    assert {"relearning", "relearning_overview", "relearning_speed", "weights_moved", "beside_the_paper"} <= tables
     for kind in (
         "factorization_loss", "selected_features", "grids", "item_changes", "generations", "text_damage", "methods",
-        "trade_off", "ember_effect", "keyness_and_ratio", "token_preview",
+        "trade_off", "ember_effect", "keyness_and_ratio", "token_preview", "relearning", "attacks", "precision",
     ):  # fmt: skip
         for suffix in ("png", "svg"):
             assert any((results / "figures").glob(f"{kind}__*.{suffix}")), (kind, suffix)
@@ -80,6 +88,27 @@ def test_every_arm_is_in_the_main_table_with_the_cell_that_was_chosen(results):
     assert grid.groupby(["method", "ember"]).chosen.sum().eq(1).all()
     effects = pd.read_csv(results / "tables" / "ember_effect.csv")
     assert set(effects.method) == {"rmu"}
+
+
+def test_relearning_is_measured_at_every_point_beside_the_unedited_model(results):
+    table = pd.read_csv(results / "tables" / "relearning.csv")
+    assert set(table.method) == {"none", "ember"}
+    assert set(zip(table.attack, table.precision, strict=True)) == {
+        ("all", "fp32"), ("edited_rows", "fp32"), ("all", "bf16"),
+    }  # fmt: skip
+    assert set(table.point) == {0, 1, 2}
+    start = table[table.point == 0]
+    assert (start.back == 0).all()
+    unedited = start[start.method == "none"]
+    assert (unedited.gap.abs() < 1e-4).all()
+    assert unedited.share.isna().all()
+    assert unedited.note.str.contains("too small").all()
+    moved = pd.read_csv(results / "tables" / "weights_moved.csv")
+    everything = moved[moved.part == "all that is trained"].set_index(["method", "attack", "precision"])
+    assert everything.changed["ember", "all", "fp32"] > 0.9
+    assert everything.changed["ember", "all", "bf16"] < 0.2
+    assert everything["values"]["ember", "edited_rows", "fp32"] < everything["values"]["ember", "all", "fp32"] / 1000
+    assert (pd.read_csv(results / "tables" / "relearning_speed.csv").tokens_per_second > 0).all()
 
 
 def edit_of(results, method: str, ember: bool) -> Edit:
