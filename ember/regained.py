@@ -124,6 +124,20 @@ def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str =
     return pd.DataFrame(rows, columns=columns)
 
 
+def net_of_reference(items: pd.DataFrame, pairing: Sequence[str]) -> pd.DataFrame:
+    """The items with ``after`` lowered by what the same training does to the unedited model, question by question.
+
+    Fine-tuning moves the scores of a model that has lost nothing, too. Runs of the unedited model have method
+    ``none``; ``pairing`` names the columns in which an edited run and its reference agree (attack, seed, …). Runs
+    without a reference are left out.
+    """
+    keys = [*pairing, "point", *KEYS]
+    unedited = items[items.method == "none"]
+    reference = unedited[keys].assign(drift=unedited.after - unedited.base)
+    net = items[items.method != "none"].merge(reference, on=keys)
+    return net.assign(after=net.after - net.drift)
+
+
 def regained_summary(items: pd.DataFrame) -> pd.DataFrame:
     """The scores of one run for the record: tokens, set, metric, value, ci_low, ci_high, effect_size, n.
 

@@ -8,7 +8,7 @@ import pandas as pd
 from ember.metrics import Comparison, compare
 from ember.paths import slug
 from ember.plots import method_name
-from ember.regained import regained_table
+from ember.regained import net_of_reference, regained_table
 
 KEYS = ["concept", "method", "ember", "seed"]
 ARM = ["concept", "method", "ember"]
@@ -179,7 +179,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
 
     ``items`` are the item scores of all relearning runs (column run tells them apart). Columns: concept, those of
     ``ATTACKED``, seeds, accuracy (after; mean over runs), and those of ``regained_table``, for ``gold_prob`` and
-    ``gold_logprob``.
+    ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
     """
     parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
     if len(parts) > 1:
@@ -193,9 +193,19 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
             for name, group in groups.items()
         )
         seeds = part.groupby(ATTACKED).seed.nunique().rename("seeds").reset_index()
+        net = net_of_reference(part, ["concept", "attack", "precision", "lr", "seed"])
+        keys = [*ATTACKED, "point", "questions"]
         for metric in ("gold_prob", "gold_logprob"):
             table = regained_table(part, ATTACKED, metric=metric)
-            table = table.merge(accuracy, on=[*ATTACKED, "point", "questions"]).merge(seeds, on=ATTACKED)
+            table = table.merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
+            if len(net):
+                renamed = {"back": "net_back", "share": "net_share"} | {
+                    f"{old}_{end}": f"net_{new}_{end}"
+                    for old, new in (("back", "back"), ("ci", "share"))
+                    for end in ("low", "high")
+                }
+                beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
+                table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
     found = pd.concat(tables, ignore_index=True)
     front = ["concept", *ATTACKED, "seeds"]
@@ -213,18 +223,29 @@ def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: s
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
     """The last points as a reader wants them: one row an attack and arm, with intervals."""
     last = final_points(table)
-    shares = [
-        f"{row.share:.0%} [{row.ci_low:.0%}, {row.ci_high:.0%}]" if np.isfinite(row.share) else row.note
-        for row in last.itertuples()
-    ]
-    backs = [f"{row.back:+.3f} [{row.back_low:+.3f}, {row.back_high:+.3f}]" for row in last.itertuples()]
+    likelihood = final_points(table, metric="gold_logprob")
     return pd.DataFrame(
         {
             "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
             "lr": last.lr, "tokens": last.tokens.round().astype(int), "accuracy after": last.accuracy.round(3),
-            "probability regained": backs, "share regained": shares,
+            "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
+            "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
+            "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),
         }
     ).reset_index(drop=True)  # fmt: skip
+
+
+def _with_interval(rows: pd.DataFrame, name: str) -> list[str]:
+    parts = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+    return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
+
+
+def _share(rows: pd.DataFrame, name: str, interval: str) -> list[str]:
+    """Shares in per cent; an en dash where there is nothing to divide by, or nothing to compare with."""
+    if name not in rows:
+        return ["–"] * len(rows)
+    parts = zip(rows[name], rows[f"{interval}_low"], rows[f"{interval}_high"], strict=True)
+    return [f"{v:.0%} [{low:.0%}, {high:.0%}]" if np.isfinite(v) else "–" for v, low, high in parts]
 
 
 def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:

@@ -175,7 +175,7 @@ def all_attacks() -> pd.DataFrame:
         [
             attacked(), attacked(seed=2, after=ERASED), attacked("rmu"), attacked("rmu", ember=True, after=ERASED),
             attacked("none", scale=0.0), attacked(attack="mlps"), attacked(precision="bf16", after=ERASED),
-            attacked("none", precision="bf16"), attacked(lr=1e-4), attacked(concept="Greece"),
+            attacked("none", precision="bf16", scale=0.0), attacked(lr=1e-4), attacked(concept="Greece"),
         ],
         ignore_index=True,
     )  # fmt: skip
@@ -197,11 +197,31 @@ def test_the_relearning_table_pools_seeds_and_concepts():
     assert main.accuracy["Rome", "RMU"] == pytest.approx((BASE > 0.5).mean())
 
 
-def test_the_overview_says_why_there_is_no_share():
+def test_what_training_does_to_the_unedited_model_is_taken_off():
+    """The unedited model loses a tenth on every question; an arm that stays where it was has come nearer to it."""
+    unedited, still = attacked("none", scale=0.0), attacked(after=ERASED)
+    unedited[["base", "erased"]] = 0.0
+    unedited["after"] = np.where(unedited.point == 0, 0.0, -0.1)
+    table = report.relearning_table(pd.concat([unedited, still], ignore_index=True))
+    last = report.final_points(table).set_index("arm")
+    assert last.share["EMBER"] == pytest.approx(0.0)
+    assert last.net_back["EMBER"] == pytest.approx(0.1)
+    assert last.net_share["EMBER"] == pytest.approx(0.1 / (BASE - ERASED).mean())
+    assert math.isnan(last.net_share["unedited"])
+
+
+def test_an_attack_without_a_reference_has_no_net_share():
+    last = report.final_points(report.relearning_table(all_attacks()))
+    mlps = last[last.attack == "mlps"]
+    assert mlps.net_share.isna().all()
+    assert mlps.share.notna().all()
+
+
+def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
     overview = report.relearning_overview(report.relearning_table(all_attacks()))
-    shares = overview[(overview.arm == "unedited") & (overview.precision == "fp32")]["share regained"]
-    assert shares.str.contains("too small").all() and len(shares)
-    assert (overview[overview.arm == "RMU"]["share regained"] == "100% [100%, 100%]").all()
+    assert (overview[overview.arm == "unedited"].share == "–").all()
+    assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
+    assert len(overview) == len(report.final_points(report.relearning_table(all_attacks())))
 
 
 def test_the_papers_attack_stands_beside_its_figures():
