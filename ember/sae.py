@@ -269,6 +269,10 @@ def from_sae_lens(sae: Any, site: Site) -> SparseAutoencoder:
         raise EmberError(f"an autoencoder that normalizes by {normalization!r} is not supported")
     W_enc, W_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float()
     b_enc = sae.b_enc.detach().float() if hasattr(sae, "b_enc") else W_enc.new_zeros(W_enc.shape[1])
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        # Features are compared as if the decoder's rows had norm 1; with such rows the same code does without.
+        norms = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
     return SparseAutoencoder(
         site, W_enc, b_enc, W_dec, sae.b_dec.detach().float(),
         k=int(sae.cfg.k) if kind == "topk" else None,

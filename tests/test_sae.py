@@ -306,6 +306,20 @@ def test_released_autoencoders_take_our_form(kind, apply_b_dec):
         assert not getattr(found, part).requires_grad
 
 
+def test_features_rescaled_by_the_decoder_are_compared_as_sae_lens_compares_them():
+    """It picks the k largest of pre-activation times the norm of the feature's decoder row."""
+    ours, x = random_sae(k=3), noise(40, 5, seed=9)
+    lens = stand_in("topk")
+    lens.cfg.rescale_acts_by_decoder_norm = True
+    found = from_sae_lens(lens, SITE)
+    norms = ours.W_dec.norm(dim=1)
+    picked = (ours.pre(x) * norms).topk(3, dim=1).indices
+    active = torch.zeros(40, 12).scatter(1, picked, ours.pre(x).clamp_min(0).gather(1, picked))
+    torch.testing.assert_close(found.encode(x), active * norms, atol=0.05, rtol=0.01)
+    torch.testing.assert_close(found.decode(found.encode(x)), active @ ours.W_dec + ours.b_dec, atol=0.05, rtol=0.01)
+    assert not torch.equal(active > 0, ours.encode(x) > 0)
+
+
 def test_an_autoencoder_without_encoder_bias_has_zeros():
     lens = stand_in("topk")
     del lens.b_enc

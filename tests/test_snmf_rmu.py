@@ -108,6 +108,12 @@ def planted(cache, monkeypatch) -> list:
     return calls
 
 
+@pytest.mark.parametrize("band", snmf.BANDS)
+def test_every_band_of_a_shallow_model_holds_a_layer(tiny, cache, band):
+    fits = snmf.factorize(tiny, make_concept(), SnmfConfig(band=band, rank=3, tokens=20, max_iter=2), seed=0)
+    assert set(fits) == {"early": {0}, "middle": {0}, "late": {1}}[band]
+
+
 PLANTED = {"band": "late", "rank": 3, "sparsity": 3 / 64, "features": 1, "min_keyness": 1.0}
 
 

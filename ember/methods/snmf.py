@@ -104,7 +104,8 @@ def factorize(
     """Semi-NMF of each layer of the band; kept in the user cache, because every strength shares it."""
     depth = n_layers(loaded)
     third = BANDS.index(config.band)
-    layers = range(third * depth // 3, (third + 1) * depth // 3)
+    first = third * depth // 3
+    layers = range(first, max(first + 1, (third + 1) * depth // 3))  # at least one, however shallow the model
     settings = (config.rank, config.sparsity, config.tokens, config.max_iter, config.patience, config.tol, seed)
     texts = (forget_texts(concept), retain_texts(concept))
     key = digest(loaded.weights_hash, loaded.dtype, *texts, config.band, settings)
