@@ -153,14 +153,19 @@ def readme_tables() -> dict[str, str]:
         "notebooks": "\n".join(notebooks),
         "overview": _markdown(tables / "overview.csv"),
         "headline": _markdown(tables / "headline.csv"),
+        "relearning": _markdown(tables / "relearning_overview.csv", without=("concept", "attack", "precision", "lr")),
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
     }
 
 
-def _markdown(path: Path) -> str:
-    """A CSV table as Markdown, its numbers as they stand."""
+def _markdown(path: Path, *, without: Sequence[str] = ()) -> str:
+    """A CSV table as Markdown, its numbers as they stand; columns that are the same in every row may be left out."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in without:
+        if table[column].nunique() > 1:
+            raise EmberError(f"{path}: column {column!r} is not the same in every row")
+    table = table.drop(columns=list(without))
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
 
