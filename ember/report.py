@@ -178,8 +178,8 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     """Every attack on every arm, per concept and over all of them: what came back at each point, and the accuracy.
 
     ``items`` are the item scores of all relearning runs (column run tells them apart). Columns: concept, those of
-    ``ATTACKED``, seeds, accuracy (after; mean over runs), and those of ``regained_table``, for ``gold_prob`` and
-    ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
+    ``ATTACKED``, seeds, diverged (any run), accuracy (after; mean over runs), and those of ``regained_table``, for
+    ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
     """
     parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
     if len(parts) > 1:
@@ -192,7 +192,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
             group.groupby([*ATTACKED, "point"]).after.mean().rename("accuracy").reset_index().assign(questions=name)
             for name, group in groups.items()
         )
-        seeds = part.groupby(ATTACKED).seed.nunique().rename("seeds").reset_index()
+        seeds = part.groupby(ATTACKED).agg(seeds=("seed", "nunique"), diverged=("diverged", "any")).reset_index()
         net = net_of_reference(part, ["concept", "attack", "precision", "lr", "seed"])
         keys = [*ATTACKED, "point", "questions"]
         for metric in ("gold_prob", "gold_logprob"):
@@ -208,7 +208,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
                 table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
     found = pd.concat(tables, ignore_index=True)
-    front = ["concept", *ATTACKED, "seeds"]
+    front = ["concept", *ATTACKED, "seeds", "diverged"]
     return found[front + [column for column in found if column not in front]]
 
 
@@ -224,10 +224,12 @@ def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
     """The last points as a reader wants them: one row an attack and arm, with intervals."""
     last = final_points(table)
     likelihood = final_points(table, metric="gold_logprob")
+    # What a run that diverged has shown ends early.
+    tokens = last.tokens.round().astype(int).astype(str) + np.where(last.diverged, " (diverged)", "")
     return pd.DataFrame(
         {
             "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
-            "lr": last.lr, "tokens": last.tokens.round().astype(int), "accuracy after": last.accuracy.round(3),
+            "lr": last.lr, "tokens": tokens, "accuracy after": last.accuracy.round(3),
             "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
             "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
             "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),

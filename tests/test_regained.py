@@ -167,7 +167,7 @@ def attacked(
 ):
     labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "seed": seed}
     run = f"{concept} {labels}"
-    return run_items(after, scale=scale).assign(**labels, concept=concept, run=run)
+    return run_items(after, scale=scale).assign(**labels, concept=concept, run=run, diverged=False)
 
 
 def all_attacks() -> pd.DataFrame:
@@ -222,6 +222,12 @@ def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
     assert (overview[overview.arm == "unedited"].share == "–").all()
     assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
     assert len(overview) == len(report.final_points(report.relearning_table(all_attacks())))
+
+
+def test_a_run_that_diverged_is_marked_where_it_ended():
+    early = attacked("rmu").query("point < 2").assign(diverged=True)
+    overview = report.relearning_overview(report.relearning_table(pd.concat([attacked(), early], ignore_index=True)))
+    assert overview.set_index("arm").tokens.to_dict() == {"EMBER": "203", "RMU": "100 (diverged)"}
 
 
 def test_the_papers_attack_stands_beside_its_figures():
