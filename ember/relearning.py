@@ -127,23 +127,15 @@ def relearn(
             found = Relearning(items=_measured(loaded, measure, 0))
         else:
             _restore(store, trained, optimizer)
-        limit = 2 * math.log(loaded.embedding.shape[0])
         shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
         for step in range(len(found.steps), len(plan)):
             started, before = time.perf_counter(), found.tokens
-            loss = packed_loss(loaded, plan[step])
-            value = float(loss.detach())
-            if not value <= limit:
-                found.diverged = f"the loss is {value:.3g} nats per token at step {step + 1}, after {before} tokens"
+            loss, taken = _step(loaded, plan[step], trained, optimizer)
+            if not taken:
+                found.diverged = f"the loss is {loss:.3g} nats per token at step {step + 1}, after {before} tokens"
                 break
-            loss.backward()
-            for tensor in trained.values():
-                tensor.pull()
-            optimizer.step()
-            for tensor in trained.values():
-                tensor.push()
             tokens = before + sum(map(len, plan[step]))
-            found.steps.append({"step": step + 1, "tokens": tokens, "loss": value})
+            found.steps.append({"step": step + 1, "tokens": tokens, "loss": loss})
             found.seconds += time.perf_counter() - started
             shown.update(tokens - before)
             if any(before < point <= tokens for point in config.points):
@@ -155,6 +147,26 @@ def relearn(
     if store:
         _write(store, found)
     return found
+
+
+def _step(
+    loaded: LoadedModel,
+    sequences: Sequence[Sequence[int]],
+    trained: Mapping[str, Trained],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, bool]:
+    """The loss, and whether the step was taken: not with a loss that is NaN or over twice that of a uniform guess."""
+    loss = packed_loss(loaded, sequences)
+    value = float(loss.detach())
+    if not value <= 2 * math.log(loaded.embedding.shape[0]):
+        return value, False
+    loss.backward()
+    for tensor in trained.values():
+        tensor.pull()
+    optimizer.step()
+    for tensor in trained.values():
+        tensor.push()
+    return value, True
 
 
 def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConfig, seed: int) -> list[list[list[int]]]:

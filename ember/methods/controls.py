@@ -1,5 +1,8 @@
 """Control edits: other displacements of the very rows that EMBER edits. Is it the rows, or the direction?"""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn.functional import normalize
 
@@ -9,42 +12,40 @@ from ember.methods.ember import EmberConfig, edit_from_features, fit
 from ember.models import LoadedModel
 
 
-def mean_rows(
-    loaded: LoadedModel,
-    concept: Concept,
-    config: EmberConfig = EmberConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
-) -> Edit:
-    """e_i ← e_i − δ (e_i − mean of all rows) for the rows i that EMBER would edit; δ = 1 makes them identical.
-
-    Errors are those of ``ember.methods.ember.run``.
-    """
-
-    def towards_mean(matrix: torch.Tensor, rows: torch.Tensor, contributions: torch.Tensor) -> torch.Tensor:
-        return matrix[rows.to(matrix.device)].float() - matrix.float().mean(0)
-
-    features = fit(loaded, concept, config, seed=seed, progress=progress)
-    return edit_from_features(loaded, features, config, seed=seed, method="mean_rows", displacement=towards_mean)
+def towards_mean(
+    matrix: torch.Tensor, rows: torch.Tensor, contributions: torch.Tensor, *, seed: int
+) -> torch.Tensor:  # fmt: skip
+    """e_i ← e_i − δ (e_i − mean of all rows) for the rows i that EMBER would edit; δ = 1 makes them identical."""
+    return matrix[rows.to(matrix.device)].float() - matrix.float().mean(0)
 
 
-def random_direction(
-    loaded: LoadedModel,
-    concept: Concept,
-    config: EmberConfig = EmberConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
-) -> Edit:
+def aside(matrix: torch.Tensor, rows: torch.Tensor, contributions: torch.Tensor, *, seed: int) -> torch.Tensor:
     """e_i ← e_i − δ ‖c_i‖ u_i for the rows i that EMBER would edit: as far as EMBER goes, in a random direction u_i.
 
-    Each row has a unit vector of its own, drawn from ``seed``. Errors are those of ``ember.methods.ember.run``.
+    Each row has a unit vector of its own, drawn from the seed.
     """
+    drawn = torch.randn(contributions.shape, generator=torch.Generator().manual_seed(seed))
+    return contributions.norm(dim=1, keepdim=True) * normalize(drawn, dim=1)
 
-    def aside(matrix: torch.Tensor, rows: torch.Tensor, contributions: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(contributions.shape, generator=torch.Generator().manual_seed(seed))
-        return contributions.norm(dim=1, keepdim=True) * normalize(drawn, dim=1)
 
-    features = fit(loaded, concept, config, seed=seed, progress=progress)
-    return edit_from_features(loaded, features, config, seed=seed, method="random_direction", displacement=aside)
+def control(name: str, displacement: Callable[..., torch.Tensor]) -> Callable[..., Edit]:
+    """The method that subtracts δ times a displacement from EMBER's rows; errors are those of ``ember.run``."""
+
+    def run(
+        loaded: LoadedModel,
+        concept: Concept,
+        config: EmberConfig = EmberConfig(),
+        *,
+        seed: int = 42,
+        progress: bool = False,
+    ) -> Edit:
+        features = fit(loaded, concept, config, seed=seed, progress=progress)
+        moved = partial(displacement, seed=seed)
+        return edit_from_features(loaded, features, config, seed=seed, method=name, displacement=moved)
+
+    run.__doc__ = displacement.__doc__
+    return run
+
+
+mean_rows = control("mean_rows", towards_mean)
+random_direction = control("random_direction", aside)
