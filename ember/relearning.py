@@ -111,11 +111,7 @@ def relearn(
         If there are no texts, or nothing to train.
     """
     plan = training_plan(loaded, texts, config, seed)
-    edited = {
-        name: (change.rows, loaded.model.get_parameter(name).detach()[change.rows.to(loaded.device)].clone())
-        for name, change in (edit.tensors.items() if edit else ())
-        if name in (loaded.embedding_name, loaded.head_name)
-    }
+    edited = _edited_rows(loaded, edit)
     found = _read(store) if store else None
     if found and (found.diverged or found.tokens >= config.points[-1]):
         return found
@@ -147,6 +143,15 @@ def relearn(
     if store:
         _write(store, found)
     return found
+
+
+def _edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each embedding matrix that the edit changes: the rows, and their values before the edit."""
+    return {
+        name: (change.rows, loaded.model.get_parameter(name).detach()[change.rows.to(loaded.device)].clone())
+        for name, change in (edit.tensors.items() if edit else ())
+        if name in (loaded.embedding_name, loaded.head_name)
+    }
 
 
 def _step(
