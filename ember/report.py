@@ -47,54 +47,75 @@ def _ember_first(items: pd.DataFrame) -> pd.DataFrame:
     return order.drop(columns="other")
 
 
-def pooled(parts: Sequence[tuple[float, np.ndarray]], *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % interval over items and seeds.
+def pooled(
+    parts: Sequence[tuple[float, np.ndarray]], *, groups: Sequence[str] = (), seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over runs with its 95 % interval over items and runs.
 
-    Each part is one seed's value and its bootstrap draws over the same items; every draw resamples the seeds too.
+    Each part is one run's value and its bootstrap draws; every draw resamples the runs too. Runs of the same group (a
+    concept) draw the same items; those of different groups, independent ones.
     """
     values, draws = np.array([value for value, _ in parts]), np.stack([draw for _, draw in parts])
+    if len(set(groups)) > 1:
+        numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+        mixed = [np.random.default_rng([seed, numbers[group]]).permutation(draws.shape[1]) for group in groups]
+        draws = np.take_along_axis(draws, np.stack(mixed), axis=1)
     chosen = np.random.default_rng(seed).integers(0, len(parts), (len(parts), draws.shape[1]))
     means = np.take_along_axis(draws, chosen, axis=0).mean(0)
     low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
     return float(values.mean()), float(low), float(high)
 
 
+ALL = "all concepts"
+Run = tuple[str, int]  # concept, seed
+
+
 def main_table(found: dict[tuple[str, str, bool, int], Comparison], cells: pd.DataFrame) -> pd.DataFrame:
-    """One row for each arm and score: mean and interval over items and seeds, and the cells chosen."""
+    """One row for each arm and score: mean and interval over items and runs (seeds), and the cells chosen.
+
+    Where there are several concepts, further rows pool all of them.
+    """
     rows = []
-    for arm, seeds in _arms(found).items():
+    for arm, runs in _arms(found).items():
         mine = cells[cells.chosen & (cells[ARM] == list(arm)).all(axis=1)]
         chosen = "; ".join(dict.fromkeys(mine.sort_values("seed").cell))
         for metric in SCORES:
-            parts = [(c.value(metric), c.draws[metric]) for c in seeds.values()]
-            rows.append((*arm, len(seeds), chosen, metric, *pooled(parts)))
-    return pd.DataFrame(rows, columns=[*ARM, "seeds", "cell", "metric", "value", "ci_low", "ci_high"])
+            parts = [(c.value(metric), c.draws[metric]) for c in runs.values()]
+            interval = pooled(parts, groups=[concept for concept, _ in runs])
+            rows.append((*arm, len(runs), chosen, metric, *interval))
+    return pd.DataFrame(rows, columns=[*ARM, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
 
 
 def effect_table(found: dict[tuple[str, str, bool, int], Comparison]) -> pd.DataFrame:
-    """What EMBER adds to each other method: the paired difference of every score, over items and seeds."""
+    """What EMBER adds to each other method: the paired difference of every score, over items and runs (seeds).
+
+    Where there are several concepts, further rows pool all of them.
+    """
     rows = []
     arms = _arms(found)
     for (concept, method, ember), alone in arms.items():
         after = arms.get((concept, method, True), {})
-        common = [seed for seed in alone if seed in after]
+        common = [run for run in alone if run in after]
         if ember or not common:
             continue
         for metric in SCORES:
-            parts = [
-                (after[s].value(metric) - alone[s].value(metric), after[s].draws[metric] - alone[s].draws[metric])
-                for s in common
-            ]
-            rows.append((concept, method, len(common), metric, *pooled(parts)))
-    return pd.DataFrame(rows, columns=["concept", "method", "seeds", "metric", "value", "ci_low", "ci_high"])
+            pairs = [(after[run], alone[run]) for run in common]
+            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in pairs]
+            interval = pooled(parts, groups=[name for name, _ in common])
+            rows.append((concept, method, len(common), metric, *interval))
+    return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
 
 
 def _arms(
     found: dict[tuple[str, str, bool, int], Comparison],
-) -> dict[tuple[str, str, bool], dict[int, Comparison]]:
-    arms: dict[tuple[str, str, bool], dict[int, Comparison]] = {}
+) -> dict[tuple[str, str, bool], dict[Run, Comparison]]:
+    """The runs of each arm of each concept and, if there are several concepts, of each arm on all of them."""
+    arms: dict[tuple[str, str, bool], dict[Run, Comparison]] = {}
     for (concept, method, ember, seed), comparison in found.items():
-        arms.setdefault((concept, method, ember), {})[seed] = comparison
+        arms.setdefault((concept, method, ember), {})[concept, seed] = comparison
+    if len({concept for concept, *_ in found}) > 1:
+        for (concept, method, ember, seed), comparison in found.items():
+            arms.setdefault((ALL, method, ember), {})[concept, seed] = comparison
     return arms
 
 
@@ -183,7 +204,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     """
     parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
     if len(parts) > 1:
-        parts.append(("all concepts", items))
+        parts.append((ALL, items))
     tables = []
     for concept, part in parts:
         right = part[part.metric == "correct"]
@@ -253,9 +274,9 @@ def _share(rows: pd.DataFrame, name: str, interval: str) -> list[str]:
 def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
     """Per arm, precision and lr of the attack on all parameters: share of values changed, way back of edited rows.
 
-    Means over seeds of a concept, or over all runs for ``all concepts``.
+    Means over seeds of a concept, or over all runs for ``ALL``.
     """
-    mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == "all concepts"))]
+    mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
     names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(mine.method, mine.ember, strict=True)]
     keys = ["arm", "precision", "lr"]
     mine = mine.assign(arm=names)

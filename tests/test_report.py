@@ -8,6 +8,7 @@ import pytest
 
 from ember.metrics import Comparison, compare
 from ember.report import (
+    ALL,
     ARM,
     KEYS,
     SCORES,
@@ -121,9 +122,9 @@ def test_the_main_table_has_a_row_for_each_arm_and_score():
     found = {("Rome", method, ember, 1): made(0.1 * k, noise(k)) for k, (method, ember) in enumerate(ARMS, 1)}
     cells = cells_of(*[("Rome", method, ember, 1, f"cell of {method} {ember}", True) for method, ember in ARMS])
     table = main_table(found, cells)
-    assert table.columns.tolist() == [*ARM, "seeds", "cell", "metric", "value", "ci_low", "ci_high"]
+    assert table.columns.tolist() == [*ARM, "runs", "cell", "metric", "value", "ci_low", "ci_high"]
     assert list(zip(table.method, table.ember, table.metric, strict=True)) == [(*a, s) for a in ARMS for s in SCORES]
-    assert (table.seeds == 1).all()
+    assert (table.runs == 1).all()
     for k, (method, ember) in enumerate(ARMS, 1):
         one = row(table, method=method, ember=ember, metric="final_cont")
         assert one.value == pytest.approx(0.1 * k)
@@ -147,14 +148,17 @@ def test_the_main_table_pools_the_seeds_of_an_arm():
     )
     table = main_table(found, cells)
     both = row(table, concept="Rome", ember=False, metric="final_cont")
-    assert (both.seeds, both.cell) == (2, "a; b")
+    assert (both.runs, both.cell) == (2, "a; b")
     assert (both.value, both.ci_low, both.ci_high) == pytest.approx((0.3, 0.2, 0.4))
     other = row(table, concept="Rome", ember=False, metric="efficacy_cont")
     assert (other.value, other.ci_low, other.ci_high) == pytest.approx((0.8, 0.7, 0.9))
     alone = row(table, concept="Rome", ember=True, metric="final_cont")
-    assert (alone.seeds, alone.cell, alone.value) == (1, "c", pytest.approx(0.8))
+    assert (alone.runs, alone.cell, alone.value) == (1, "c", pytest.approx(0.8))
     assert row(table, concept="Greece", metric="final_cont").cell == "d"
-    assert len(table) == 3 * len(SCORES)
+    everywhere = row(table, concept=ALL, ember=False, metric="final_cont")
+    assert (everywhere.runs, everywhere.cell, everywhere.value) == (3, "", pytest.approx(0.3))
+    assert row(table, concept=ALL, ember=True, metric="final_cont").value == pytest.approx(0.8)
+    assert len(table) == 5 * len(SCORES)
 
 
 def test_a_cell_chosen_by_several_seeds_is_named_once():
@@ -175,7 +179,7 @@ def test_the_effect_is_the_paired_difference():
         ("Rome", "rmu", True, 1): made(0.7, shared + own, coherence=0.4),
     }
     table = effect_table(found)
-    assert table.columns.tolist() == ["concept", "method", "seeds", "metric", "value", "ci_low", "ci_high"]
+    assert table.columns.tolist() == ["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"]
     assert set(table.method) == {"rmu"} and table.metric.tolist() == SCORES
     one = row(table, metric="final_cont")
     assert one.value == pytest.approx(0.4)
@@ -192,7 +196,7 @@ def test_the_effect_is_over_the_seeds_that_both_arms_have():
         **{("Rome", "rmu", False, seed): made(value) for seed, value in ((1, 0.3), (2, 0.4), (4, 9.0))},
     }
     one = row(effect_table(found), metric="final_cont")
-    assert one.seeds == 2
+    assert one.runs == 2
     assert (one.value, one.ci_low, one.ci_high) == pytest.approx((0.35, 0.1, 0.6))  # 0.6 and 0.1
 
 
@@ -202,7 +206,18 @@ def test_concepts_and_methods_have_effects_of_their_own():
     table = effect_table(found)
     for (concept, method), value in values.items():
         assert row(table, concept=concept, method=method, metric="harmonic").value == pytest.approx(value)
-    assert len(table) == 3 * len(SCORES)
+    pooled_effect = row(table, concept=ALL, method="rmu", metric="harmonic")
+    assert (pooled_effect.runs, pooled_effect.value) == (2, pytest.approx(-0.1))
+    assert len(table) == 5 * len(SCORES)
+
+
+def test_concepts_draw_their_items_independently_and_seeds_of_one_do_not():
+    """The same draws in every group would make their errors add up; apart, errors of two groups average out."""
+    draws = noise(3)
+    same = pooled([(0.0, draws), (0.0, draws)], groups=["Rome", "Rome"])
+    apart = pooled([(0.0, draws), (0.0, draws)], groups=["Rome", "Greece"])
+    assert same == pooled([(0.0, draws), (0.0, draws)])
+    assert apart[2] - apart[1] < 0.95 * (same[2] - same[1])
 
 
 @pytest.mark.parametrize(
@@ -288,7 +303,7 @@ def test_main_and_effects_from_items_by_hand(found):
     assert both.value == pytest.approx((efficacy("rmu", False, 1) + efficacy("rmu", False, 2)) / 2)
     assert both.ci_low < both.value < both.ci_high
     added = row(effect_table(found), metric="efficacy_cont")
-    assert added.seeds == 1
+    assert added.runs == 1
     assert added.value == pytest.approx(efficacy("rmu", True, 1) - efficacy("rmu", False, 1))
 
 
