@@ -127,9 +127,10 @@ def data_tables(loaded: LoadedModel) -> dict[str, str]:
 def readme_tables() -> dict[str, str]:
     """The README's generated blocks: notebooks with run times, headline results, and default settings."""
     from ember.methods import METHODS
+    from ember.report import ALL
 
     profile = load_profile("laptop")
-    tables = REPOSITORY / "results" / profile.name / "tables"
+    tables, full = (REPOSITORY / "results" / name / "tables" for name in (profile.name, "full"))
     runs = pd.read_csv(tables / "run_times.csv")
     times = runs.groupby("notebook").agg(
         runs=("run", "size"), wall_seconds=("wall_seconds", "max"), peak_memory_mb=("peak_memory_mb", "max")
@@ -153,19 +154,42 @@ def readme_tables() -> dict[str, str]:
         "notebooks": "\n".join(notebooks),
         "overview": _markdown(tables / "overview.csv"),
         "headline": _markdown(tables / "headline.csv"),
+        "full": _markdown(full / "overview.csv", only=ALL, without=("chosen on train",)),
+        "effect": _effects(full / "ember_effect.csv", only=ALL),
+        "full_hours": f"{busy_seconds(pd.read_csv(full / 'run_times.csv')) / 3600:.1f} hours",
         "relearning": _markdown(tables / "relearning_overview.csv", without=("concept", "attack", "precision", "lr")),
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
     }
 
 
-def _markdown(path: Path, *, without: Sequence[str] = ()) -> str:
-    """A CSV table as Markdown, its numbers as they stand; columns that are the same in every row may be left out."""
+def _markdown(path: Path, *, only: str = "", without: Sequence[str] = ()) -> str:
+    """A CSV table as Markdown, its numbers as they stand: the rows of one concept, or all.
+
+    Columns that are the same in every row may be left out.
+    """
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if only:
+        table, without = table[table.concept == only], [*without, "concept"]
     for column in without:
         if len(set(table[column])) > 1:
             raise EmberError(f"{path}: column {column!r} is not the same in every row")
-    table = table.drop(columns=list(without))
+    return _lines(table.drop(columns=list(without)))
+
+
+def _effects(path: Path, *, only: str) -> str:
+    """EMBER's effect on the four main scores of each method as Markdown."""
+    from ember.report import SHOWN, arm_name
+
+    table = pd.read_csv(path)
+    table = table[table.concept == only]
+    text = [f"{r.value:+.2f} [{r.ci_low:+.2f}, {r.ci_high:+.2f}]" for r in table.itertuples()]
+    wide = table.assign(text=text).pivot(index="method", columns="metric", values="text")[list(SHOWN)]
+    wide.index = pd.Index([arm_name(method, False) for method in wide.index], name="method")
+    return _lines(wide.rename(columns=SHOWN).reset_index())
+
+
+def _lines(table: pd.DataFrame) -> str:
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
 

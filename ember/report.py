@@ -17,6 +17,12 @@ SCORES = [
     "efficacy", "specificity", "harmonic", "final",
 ]  # fmt: skip
 
+# What a reader is shown of them, and by which name.
+SHOWN = {
+    "efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
+    "final_cont": "harmonic mean",
+}  # fmt: skip
+
 
 def figure_name(kind: str, frame: pd.DataFrame) -> str:
     """File name of a run's figure: its kind and what the frame's first row says of concept, method and seed."""
@@ -142,13 +148,11 @@ def arm_name(method: str, ember: bool) -> str:
 
 def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
     """The main table as a reader wants it: one row an arm, one column a score with its interval."""
-    shown = {"efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
-             "final_cont": "harmonic mean"}  # fmt: skip
     rows = []
     for (concept, method, ember), arm in main.groupby(ARM, sort=False):
         scores = arm.set_index("metric")
         row = {"concept": concept, "method": arm_name(method, ember), "chosen on train": arm.cell.iloc[0]}
-        for metric, title in shown.items():
+        for metric, title in SHOWN.items():
             s = scores.loc[metric]
             row[title] = f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
         rows.append(row)
