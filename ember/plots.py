@@ -105,17 +105,15 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
     """
     ax = _axes(ax, (5.4, 4.4))
     x, y = (rows[rows.metric == m].set_index(by) for m in ("specificity_cont", "efficacy_cont"))
-    for name in x.index:
+    for k, name in enumerate(x.index):
         colour = PALETTE["concept"] if name == choice else PALETTE["simdom"]
         a, b = x.loc[[name]], y.loc[[name]]
         ax.errorbar(a.value, b.value, _bars(b), _bars(a), fmt="o", color=colour, alpha=0.8, capsize=2, lw=0.9)
-        ax.annotate(
-            name,
-            (float(a.value.iloc[0]), float(b.value.iloc[0])),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=7,
-        )
+        # Neighbours in a grid may nearly coincide: their names go to different sides, and stay inside.
+        place = (float(a.value.iloc[0]), float(b.value.iloc[0]))
+        side = "right" if place[0] > 0.85 else "left"
+        shift = (-5 if side == "right" else 5, -11 if k % 2 else 4)
+        ax.annotate(name, place, xytext=shift, textcoords="offset points", fontsize=7, ha=side)
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     if choice is not None:
         ax.plot([], [], "o", color=PALETTE["concept"], label="chosen")

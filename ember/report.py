@@ -43,11 +43,11 @@ def comparisons(items: pd.DataFrame) -> dict[tuple[str, str, bool, int], Compari
         (str(c), str(m), bool(e), int(s)): compare(
             run[keys].assign(value=run.base), run[keys].assign(value=run.edited)
         )
-        for (c, m, e, s), run in _ember_first(items).groupby(KEYS, sort=False)
+        for (c, m, e, s), run in ember_first(items).groupby(KEYS, sort=False)
     }  # fmt: skip
 
 
-def _ember_first(items: pd.DataFrame) -> pd.DataFrame:
+def ember_first(items: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of the tables: EMBER before the other methods, each alone before it runs after EMBER."""
     order = items.assign(other=items.method != "ember").sort_values(["concept", "other", "method", "ember", "seed"])
     return order.drop(columns="other")
