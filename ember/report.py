@@ -48,9 +48,11 @@ def comparisons(items: pd.DataFrame) -> dict[tuple[str, str, bool, int], Compari
 
 
 def ember_first(items: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of the tables: EMBER before the other methods, each alone before it runs after EMBER."""
-    order = items.assign(other=items.method != "ember").sort_values(["concept", "other", "method", "ember", "seed"])
-    return order.drop(columns="other")
+    """Rows in the order of the tables: the unedited model, EMBER, methods alone and after EMBER, what runs alone only."""
+    paired = set(items.method[items.ember])
+    place = {"none": 0, "ember": 1} | dict.fromkeys(paired, 2)
+    order = items.assign(place=[place.get(method, 3) for method in items.method])
+    return order.sort_values(["concept", "place", "method", "ember", "seed"]).drop(columns="place")
 
 
 def pooled(
@@ -206,6 +208,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     ``ATTACKED``, seeds, diverged (any run), accuracy (after; mean over runs), and those of ``regained_table``, for
     ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
     """
+    items = ember_first(items)
     parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
     if len(parts) > 1:
         parts.append((ALL, items))
@@ -240,7 +243,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
 def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
     """The last point of every attack on every arm, with the arm's name in column arm."""
     rows = table[(table.metric == metric) & (table.questions == questions)]
-    last = rows.loc[rows.groupby(["concept", *ATTACKED]).point.idxmax().sort_values()]
+    last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
     names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(last.method, last.ember, strict=True)]
     return last.assign(arm=names)
 
