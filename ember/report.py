@@ -48,7 +48,7 @@ def comparisons(items: pd.DataFrame) -> dict[tuple[str, str, bool, int], Compari
 
 
 def ember_first(items: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of the tables: the unedited model, EMBER, methods alone and after EMBER, what runs alone only."""
+    """Rows in the order of the tables: the unedited model, EMBER, methods alone and after EMBER, controls."""
     paired = set(items.method[items.ember])
     place = {"none": 0, "ember": 1} | dict.fromkeys(paired, 2)
     order = items.assign(place=[place.get(method, 3) for method in items.method])
