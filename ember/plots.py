@@ -142,7 +142,14 @@ def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
         choice = chosen[(chosen.method == method) & (chosen.ember == ember)].cell.iloc[0]
         trade_off(part, by="cell", choice=choice, ax=ax)
         ax.set_title(f"{'EMBER + ' if ember else ''}{method_name(method)}")
+    label_bottoms(axes, len(arms))
     return figure
+
+
+def label_bottoms(grid: np.ndarray, used: int) -> None:
+    """Tick labels under the lowest panel of every column, where only the first ``used`` panels are drawn."""
+    for ax in grid.flat[max(0, used - grid.shape[1]) : used]:
+        ax.tick_params(labelbottom=True)
 
 
 ARM_COLOURS = {
@@ -196,7 +203,7 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Efficacy against specificity on test; an arrow leads from each method alone to the method after EMBER."""
     ax = _axes(ax, (6.4, 4.8))
     wide = arms.pivot_table(index=["method", "ember"], columns="metric", values=["value", "ci_low", "ci_high"])
-    for (method, ember), row in wide.iterrows():
+    for k, ((method, ember), row) in enumerate(wide.iterrows()):
         colour = ARM_COLOURS.get(str(method), PALETTE["base"])
         x, y = row["value", "specificity_cont"], row["value", "efficacy_cont"]
         yerr, xerr = (
@@ -212,9 +219,12 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3},
             )  # fmt: skip
         else:
+            # Controls lie beside EMBER: their names go to the other side.
+            side, shift = ("right", (-7, 7 if k % 2 else -12)) if "_" in str(method) else ("left", (6, 6))
             ax.annotate(
-                method_name(str(method)), (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour
-            )
+                method_name(str(method)), (x, y), xytext=shift, textcoords="offset points", fontsize=8, color=colour,
+                ha=side,
+            )  # fmt: skip
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
     ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")

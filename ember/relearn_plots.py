@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ember.plots import ARM_COLOURS, PALETTE, method_name
+from ember.plots import ARM_COLOURS, PALETTE, label_bottoms, method_name
 
 _UNEDITED = "#111111"
 _CHANGE = "probability of the right answer,\nchange from before training"
@@ -74,13 +74,14 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
         for ember in (False, True):
             part = regained[(regained.method == method) & (regained.ember == ember)].sort_values("tokens")
             if len(part):
-                _line(ax, part, colour, "o", None, filled=ember or method == "ember")
+                _line(ax, part, colour, "o", None, filled=ember or method == "ember", shift=0.012 if ember else -0.012)
                 ax.axhline(part.gap.iloc[0], color=colour, ls="--" if ember or method == "ember" else ":", lw=1.2)
         if len(unedited):
             _line(ax, unedited.sort_values("tokens"), _UNEDITED, ".", None)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set_title(method_name(method))
-    for ax in grid[-1]:
+    label_bottoms(grid, len(methods))
+    for ax in grid.flat[max(0, len(methods) - columns) : len(methods)]:
         ax.set_xlabel("training tokens")
     for ax in grid[:, 0]:
         ax.set_ylabel(_CHANGE, fontsize=9)
@@ -161,7 +162,17 @@ def precision_panel(
     return axes
 
 
-def _line(ax: Axes, part: pd.DataFrame, colour: str, marker: str, label: str | None, *, filled: bool = True) -> None:
+def _line(
+    ax: Axes,
+    part: pd.DataFrame,
+    colour: str,
+    marker: str,
+    label: str | None,
+    *,
+    filled: bool = True,
+    shift: float = 0.0,
+) -> None:
+    """What came back against tokens, moved aside by ``shift`` times the last point so that bars stay apart."""
     error = [(part.back - part.back_low).clip(lower=0), (part.back_high - part.back).clip(lower=0)]
-    face = colour if filled else "white"
-    ax.errorbar(part.tokens, part.back, error, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)
+    x, face = part.tokens + shift * part.tokens.max(), colour if filled else "white"
+    ax.errorbar(x, part.back, error, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)
