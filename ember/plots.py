@@ -219,16 +219,15 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3},
             )  # fmt: skip
         else:
-            # Controls lie beside EMBER: their names go to the other side.
-            side, shift = ("right", (-7, 7 if k % 2 else -12)) if "_" in str(method) else ("left", (6, 6))
+            # Controls lie beside EMBER; their names need room.
+            shift = (9, 7 if k % 2 else -4) if "_" in str(method) else (8, -10) if method == "ember" else (6, 6)
             ax.annotate(
-                method_name(str(method)), (x, y), xytext=shift, textcoords="offset points", fontsize=8, color=colour,
-                ha=side,
-            )  # fmt: skip
+                method_name(str(method)), (x, y), xytext=shift, textcoords="offset points", fontsize=8, color=colour
+            )
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
     ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")
-    ax.margins(x=0.12)
+    ax.margins(x=0.27 if arms.method.str.contains("_").any() else 0.12)
     ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
     ax.set_title("What each method erases, and at what price (95 % intervals)")
     ax.legend(fontsize=8, loc="best")
