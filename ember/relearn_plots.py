@@ -31,14 +31,10 @@ def relearning_curve(
     left.plot(steps.tokens, smooth, color=PALETTE["simdom"], label="mean of 10 steps")
     left.set(xlabel="training tokens", ylabel="loss (nats per token)", title="Training")
     left.legend(fontsize=8)
-    styles = {
-        "all": (PALETTE["concept"], "o"),
-        "stated": (PALETTE["simdom"], "^"),
-        "not stated": (PALETTE["general"], "s"),
-    }
+    styles = {"all": ("concept", "o", 0.0), "stated": ("simdom", "^", -0.015), "not stated": ("general", "s", 0.015)}
     for questions, part in regained.groupby("questions", sort=False):
-        colour, marker = styles[str(questions)]
-        _line(right, part, colour, marker, f"{questions} (n = {part.n.iloc[0]})")
+        colour, marker, shift = styles[str(questions)]
+        _line(right, part, PALETTE[colour], marker, f"{questions} (n = {part.n.iloc[0]})", shift=shift)
     gap = regained[regained.questions == "all"].gap.iloc[0]
     right.axhline(gap, color=PALETTE["base"], ls="--", lw=1, label="base model")
     right.axhline(0, color=PALETTE["base"], lw=0.8)
