@@ -59,4 +59,4 @@ lock: $(READY)
 	$(BIN)/python -m pip list --format=freeze | grep -i '^setuptools==' >> requirements.lock
 
 clean:
-	rm -rf .venv .cache .snakemake results/smoke results/*/records results/*/notebooks results/*/edits
+	rm -rf .venv .cache .snakemake results/smoke results/cells results/relearning results/*/records results/*/notebooks results/*/edits
