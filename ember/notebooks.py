@@ -21,7 +21,7 @@ from ember.errors import EmberError, NothingFoundError, UnknownNameError
 from ember.files import atomic_file, write_text
 from ember.paths import notebooks_dir, results_root
 from ember.planning import FRAMES, plan
-from ember.profiles import frame_path, list_profiles, load_profile, manifest_path, run_name
+from ember.profiles import frame_path, list_profiles, load_profile, manifest_path, nothing_found_by, run_name
 
 if TYPE_CHECKING:  # both bring torch, which starting a run does without
     from ember.evaluation import Evaluation, Suite
@@ -139,13 +139,8 @@ def _unmet(profile: str, run: str) -> str:
     """Why a run of the profile's plan cannot do anything: what a run that it needs has not found."""
     job = next((job for job in plan(load_profile(profile)) if job.name == run), None)
     # The report and the tour show what there is.
-    for needed in job.needs if job and job.notebook in FRAMES else ():
-        path = manifest_path(profile, needed)
-        if path.exists():
-            reason = json.loads(path.read_text(encoding="utf-8")).get("nothing_found")
-            if reason:
-                return str(reason)
-    return ""
+    needs = job.needs if job and job.notebook in FRAMES else ()
+    return next(filter(None, (nothing_found_by(profile, needed) for needed in needs)), "")
 
 
 def _execute(name: str, stem: str, target: Path, parameters: Mapping[str, Any], progress: bool) -> None:

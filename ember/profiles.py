@@ -1,6 +1,7 @@
 """Profiles: what a batch run covers, read from ``notebooks/params/PROFILE.yaml``, and where its results lie."""
 
 import itertools
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -170,6 +171,12 @@ def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
 def manifest_path(profile: str, name: str) -> Path:
     """The file that is written last by a successful run."""
     return results_dir(profile) / "notebooks" / f"{name}.json"
+
+
+def nothing_found_by(profile: str, name: str) -> str:
+    """Why a finished run found nothing of the concept to edit; empty if it did, or has not finished."""
+    path = manifest_path(profile, name)
+    return str(json.loads(path.read_text(encoding="utf-8")).get("nothing_found", "")) if path.exists() else ""
 
 
 def frame_path(profile: str, name: str, frame: str) -> Path:

@@ -144,7 +144,9 @@ def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def arm_name(method: str, ember: bool) -> str:
-    """How tables name an arm: ``EMBER``, ``RMU``, ``EMBER + RMU``."""
+    """How tables name an arm: ``EMBER``, ``RMU``, ``EMBER + RMU``; ``unedited`` for the model as it is."""
+    if method == "none":
+        return "unedited"
     return f"EMBER + {method_name(method)}" if ember else method_name(method)
 
 
@@ -227,11 +229,10 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
             table = regained_table(part, ATTACKED, metric=metric)
             table = table.merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
             if len(net):
-                renamed = {"back": "net_back", "share": "net_share"} | {
-                    f"{old}_{end}": f"net_{new}_{end}"
-                    for old, new in (("back", "back"), ("ci", "share"))
-                    for end in ("low", "high")
-                }
+                renamed = {
+                    "back": "net_back", "back_low": "net_back_low", "back_high": "net_back_high",
+                    "share": "net_share", "ci_low": "net_share_low", "ci_high": "net_share_high",
+                }  # fmt: skip
                 beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
                 table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
@@ -244,8 +245,7 @@ def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: s
     """The last point of every attack on every arm, with the arm's name in column arm."""
     rows = table[(table.metric == metric) & (table.questions == questions)]
     last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
-    names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(last.method, last.ember, strict=True)]
-    return last.assign(arm=names)
+    return last.assign(arm=list(map(arm_name, last.method, last.ember)))
 
 
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
@@ -284,9 +284,8 @@ def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
     Means over seeds of a concept, or over all runs for ``ALL``.
     """
     mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
-    names = ["unedited" if m == "none" else arm_name(m, e) for m, e in zip(mine.method, mine.ember, strict=True)]
     keys = ["arm", "precision", "lr"]
-    mine = mine.assign(arm=names)
+    mine = mine.assign(arm=list(map(arm_name, mine.method, mine.ember)))
     everything = mine.part == "all that is trained"
     changed = mine[everything].groupby(keys).changed.mean()
     travelled = mine[~everything].groupby(keys).travelled.mean()

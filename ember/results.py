@@ -18,7 +18,7 @@ from ember.evaluation import Evaluation
 from ember.files import atomic_dir, atomic_file, digest
 from ember.models import LoadedModel
 from ember.paths import results_dir
-from ember.profiles import frame_path
+from ember.profiles import frame_path, nothing_found_by
 
 RECORD_COLUMNS = (
     "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "cell", "seed", "split",
@@ -181,12 +181,9 @@ def read_runs(profile: str, notebook: str, frame: str) -> pd.DataFrame:
 
 def nothing_found(profile: str) -> pd.DataFrame:
     """The runs that found nothing of the concept to edit: run, reason."""
-    rows = []
-    for path in sorted((results_dir(profile) / "notebooks").glob("*.json")):
-        reason = json.loads(path.read_text(encoding="utf-8")).get("nothing_found")
-        if reason:
-            rows.append((path.stem, reason))
-    return pd.DataFrame(rows, columns=["run", "reason"])
+    runs = sorted(path.stem for path in (results_dir(profile) / "notebooks").glob("*.json"))
+    reasons = [(run, nothing_found_by(profile, run)) for run in runs]
+    return pd.DataFrame([row for row in reasons if row[1]], columns=["run", "reason"])
 
 
 def save_figure(figure: Figure, profile: str, name: str) -> None:
