@@ -70,13 +70,13 @@ def _relearnings(profile: Profile) -> Iterator[Job]:
             if name not in named:
                 raise UnknownNameError(f"arm in a relearning sweep of profile {profile.name}", name, named)
         seeds = profile.seeds[: sweep.get("seeds")]
-        settings = itertools.product(sweep["attacks"], sweep["precisions"], sweep["lrs"])
-        for concept, (attack, precision, lr) in itertools.product(profile.concepts, settings):
+        settings = itertools.product(sweep["attacks"], sweep["precisions"], sweep["lrs"], sweep.get("budgets", [1]))
+        for concept, (attack, precision, lr, budget) in itertools.product(profile.concepts, settings):
             for seed, name in itertools.product(seeds, sweep["arms"]):
                 method, ember = named[name]
                 arm = {"model": profile.model, "concept": concept, "method": method, "ember": ember, "seed": seed}
                 needs = () if method == "none" else (run_name(ERASE, **arm),)
-                attacked = {**arm, "attack": attack, "precision": precision, "lr": float(lr)}
+                attacked = {**arm, "attack": attack, "precision": precision, "lr": float(lr), "budget": budget}
                 yield Job(RELEARN, {"profile": profile.name, **attacked}, needs, FRAMES[RELEARN])
 
 

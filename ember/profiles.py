@@ -22,7 +22,8 @@ class Profile:
     ``grids`` for each method the settings that all its cells share and, as lists, those that are searched (the
     gentlest value first); ``sizes`` the number of questions, texts, instructions and generations of each split;
     ``relearn`` the ``settings`` of every relearning and the ``sweeps``, each of which says which ``arms`` meet which
-    ``attacks`` at which ``precisions`` and learning rates ``lrs``.
+    ``attacks`` at which ``precisions`` and learning rates ``lrs``, for how many times the settings' tokens
+    (``budgets``), on the first ``seeds`` of the profile's.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Profile:
         return cells
 
 
-_ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "rank", "sparsity", "seed")
+_ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "budget", "rank", "sparsity", "seed")
 
 
 def run_name(notebook: str, **parameters: Any) -> str:
@@ -151,13 +152,15 @@ def _check_relearn(path: Path, relearn: Any) -> None:
     for key, kind in parts.items():
         _checked(path, f"relearn.{key}", relearn[key], kind)
     wanted: dict[str, Any] = {"arms": str, "attacks": str, "precisions": str, "lrs": (int, float)}
+    optional: dict[str, Any] = {"budgets": int}
     for k, sweep in enumerate(relearn["sweeps"]):
-        for key in sorted(_checked(path, f"relearn.sweeps[{k}]", sweep, dict).keys() - {*wanted, "seeds"}):
-            raise UnknownNameError(f"key in relearn.sweeps of {path.name}", key, [*wanted, "seeds"])
-        for key, kind in wanted.items():
-            if key not in sweep:
+        known = [*wanted, *optional, "seeds"]
+        for key in sorted(_checked(path, f"relearn.sweeps[{k}]", sweep, dict).keys() - set(known)):
+            raise UnknownNameError(f"key in relearn.sweeps of {path.name}", key, known)
+        for key, kind in (wanted | optional).items():
+            if key in wanted and key not in sweep:
                 raise DataError(f"{path}: missing key 'relearn.sweeps[{k}].{key}'")
-            for value in _checked(path, f"relearn.sweeps[{k}].{key}", sweep[key], list):
+            for value in _checked(path, f"relearn.sweeps[{k}].{key}", sweep.get(key, []), list):
                 _checked(path, f"relearn.sweeps[{k}].{key}", value, kind)
         _checked(path, f"relearn.sweeps[{k}].seeds", sweep.get("seeds", 1), int)
 

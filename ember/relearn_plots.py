@@ -119,43 +119,38 @@ def _percent(row) -> str:  # type: ignore[no-untyped-def]
     return f"{row.share:.0%}\n[{row.ci_low:.0%}, {row.ci_high:.0%}]"
 
 
-def precision_panel(
-    regained: pd.DataFrame, moved: pd.DataFrame, *, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
+def precision_panel(table: pd.DataFrame) -> Figure:
     """What the precision of training does to relearning: knowledge back, weights changed, edited rows' way back.
 
-    ``regained`` has columns arm, precision, lr, back, back_low, back_high; ``moved`` arm, precision, lr, changed,
-    travelled (NaN for the unedited model).
+    ``table`` holds the rows of ``relearn_tables.precision_table`` for one concept, or for all.
     """
-    if axes is None:
-        _, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    settings = list(dict.fromkeys(zip(regained.precision, regained.lr, strict=True)))
-    labels = [f"{precision.replace('_', ' ')}\nlr {lr:g}" for precision, lr in settings]
-    arms = list(dict.fromkeys(regained.arm))
-    colours = dict(zip(arms, (_UNEDITED, PALETTE["concept"], PALETTE["simdom"], PALETTE["general"]), strict=False))
-    for a, arm in enumerate(arms):
-        for k, (precision, lr) in enumerate(settings):
-            x = k + 0.16 * (a - (len(arms) - 1) / 2)
-            label = arm if k == 0 else None
-            hit = regained[(regained.arm == arm) & (regained.precision == precision) & (regained.lr == lr)]
-            for row in hit.itertuples():
-                error = [[row.back - row.back_low], [row.back_high - row.back]]
-                axes[0].errorbar(x, row.back, error, fmt="o", color=colours[arm], capsize=3, label=label)
-            way = moved[(moved.arm == arm) & (moved.precision == precision) & (moved.lr == lr)]
-            axes[1].plot([x] * len(way), way.changed, "o", color=colours[arm], label=label)
-            axes[2].plot([x] * len(way), way.travelled, "o", color=colours[arm], label=label)
-    titles = ("Knowledge that comes back", "Weights that changed at all", "Way back of the edited rows")
-    names = (
-        _CHANGE,
-        "share of trained values",
-        "share of the edit undone",
+    figure, grid = plt.subplots(2, 2, figsize=(11, 6.6), layout="constrained", sharex=True)
+    settings = list(dict.fromkeys(zip(table.lr, table.budget, table.precision, strict=True)))
+    tokens = table.groupby(["lr", "budget"]).tokens.mean()
+    labels = [f"{p.replace('_', ' ')}\nlr {lr:g}\n{tokens[lr, budget]:.0f} tokens" for lr, budget, p in settings]
+    arms = list(dict.fromkeys(table.arm))
+    colours = dict(zip(arms, (PALETTE["concept"], _UNEDITED, PALETTE["simdom"], PALETTE["general"]), strict=False))
+    panels = (
+        ("back", "Knowledge that comes back", _CHANGE),
+        ("back_logprob", "… by likelihood", "log-likelihood of the right answer,\nchange (nats per character)"),
+        ("changed", "Weights that changed at all", "share of trained values"),
+        ("travelled", "Way back of the edited rows", "share of the edit undone"),
     )
-    for ax, title, name in zip(axes, titles, names, strict=True):
+    for ax, (column, title, name) in zip(grid.flat, panels, strict=True):
+        for a, arm in enumerate(arms):
+            mine = table[table.arm == arm]
+            places = [settings.index(key) for key in zip(mine.lr, mine.budget, mine.precision, strict=True)]
+            x = np.array(places) + 0.16 * (a - (len(arms) - 1) / 2)
+            error = None
+            if column.startswith("back"):
+                low, high = (mine[column.replace("back", f"back_{side}")] for side in ("low", "high"))
+                error = [mine[column] - low, high - mine[column]]
+            ax.errorbar(x, mine[column], error, fmt="o", color=colours[arm], capsize=3, label=arm)
         ax.set_xticks(range(len(settings)), labels, fontsize=8)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set(title=title, ylabel=name, xlim=(-0.6, len(settings) - 0.4))
-    axes[0].legend(fontsize=8)
-    return axes
+    grid[0, 0].legend(fontsize=8)
+    return figure
 
 
 def _line(

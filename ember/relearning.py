@@ -82,6 +82,7 @@ def relearn(
     config: RelearnConfig,
     measure: Callable[[], pd.DataFrame],
     *,
+    first: Callable[[Callable[[], pd.DataFrame]], pd.DataFrame] = lambda measured: measured(),
     seed: int = 42,
     store: Path | None = None,
     progress: bool = False,
@@ -93,6 +94,9 @@ def relearn(
     measure
         Item scores (set, item, metric, value) of the model as it is when called; it is in float32 then, whatever the
         precision of the training.
+    first
+        Takes the scores before training, by calling what it is given or from where it has kept them: they do not
+        depend on the attack.
     seed
         Orders the texts, each of which is seen once before any is seen again, and starts a LoRA.
     store
@@ -120,7 +124,7 @@ def relearn(
             [t.leaf for t in trained.values()], lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         if found is None:
-            found = Relearning(items=_measured(loaded, measure, 0))
+            found = Relearning(items=first(lambda: _measured(loaded, measure, 0)))
         else:
             _restore(store, trained, optimizer)
         shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")

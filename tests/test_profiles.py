@@ -264,6 +264,7 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"relearn": {"settings": {}, "sweeps": [{"arms": ["none"], "attacks": ["all"], "precisions": ["fp32"]}]}},
         {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lrs": ["1e-5"]}]}},
         {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lr": [1.0]}]}},
+        {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"budgets": ["4"]}]}},
     ],
     ids=repr,
 )
@@ -419,6 +420,14 @@ def test_overlapping_sweeps_plan_a_relearning_once_and_seeds_may_be_fewer(params
     write(params, GOOD | {"relearn": {"settings": {}, "sweeps": few}})
     found = [job for job in plan(load_profile("mine")) if job.notebook == "04_relearn"]
     assert len({job.name for job in found}) == len(found) == 2 * (2 * 2 * 2 + 1)
+
+
+def test_a_sweep_may_train_on_several_budgets(params):
+    (sweep,) = GOOD["relearn"]["sweeps"]
+    write(params, GOOD | {"relearn": {"settings": {}, "sweeps": [sweep | {"budgets": [1, 4]}]}})
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "04_relearn"]
+    assert [job.parameters["budget"] for job in found].count(4) == len(found) / 2 == 16
+    assert all(f"budget={job.parameters['budget']}" in job.name for job in found)
 
 
 def test_an_unknown_arm_of_a_sweep_lists_the_known_ones(params):

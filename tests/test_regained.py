@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember import plots, relearn_plots, report
+from ember import plots, relearn_plots, relearn_tables, report
 from ember.regained import regained_items, regained_summary, regained_table, share_regained
 
 rng = np.random.default_rng(0)
@@ -160,12 +160,14 @@ def attacked(
     attack="all",
     precision="fp32",
     lr=1e-5,
+    budget=1,
     seed=1,
     concept="Rome",
     after=BASE,
     scale=1.0,
 ):
-    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "seed": seed}
+    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "budget": budget}
+    labels["seed"] = seed
     run = f"{concept} {labels}"
     return run_items(after, scale=scale).assign(**labels, concept=concept, run=run, diverged=False)
 
@@ -182,10 +184,10 @@ def all_attacks() -> pd.DataFrame:
 
 
 def test_the_relearning_table_pools_seeds_and_concepts():
-    table = report.relearning_table(all_attacks())
+    table = relearn_tables.relearning_table(all_attacks())
     assert set(table.concept) == {"Rome", "Greece", "all concepts"}
-    last = report.final_points(table)
-    assert len(last) == last.groupby(["concept", *report.ATTACKED]).ngroups
+    last = relearn_tables.final_points(table)
+    assert len(last) == last.groupby(["concept", *relearn_tables.ATTACKED]).ngroups
     assert set(last.point) == {2}
     main = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == 1e-5)].set_index(["concept", "arm"])
     assert main.share["Rome", "EMBER"] == pytest.approx(0.5)
@@ -202,8 +204,8 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
     unedited, still = attacked("none", scale=0.0), attacked(after=ERASED)
     unedited[["base", "erased"]] = 0.0
     unedited["after"] = np.where(unedited.point == 0, 0.0, -0.1)
-    table = report.relearning_table(pd.concat([unedited, still], ignore_index=True))
-    last = report.final_points(table).set_index("arm")
+    table = relearn_tables.relearning_table(pd.concat([unedited, still], ignore_index=True))
+    last = relearn_tables.final_points(table).set_index("arm")
     assert last.share["EMBER"] == pytest.approx(0.0)
     assert last.net_back["EMBER"] == pytest.approx(0.1)
     assert last.net_share["EMBER"] == pytest.approx(0.1 / (BASE - ERASED).mean())
@@ -211,27 +213,29 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
 
 
 def test_an_attack_without_a_reference_has_no_net_share():
-    last = report.final_points(report.relearning_table(all_attacks()))
+    last = relearn_tables.final_points(relearn_tables.relearning_table(all_attacks()))
     mlps = last[last.attack == "mlps"]
     assert mlps.net_share.isna().all()
     assert mlps.share.notna().all()
 
 
 def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
-    overview = report.relearning_overview(report.relearning_table(all_attacks()))
+    overview = relearn_tables.relearning_overview(relearn_tables.relearning_table(all_attacks()))
     assert (overview[overview.arm == "unedited"].share == "–").all()
     assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
-    assert len(overview) == len(report.final_points(report.relearning_table(all_attacks())))
+    assert len(overview) == len(relearn_tables.final_points(relearn_tables.relearning_table(all_attacks())))
 
 
 def test_a_run_that_diverged_is_marked_where_it_ended():
     early = attacked("rmu").query("point < 2").assign(diverged=True)
-    overview = report.relearning_overview(report.relearning_table(pd.concat([attacked(), early], ignore_index=True)))
+    overview = relearn_tables.relearning_overview(
+        relearn_tables.relearning_table(pd.concat([attacked(), early], ignore_index=True))
+    )
     assert overview.set_index("arm").tokens.to_dict() == {"EMBER": "203", "RMU": "100 (diverged)"}
 
 
 def test_the_papers_attack_stands_beside_its_figures():
-    beside = report.beside_the_paper(report.relearning_table(all_attacks()), "tiny")
+    beside = relearn_tables.beside_the_paper(relearn_tables.relearning_table(all_attacks()), "tiny")
     assert set(beside.model) == {"tiny"}
     assert set(beside.arm) == {"EMBER", "RMU", "EMBER + RMU", "unedited"}
     assert beside.source.str.startswith("here: ").all()
@@ -240,7 +244,7 @@ def test_the_papers_attack_stands_beside_its_figures():
 def movement() -> pd.DataFrame:
     rows = []
     for arm in all_attacks().drop_duplicates("run").to_dict("records"):
-        keys = {k: arm[k] for k in (*report.ATTACKED, "concept", "seed")}
+        keys = {k: arm[k] for k in (*relearn_tables.ATTACKED, "concept", "seed")}
         rows.append({**keys, "part": "all that is trained", "changed": 0.1 * arm["seed"], "travelled": np.nan})
         if arm["method"] == "ember":
             rows.append({**keys, "part": "edited rows of E", "changed": 1.0, "travelled": 0.01 * arm["seed"]})
@@ -248,11 +252,11 @@ def movement() -> pd.DataFrame:
 
 
 def test_movement_is_the_mean_over_seeds():
-    found = report.mean_movement(movement(), "Rome").set_index(["arm", "precision", "lr"])
+    found = relearn_tables.mean_movement(movement(), "Rome").set_index(["arm", "precision", "lr"])
     assert found.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.15)
     assert found.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.015)
     assert math.isnan(found.travelled["unedited", "fp32", 1e-5])
-    everywhere = report.mean_movement(movement(), "all concepts").set_index(["arm", "precision", "lr"])
+    everywhere = relearn_tables.mean_movement(movement(), "all concepts").set_index(["arm", "precision", "lr"])
     assert everywhere.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.4 / 3)
 
 
@@ -270,7 +274,7 @@ def bars_of(ax) -> list:
 
 
 def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_model(closed):
-    table = report.relearning_table(all_attacks())
+    table = relearn_tables.relearning_table(all_attacks())
     chosen = table[
         (table.concept == "Rome") & (table.attack == "all") & (table.precision == "fp32") & (table.lr == 1e-5)
         & (table.metric == "gold_prob") & (table.questions == "all")
@@ -284,7 +288,7 @@ def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_m
 
 
 def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
-    last = report.final_points(report.relearning_table(all_attacks()))
+    last = relearn_tables.final_points(relearn_tables.relearning_table(all_attacks()))
     last = last[(last.concept == "Rome") & (last.precision == "fp32") & (last.lr == 1e-5)]
     ax = relearn_plots.share_heatmap(last)
     ax.figure.canvas.draw()
@@ -294,12 +298,38 @@ def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
 
 
 def test_the_precision_panel_has_every_arm_at_every_setting(closed):
-    last = report.final_points(report.relearning_table(all_attacks()))
-    last = last[(last.concept == "Rome") & (last.attack == "all") & last.arm.isin(["EMBER", "unedited"])]
-    axes = relearn_plots.precision_panel(last, report.mean_movement(movement(), "Rome"))
-    axes[0].figure.canvas.draw()
-    assert len(bars_of(axes[0])) == len(last)
-    assert {t.get_text() for t in axes[0].get_legend().get_texts()} == {"EMBER", "unedited"}
+    table = relearn_tables.precision_table(relearn_tables.relearning_table(all_attacks()), movement())
+    mine = table[table.concept == "Rome"]
+    figure = relearn_plots.precision_panel(mine)
+    figure.canvas.draw()
+    shown = figure.axes[0]
+    assert len(shown.get_xticks()) == len(mine.drop_duplicates(relearn_tables.RECIPE)) == 3
+    places = {(bar.get_label(), x) for bar in bars_of(shown) for x in bar.lines[0].get_xdata()}
+    assert len(places) == len(mine) == 5
+    assert {t.get_text() for t in shown.get_legend().get_texts()} == {"EMBER", "unedited"}
+
+
+def test_the_precision_table_compares_only_arms_that_were_run_in_several():
+    table = relearn_tables.precision_table(relearn_tables.relearning_table(all_attacks()), movement())
+    mine = table[table.concept == "Rome"].set_index(["arm", "precision", "lr"])
+    assert {arm for arm, *_ in mine.index} == {"EMBER", "unedited"}
+    assert mine.runs["EMBER", "fp32", 1e-5] == 2
+    assert mine.back["EMBER", "bf16", 1e-5] == pytest.approx(0.0)
+    assert mine.back["EMBER", "fp32", 1e-5] == pytest.approx((BASE - ERASED).mean() / 2)
+    assert mine.changed["EMBER", "bf16", 1e-5] == pytest.approx(0.1)
+    assert mine.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.015)
+    assert not len(relearn_tables.precision_table(relearn_tables.relearning_table(attacked()), movement()))
+
+
+def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
+    table = relearn_tables.relearning_table(all_attacks())
+    rome = table[(table.concept == "Rome") & (table.attack == "all")]
+    chosen = relearn_tables.recipe(rome, most="method").iloc[0]
+    assert (chosen.precision, chosen.lr, chosen.budget) == ("fp32", 1e-5, 1)
+    rounded = rome[(rome.precision == "bf16") | (rome.method == "ember")]
+    assert set(relearn_tables.recipe(rounded, most="method").precision) == {"bf16"}
+    equal = rome[rome.method == "ember"]
+    assert set(relearn_tables.recipe(equal, most="method").precision) == {"fp32"}
 
 
 def test_one_runs_curve_shows_training_and_all_groups_of_questions(closed):

@@ -232,6 +232,20 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
     assert str(resumed.moved) == str(whole.moved)
 
 
+def test_scores_before_training_may_come_from_elsewhere(tiny, edit):
+    """They are taken with the edit applied if they are, and not at all if they are known."""
+    asked = []
+
+    def kept(measured):
+        asked.append(measured())
+        return asked[0].assign(value=7.0)
+
+    found = run(tiny, edit, first=kept).items
+    assert (found[found.tokens == 0].value == 7.0).all()
+    assert (found[found.tokens > 0].value != 7.0).all()
+    pd.testing.assert_frame_equal(asked[0], run(tiny, edit).items.query("tokens == 0"))
+
+
 def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, tmp_path, monkeypatch):
     first = run(tiny, edit, store=tmp_path / "run")
     assert not (tmp_path / "run" / "weights.safetensors").exists()

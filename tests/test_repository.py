@@ -32,7 +32,7 @@ LAYERS = [
     {"profiles"},
     {"planning"},
     {"results"},
-    {"plots", "relearn_plots", "report"},
+    {"plots", "relearn_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
 ]
 

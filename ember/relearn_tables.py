@@ -1,0 +1,151 @@
+"""Records of relearning → its tables."""
+
+import numpy as np
+import pandas as pd
+
+from ember.attacks import PRECISIONS
+from ember.regained import net_of_reference, regained_table
+from ember.report import ALL, arm_name, ember_first
+
+RECIPE = ["precision", "lr", "budget"]
+ATTACKED = ["method", "ember", "attack", *RECIPE]
+_BACK = ["back", "back_low", "back_high"]
+
+
+def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
+    """Every attack on every arm, per concept and over all of them: what came back at each point, and the accuracy.
+
+    ``items`` are the item scores of all relearning runs (column run tells them apart). Columns: concept, those of
+    ``ATTACKED``, seeds, runs, diverged (any run), accuracy (after; mean over runs), and those of ``regained_table``,
+    for ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
+    """
+    items = ember_first(items)
+    parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
+    if len(parts) > 1:
+        parts.append((ALL, items))
+    tables = []
+    for concept, part in parts:
+        right = part[part.metric == "correct"]
+        groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
+        accuracy = pd.concat(
+            group.groupby([*ATTACKED, "point"]).after.mean().rename("accuracy").reset_index().assign(questions=name)
+            for name, group in groups.items()
+        )
+        seeds = part.groupby(ATTACKED).agg(
+            seeds=("seed", "nunique"), runs=("run", "nunique"), diverged=("diverged", "any")
+        ).reset_index()  # fmt: skip
+        net = net_of_reference(part, ["concept", "attack", "precision", "lr", "budget", "seed"])
+        keys = [*ATTACKED, "point", "questions"]
+        for metric in ("gold_prob", "gold_logprob"):
+            table = regained_table(part, ATTACKED, metric=metric)
+            table = table.merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
+            if len(net):
+                renamed = {
+                    "back": "net_back", "back_low": "net_back_low", "back_high": "net_back_high",
+                    "share": "net_share", "ci_low": "net_share_low", "ci_high": "net_share_high",
+                }  # fmt: skip
+                beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
+                table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
+            tables.append(table.assign(concept=concept))
+    found = pd.concat(tables, ignore_index=True)
+    front = ["concept", *ATTACKED, "seeds", "runs", "diverged"]
+    return found[front + [column for column in found if column not in front]]
+
+
+def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
+    """The last point of every attack on every arm, with the arm's name in column arm."""
+    rows = table[(table.metric == metric) & (table.questions == questions)]
+    last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
+    return last.assign(arm=list(map(arm_name, last.method, last.ember)))
+
+
+def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
+    """The last points as a reader wants them: one row an attack and arm, with intervals."""
+    last = final_points(table)
+    likelihood = final_points(table, metric="gold_logprob")
+    # What a run that diverged has shown ends early.
+    tokens = last.tokens.round().astype(int).astype(str) + np.where(last.diverged, " (diverged)", "")
+    return pd.DataFrame(
+        {
+            "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
+            "lr": last.lr, "tokens": tokens, "accuracy after": last.accuracy.round(3),
+            "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
+            "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
+            "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),
+        }
+    ).reset_index(drop=True)  # fmt: skip
+
+
+def _with_interval(rows: pd.DataFrame, name: str) -> list[str]:
+    parts = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+    return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
+
+
+def _share(rows: pd.DataFrame, name: str, interval: str) -> list[str]:
+    """Shares in per cent; an en dash where there is nothing to divide by, or nothing to compare with."""
+    if name not in rows:
+        return ["–"] * len(rows)
+    parts = zip(rows[name], rows[f"{interval}_low"], rows[f"{interval}_high"], strict=True)
+    return [f"{v:.0%} [{low:.0%}, {high:.0%}]" if np.isfinite(v) else "–" for v, low, high in parts]
+
+
+def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
+    """The rows of the one precision, learning rate and budget that covers most values of column ``most``.
+
+    Of several such the first: float32 before other precisions, then the lowest learning rate.
+    """
+    counts = table.groupby(RECIPE)[most].agg(lambda column: len(set(column))).reset_index()
+    counts["rounded"] = counts.precision != "fp32"
+    best = counts.sort_values([most, "rounded", "lr", "budget"], ascending=[False, True, True, True]).iloc[0]
+    return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
+
+
+def precision_table(table: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
+    """What the precision of the attack on all parameters does: one row a concept, precision, lr, budget and arm.
+
+    Only where another precision than float32 was run. Columns: concept, ``RECIPE``, arm, runs (seeds and concepts),
+    tokens, changed (share of trained values that moved at all), travelled (share of the edited rows' displacement
+    undone) and, in probability and log-likelihood (nats per character) of the right answer, what came back with its
+    95 % interval.
+    """
+    parts = []
+    for concept, mine in table[table.attack == "all"].groupby("concept", sort=False):
+        ends = [final_points(mine, metric=metric) for metric in ("gold_prob", "gold_logprob")]
+        both = ends[0].merge(
+            ends[1][[*RECIPE, "arm", *_BACK]], on=[*RECIPE, "arm"], suffixes=("", "_logprob")
+        )  # fmt: skip
+        both = both.merge(mean_movement(moved, str(concept)), on=[*RECIPE, "arm"])
+        rounded = both[both.precision != "fp32"]
+        both = both[both.arm.isin(rounded.arm)]
+        parts.append(both.assign(concept=concept))
+    columns = ["concept", *RECIPE, "arm", "runs", "tokens", "changed", "travelled", *_BACK]
+    columns += [f"{name}_logprob" for name in _BACK]
+    found = pd.concat(parts, ignore_index=True)[columns]
+    place = [list(PRECISIONS).index(precision) for precision in found.precision]
+    return found.assign(place=place).sort_values(["concept", "lr", "arm", "place"]).drop(columns="place")
+
+
+def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
+    """Per arm and ``RECIPE`` of the attack on all parameters: share of values changed, way back of edited rows.
+
+    Means over the runs of a concept, or over all runs for ``ALL``.
+    """
+    mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
+    keys = ["arm", *RECIPE]
+    mine = mine.assign(arm=list(map(arm_name, mine.method, mine.ember)))
+    everything = mine.part == "all that is trained"
+    changed = mine[everything].groupby(keys).changed.mean()
+    travelled = mine[~everything].groupby(keys).travelled.mean()
+    return pd.concat([changed, travelled], axis=1).reset_index()
+
+
+def beside_the_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Accuracy after the paper's attack (all parameters, the recipe of most arms), in the columns of its figures."""
+    last = final_points(table)
+    last = recipe(last[last.attack == "all"], most="arm")
+    source = [
+        f"here: {concept}, {tokens:.0f} tokens, lr {lr:g}, {precision}"
+        for concept, tokens, lr, precision in zip(last.concept, last.tokens, last.lr, last.precision, strict=True)
+    ]
+    columns = {"figure": "accuracy on concept questions after relearning", "model": model, "arm": last.arm}
+    return pd.DataFrame({**columns, "value": last.accuracy.round(3), "source": source})
