@@ -100,29 +100,36 @@ def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
     return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
 
 
-def precision_table(table: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
-    """What the precision of the attack on all parameters does: one row a concept, precision, lr, budget and arm.
+def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
+    """What the precision of the attack on all parameters does: one row a concept, lr, budget, arm and precision.
 
-    Only where another precision than float32 was run. Columns: concept, ``RECIPE``, arm, runs (seeds and concepts),
+    Of each arm, lr and budget only the runs (concept and seed) that were made in every precision with which it was
+    tried, so that they can be compared; nothing where that was float32 alone. Columns: concept, arm, ``RECIPE``, runs,
     tokens, changed (share of trained values that moved at all), travelled (share of the edited rows' displacement
     undone) and, in probability and log-likelihood (nats per character) of the right answer, what came back with its
     95 % interval.
     """
-    parts = []
-    for concept, mine in table[table.attack == "all"].groupby("concept", sort=False):
-        ends = [final_points(mine, metric=metric) for metric in ("gold_prob", "gold_logprob")]
-        both = ends[0].merge(
-            ends[1][[*RECIPE, "arm", *_BACK]], on=[*RECIPE, "arm"], suffixes=("", "_logprob")
-        )  # fmt: skip
-        both = both.merge(mean_movement(moved, str(concept)), on=[*RECIPE, "arm"])
-        rounded = both[both.precision != "fp32"]
-        both = both[both.arm.isin(rounded.arm)]
-        parts.append(both.assign(concept=concept))
-    columns = ["concept", *RECIPE, "arm", "runs", "tokens", "changed", "travelled", *_BACK]
+    columns = ["concept", "arm", *RECIPE, "runs", "tokens", "changed", "travelled", *_BACK]
     columns += [f"{name}_logprob" for name in _BACK]
-    found = pd.concat(parts, ignore_index=True)[columns]
+    items, moved = (_in_every_precision(frame[frame.attack == "all"]) for frame in (items, moved))
+    if not len(items):
+        return pd.DataFrame(columns=columns)
+    table = relearning_table(items)
+    likelihood = final_points(table, metric="gold_logprob")[["concept", "arm", *RECIPE, *_BACK]]
+    found = final_points(table).merge(likelihood, on=["concept", "arm", *RECIPE], suffixes=("", "_logprob"))
+    movements = [mean_movement(moved, concept).assign(concept=concept) for concept in dict.fromkeys(found.concept)]
+    found = found.merge(pd.concat(movements), on=["concept", "arm", *RECIPE])
     place = [list(PRECISIONS).index(precision) for precision in found.precision]
-    return found.assign(place=place).sort_values(["concept", "lr", "arm", "place"]).drop(columns="place")
+    order = ["concept", "lr", "budget", "arm", "place"]
+    return found.assign(place=place).sort_values(order)[columns].reset_index(drop=True)
+
+
+def _in_every_precision(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of runs made in every precision that their arm, lr and budget were tried in, if that was more than one."""
+    arm = ["method", "ember", "lr", "budget"]
+    tried = rows.groupby(arm).precision.transform("nunique")
+    made = rows.groupby([*arm, "concept", "seed"]).precision.transform("nunique")
+    return rows[(tried > 1) & (made == tried)]
 
 
 def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:

@@ -298,27 +298,27 @@ def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
 
 
 def test_the_precision_panel_has_every_arm_at_every_setting(closed):
-    table = relearn_tables.precision_table(relearn_tables.relearning_table(all_attacks()), movement())
+    table = relearn_tables.precision_table(all_attacks(), movement())
     mine = table[table.concept == "Rome"]
     figure = relearn_plots.precision_panel(mine)
     figure.canvas.draw()
     shown = figure.axes[0]
-    assert len(shown.get_xticks()) == len(mine.drop_duplicates(relearn_tables.RECIPE)) == 3
+    assert len(shown.get_xticks()) == len(mine.drop_duplicates(relearn_tables.RECIPE)) == 2
     places = {(bar.get_label(), x) for bar in bars_of(shown) for x in bar.lines[0].get_xdata()}
-    assert len(places) == len(mine) == 5
+    assert len(places) == len(mine) == 4
     assert {t.get_text() for t in shown.get_legend().get_texts()} == {"EMBER", "unedited"}
 
 
 def test_the_precision_table_compares_only_arms_that_were_run_in_several():
-    table = relearn_tables.precision_table(relearn_tables.relearning_table(all_attacks()), movement())
+    table = relearn_tables.precision_table(all_attacks(), movement())
     mine = table[table.concept == "Rome"].set_index(["arm", "precision", "lr"])
     assert {arm for arm, *_ in mine.index} == {"EMBER", "unedited"}
-    assert mine.runs["EMBER", "fp32", 1e-5] == 2
+    assert set(mine.runs) == {1}  # the second seed was run in float32 only
     assert mine.back["EMBER", "bf16", 1e-5] == pytest.approx(0.0)
-    assert mine.back["EMBER", "fp32", 1e-5] == pytest.approx((BASE - ERASED).mean() / 2)
+    assert mine.back["EMBER", "fp32", 1e-5] == pytest.approx((BASE - ERASED).mean())
     assert mine.changed["EMBER", "bf16", 1e-5] == pytest.approx(0.1)
-    assert mine.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.015)
-    assert not len(relearn_tables.precision_table(relearn_tables.relearning_table(attacked()), movement()))
+    assert mine.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.01)
+    assert not len(relearn_tables.precision_table(attacked(), movement()))
 
 
 def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
