@@ -78,13 +78,17 @@ class ConceptFeatures:
             )
         return chosen
 
-    def contributions(self, selected: Sequence[int]) -> dict[int, torch.Tensor]:
+    def contributions(self, selected: Sequence[int], *, max_zipf: float | None = None) -> dict[int, torch.Tensor]:
         """c_i = F[:, S] G[i, S]ᵀ for each ``concept`` token i with a non-zero activation (paper, section 3).
 
-        Maps token ids to vectors [d_model], in the units of the scaled embeddings.
+        Maps token ids to vectors [d_model], in the units of the scaled embeddings. With ``max_zipf`` (log10 of the
+        occurrences per billion words of general English) more frequent tokens are left out, whichever role a few
+        sentences gave them. Tokens that are no words have no frequency, and stay.
         """
         G = self.factorization.G[:, list(selected)]
         active = (G != 0).any(dim=1).cpu().numpy() & (self.table.role == "concept").to_numpy()
+        if max_zipf is not None:
+            active &= ~(self.table.zipf > max_zipf).to_numpy()
         vectors = G @ self.factorization.F[:, list(selected)].T
         return {int(self.table.token_id.iloc[i]): vectors[i] for i in np.flatnonzero(active)}
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import math
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,9 +14,10 @@ from test_editing import EMBED, assert_same_edit, differing, listed, snapshot, s
 
 from ember.editing import Edit
 from ember.errors import EmberError
-from ember.methods import METHODS, erase
+from ember.methods import METHODS, controls, erase
+from ember.methods.ember import edit_from_features, fit
 from ember.models import LoadedModel, weights_hash
-from ember.tokens import token_table
+from ember.tokens import background_frequency, token_table
 
 SETTINGS = {
     "ember": {"rank": 8, "sparsity": 0.1, "max_iter": 60, "patience": 20, "features": (0, 1)},
@@ -25,13 +28,13 @@ SETTINGS = {
     "crisp": {"layers": (1,), "first_layer": 1, "steps": 3, "min_ratio": 0},
     "pisces": {"layers": (0, 1), "min_ratio": 0},
 }  # fmt: skip
-SETTINGS |= dict.fromkeys(("mean_rows", "random_direction"), SETTINGS["ember"])
+CONTROLS = ("mean_rows", "matched_rows", "zero_rows", "random_direction", "leace", "random_rows")
+SETTINGS |= dict.fromkeys(CONTROLS, SETTINGS["ember"])
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 CHANGES = {
     "ember": {EMBED},
-    "mean_rows": {EMBED},
-    "random_direction": {EMBED},
+    **{control: {EMBED} for control in CONTROLS},
     "snmf": {f"model.layers.1.{part}.weight" for part in MLP[1:]},
     "rmu": {"model.layers.1.mlp.down_proj.weight"},
     "crisp": {f"model.layers.1.{part}.weight" for part in MLP + ATTENTION},
@@ -138,9 +141,9 @@ def test_it_changes_what_the_method_may_touch_and_nothing_else(case):
     allowed = CHANGES[case.method] | ({EMBED} if case.first else set())
     assert {name for name, _ in listed(case.edit)} == allowed
     table = token_table(case.loaded, SENTENCES, NEUTRAL)
-    concept_only = set(table.token_id[table.role == "concept"])
+    own = table if case.method == "random_rows" else table[table.role == "concept"]
     rows = {row for name, row in listed(case.edit) if name == EMBED}
-    assert rows <= concept_only
+    assert rows <= set(own.token_id)
     assert bool(rows) == (EMBED in allowed)
 
 
@@ -330,3 +333,76 @@ def test_a_random_direction_goes_as_far_as_ember_and_elsewhere(tiny, delta):
     moved, expected = (change.values - tiny.embedding.detach()[change.rows] for change in (aside, ember))
     torch.testing.assert_close(moved.norm(dim=1), expected.norm(dim=1), rtol=1e-3, atol=1e-5)
     assert torch.nn.functional.cosine_similarity(moved, expected, dim=1).abs().max() < 0.7
+
+
+def control_rows(loaded: LoadedModel, method: str, **changes):
+    """The rows that EMBER and a control edit [r], and the control's change of its rows [r, d_model]."""
+    edits = [METHODS[m].run(loaded, make_concept(), config_of(m, **changes)).tensors[EMBED] for m in ("ember", method)]
+    return edits[0].rows, edits[1].rows, edits[1].values - loaded.embedding.detach()[edits[1].rows]
+
+
+def test_zeroed_rows_are_zero(tiny):
+    rows, same, change = control_rows(tiny, "zero_rows", delta=1.0)
+    assert same.tolist() == rows.tolist()
+    assert torch.equal(change, -tiny.embedding.detach()[rows])
+
+
+def test_random_rows_are_as_many_others_of_the_same_texts_moved_as_far(tiny):
+    rows, others, change = control_rows(tiny, "random_rows", delta=2.0)
+    assert len(others) == len(set(others.tolist())) == len(rows)
+    assert not set(others.tolist()) & set(rows.tolist())
+    seen = set(token_table(tiny, SENTENCES, NEUTRAL).token_id)
+    assert set(others.tolist()) <= seen
+    own = METHODS["ember"].run(tiny, make_concept(), config_of("ember", delta=2.0)).tensors[EMBED]
+    expected = own.values - tiny.embedding.detach()[rows]
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_matched_rows_become_the_mean_of_rows_of_the_same_frequency(tiny, monkeypatch):
+    monkeypatch.setattr(controls, "MATCHED", 3)
+    rows, same, change = control_rows(tiny, "matched_rows", delta=1.0)
+    assert same.tolist() == rows.tolist()
+    frequency = background_frequency(tiny)
+    free = [i for i in sorted(frequency) if i not in set(rows.tolist()) | tiny.special_ids]
+    E = tiny.embedding.detach()
+    assert any(int(row) in frequency for row in rows)
+    for row, moved in zip(rows.tolist(), change, strict=True):
+        own = math.log(frequency.get(row, min(frequency[i] for i in free)))
+        nearest = sorted(free, key=lambda i: (abs(math.log(frequency[i]) - own), i))[:3]
+        torch.testing.assert_close(E[row] + moved, E[nearest].mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_leace_keeps_its_promise_on_the_rows_it_was_fitted_on(tiny, side):
+    """After LEACE on all of V' the edited rows have the mean of the others; before, they did not (the control)."""
+    seen = []
+    features = fit(tiny, make_concept(), config_of("leace"))
+    edit_from_features(
+        tiny, features, config_of("leace", side=side), displacement=lambda target: seen.append(target) or target.old
+    )
+    (target,) = seen
+    ids = torch.tensor(features.table.token_id.tolist())
+    edited = torch.isin(ids, target.rows)
+    X = target.matrix[ids].double()
+    after = controls.leace_eraser(target)(X)
+    assert (X[edited].mean(0) - X[~edited].mean(0)).norm() > 0.1
+    torch.testing.assert_close(after[edited].mean(0), after[~edited].mean(0), atol=1e-8, rtol=0)
+    change = controls.concept_subspace(target, seed=0)
+    torch.testing.assert_close(change.double(), X[edited] - after[edited], atol=1e-5, rtol=1e-4)
+
+
+def test_frequent_tokens_are_spared_on_demand(tiny):
+    config = config_of("ember")
+    table = fit(tiny, make_concept(), config).table.set_index("token_id")
+    rows = METHODS["ember"].run(tiny, make_concept(), config).tensors[EMBED].rows.tolist()
+    bound = float(table.zipf[rows].dropna().median())
+    spared = METHODS["ember"].run(tiny, make_concept(), replace(config, max_zipf=bound)).tensors[EMBED]
+    assert spared.rows.tolist() == [i for i in rows if not table.zipf[i] > bound]
+    assert 0 < len(spared.rows) < len(rows)
+    with pytest.raises(EmberError, match="no concept-only token of zipf ≤ -99; nothing to edit"):
+        METHODS["ember"].run(make_loaded(), only_words(make_concept()), replace(config, max_zipf=-99.0))
+
+
+def only_words(concept):
+    """The concept without punctuation: every token has a frequency."""
+    return replace(concept, sentences=tuple(re.sub("[.,]", "", s) for s in concept.sentences))

@@ -32,7 +32,11 @@ METHODS: dict[str, Method] = {
     "crisp": Method(crisp.CrispConfig, crisp.run, crisp.prepare),
     "pisces": Method(pisces.PiscesConfig, pisces.run, pisces.prepare, seeded=False),
     "mean_rows": Method(ember.EmberConfig, controls.mean_rows),
+    "matched_rows": Method(ember.EmberConfig, controls.matched_rows),
+    "zero_rows": Method(ember.EmberConfig, controls.zero_rows),
     "random_direction": Method(ember.EmberConfig, controls.random_direction),
+    "leace": Method(ember.EmberConfig, controls.leace),
+    "random_rows": Method(ember.EmberConfig, controls.random_rows),
 }
 
 

@@ -1,7 +1,7 @@
 """EMBER: subtract the concept features' contribution from the embedding rows of concept-only tokens."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -23,7 +23,8 @@ class EmberConfig:
 
     ``delta`` is the edit strength δ; ``rank``, ``sparsity``, ``ridge``, ``max_iter``, ``patience`` and ``tol`` are
     the factorization's; ``rule``, ``threshold`` and ``features`` select features (``ConceptFeatures.select``);
-    ``side`` names the embedding matrices to edit: ``input`` (the paper's), ``output`` or ``both``.
+    ``side`` names the embedding matrices to edit: ``input`` (the paper's), ``output`` or ``both``. ``max_zipf`` spares
+    the rows of tokens more frequent in general English than that (zipf scale; None, the paper's rule, spares none).
     """
 
     delta: float = 1.0
@@ -37,6 +38,7 @@ class EmberConfig:
     threshold: float | None = None
     features: tuple[int, ...] | None = None
     side: str = "input"
+    max_zipf: float | None = None
 
     def __post_init__(self) -> None:
         if self.side not in SIDES:
@@ -76,8 +78,32 @@ def fit(
     )  # fmt: skip
 
 
-# (matrix [vocab, d_model], rows [r], contributions c [r, d_model] in the matrix's units) → displacement [r, d_model]
-Displacement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True)
+class RowTarget:
+    """What an edit of embedding rows sets out from.
+
+    ``matrix`` [vocab, d_model] of ``loaded``; ``rows`` [r], the token ids that EMBER edits there by ``features``; and
+    its ``contributions`` [r, d_model], c_i in the units of the matrix.
+    """
+
+    loaded: LoadedModel
+    features: ConceptFeatures
+    matrix: torch.Tensor
+    rows: torch.Tensor
+    contributions: torch.Tensor
+
+    @property
+    def old(self) -> torch.Tensor:
+        """The rows as they are [r, d_model], in float32."""
+        return self.matrix[self.rows.to(self.matrix.device)].float()
+
+
+Displacement = Callable[[RowTarget], torch.Tensor]  # → [r, d_model]
+
+
+def own_contributions(target: RowTarget) -> torch.Tensor:
+    """EMBER's own displacement: c_i."""
+    return target.contributions
 
 
 def edit_from_features(
@@ -87,12 +113,14 @@ def edit_from_features(
     *,
     seed: int = 42,
     method: str = "ember",
-    displacement: Displacement = lambda matrix, rows, contributions: contributions,
+    displacement: Displacement = own_contributions,
+    others: Callable[[RowTarget], torch.Tensor] | None = None,
 ) -> Edit:
     """The edit of already fitted features: δ times a displacement, c_i by default, is subtracted from each row.
 
     Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the contributions
-    are divided by the scale. ``method`` and another ``displacement`` make a control edit of the same rows.
+    are divided by the scale. ``method`` and another ``displacement`` make a control edit of the same rows, ``others``
+    one of as many other rows.
 
     Raises
     ------
@@ -102,19 +130,20 @@ def edit_from_features(
     if features.weights_hash != loaded.weights_hash:
         raise EmberError(f"the features were fitted on {features.model} ({features.weights_hash[:12]}), not this model")
     selected = features.select(rule=config.rule, threshold=config.threshold, features=config.features)
-    contributions = features.contributions(selected)
+    contributions = features.contributions(selected, max_zipf=config.max_zipf)
     if not contributions:
-        raise EmberError(f"features {selected} are active on no concept-only token; nothing to edit")
+        rare = "" if config.max_zipf is None else f" of zipf ≤ {config.max_zipf:g}"
+        raise EmberError(f"features {selected} are active on no concept-only token{rare}; nothing to edit")
     rows = torch.tensor(sorted(contributions))
     c = torch.stack([contributions[int(i)] for i in rows]) / loaded.embedding_scale
     names = {"input": [loaded.embedding_name], "output": [loaded.head_name]}
     names["both"] = names["input"] + names["output"]
     values = {}
     for name in names[config.side]:
-        matrix = loaded.model.get_parameter(name).detach()
-        old = matrix[rows.to(matrix.device)]
-        change = config.delta * displacement(matrix, rows, c).to(old.device)
-        values[name] = (rows, (old.float() - change).to(old.dtype))
+        target = RowTarget(loaded, features, loaded.model.get_parameter(name).detach(), rows, c)
+        target = target if others is None else replace(target, rows=others(target))
+        change = config.delta * displacement(target).to(target.matrix.device)
+        values[name] = (target.rows, (target.old - change).to(target.matrix.dtype))
     provenance = Provenance(
         base_model=loaded.name, base_hash=loaded.weights_hash, method=method, seed=seed, concept=features.concept,
         config=asdict(config) | {"selected": selected}, side=config.side, versions=library_versions(),
@@ -134,5 +163,6 @@ def preview(
     features = fit(loaded, concept, config, seed=seed, progress=progress)
     selected = features.select(rule=config.rule, threshold=config.threshold, features=config.features)
     scale = config.delta / loaded.embedding_scale
-    change = {token: scale * vector for token, vector in features.contributions(selected).items()}
+    contributions = features.contributions(selected, max_zipf=config.max_zipf)
+    change = {token: scale * vector for token, vector in contributions.items()}
     return preview_rows(loaded, features.table, change)
