@@ -165,6 +165,10 @@ class Edit:
         parts = [(name, c.rows.numpy().tobytes(), tensor_hash(c.values)) for name, c in sorted(self.tensors.items())]
         return digest(self.provenance.base_hash, *parts)
 
+    def rows_of(self, name: str) -> frozenset[int]:
+        """Indices of the rows it sets in one parameter; none where it leaves that alone."""
+        return frozenset(self.tensors[name].rows.tolist()) if name in self.tensors else frozenset()
+
     def changed(self) -> pd.DataFrame:
         """What is replaced: one line for each row (index along the first dimension) of each parameter, by name."""
         frames = [

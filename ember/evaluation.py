@@ -279,6 +279,5 @@ def distinct_trigrams(text: str) -> float:
 
 def edited_token_counts(loaded: LoadedModel, edit: Edit, texts: Sequence[str]) -> np.ndarray:
     """How many tokens of each text [n_texts] have an edited embedding row."""
-    change = edit.tensors.get(loaded.embedding_name)
-    edited = set(change.rows.tolist()) if change is not None else set()
+    edited = edit.rows_of(loaded.embedding_name)
     return np.array([sum(i in edited for i in loaded.encode(text)) for text in texts])

@@ -15,12 +15,6 @@ EXPOSURES = ("none", "1", "2-3", "4-7", "8 or more")
 DISTANCES = ("none before", "1", "2-4", "5-16", "17 or more")
 
 
-def edited_tokens(loaded: LoadedModel, edit: Edit) -> frozenset[int]:
-    """Token ids whose input embedding the edit changes."""
-    change = edit.tensors.get(loaded.embedding_name)
-    return frozenset(change.rows.tolist()) if change is not None else frozenset()
-
-
 def token_changes(
     loaded: LoadedModel,
     edit: Edit,

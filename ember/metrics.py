@@ -5,7 +5,7 @@ model's; that of an accuracy is Wilson's. Item variance is not seed variance: th
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +119,25 @@ def compare(
 
 
 Pair = tuple[np.ndarray, np.ndarray]
+
+
+def pooled(
+    parts: Sequence[tuple[float, np.ndarray]], *, groups: Sequence[str] = (), seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over runs with its 95 % interval over items and runs.
+
+    Each part is one run's value and its bootstrap draws; every draw resamples the runs too. Runs of the same group (a
+    concept) draw the same items; those of different groups, independent ones.
+    """
+    values, draws = np.array([value for value, _ in parts]), np.stack([draw for _, draw in parts])
+    if len(set(groups)) > 1:
+        numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+        mixed = [np.random.default_rng([seed, numbers[group]]).permutation(draws.shape[1]) for group in groups]
+        draws = np.take_along_axis(draws, np.stack(mixed), axis=1)
+    chosen = np.random.default_rng(seed).integers(0, len(parts), (len(parts), draws.shape[1]))
+    means = np.take_along_axis(draws, chosen, axis=0).mean(0)
+    low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
+    return float(values.mean()), float(low), float(high)
 
 
 def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pair]:

@@ -1,19 +1,22 @@
 """The notebook runs that a profile consists of, and what each of them needs."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ember.errors import UnknownNameError
 from ember.profiles import Profile, run_name
 
-FACTORIZE, SELECT, ERASE, RELEARN = "01_factorize_embeddings", "02_select_features", "03_erase_concept", "04_relearn"
+FACTORIZE, SELECT, ERASE = "01_factorize_embeddings", "02_select_features", "03_erase_concept"
+RELEARN, LOCALIZE, CONTROL = "04_relearn", "05_localize_coherence", "06_control_edits"
 FRAMES = {
     FACTORIZE: ("loss",),
     SELECT: ("scores", "preview"),
     ERASE: ("records", "cells", "items", "samples", "selected", "autoencoders", "lexical"),
     RELEARN: ("records", "curve", "items", "moved"),
+    LOCALIZE: ("records", "tokens", "everyday", "samples"),
+    CONTROL: ("records", "items", "rows"),
 }
 
 
@@ -57,18 +60,44 @@ def plan(profile: Profile) -> list[Job]:
         alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
         erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
         jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
-    jobs += {job.name: job for job in _relearnings(profile)}.values()
+    jobs += {job.name: job for job in (*_relearnings(profile), *_localizations(profile), *_trades(profile))}.values()
     jobs.append(Job("08_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
     return jobs
 
 
+def _named(profile: Profile, names: Sequence[str], use: str, *, unedited: bool = False) -> list[tuple[str, bool]]:
+    """The arms that a part of the profile names."""
+    named = {arm_key(*arm): arm for arm in [*([("none", False)] if unedited else []), *arms(profile)]}
+    for name in names:
+        if name not in named:
+            raise UnknownNameError(f"arm in {use} of profile {profile.name}", name, named)
+    return [named[name] for name in names]
+
+
+def _localizations(profile: Profile) -> Iterator[Job]:
+    chosen = _named(profile, profile.localize["arms"], "localize")
+    seeds = profile.seeds[: profile.localize.get("seeds")]
+    for concept, seed, (method, ember) in itertools.product(profile.concepts, seeds, chosen):
+        arm = {"model": profile.model, "concept": concept, "method": method, "ember": ember, "seed": seed}
+        # Whatever the arm, EMBER's edit says which tokens to watch.
+        needed = dict.fromkeys(run_name(ERASE, **arm | one) for one in ({"method": "ember", "ember": False}, {}))
+        yield Job(LOCALIZE, {"profile": profile.name, **arm}, tuple(needed), FRAMES[LOCALIZE])
+
+
+def _trades(profile: Profile) -> Iterator[Job]:
+    seeds = profile.seeds[: profile.trade.get("seeds")] if profile.trade["edits"] else ()
+    fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
+    for concept, seed in itertools.product(profile.concepts, seeds):
+        chosen = {"model": profile.model, "concept": concept, "seed": seed}
+        yield Job(CONTROL, {"profile": profile.name, **chosen}, (run_name(SELECT, **chosen, **fit),), FRAMES[CONTROL])
+
+
 def _relearnings(profile: Profile) -> Iterator[Job]:
     """Each attack of each sweep on each arm; sweeps may overlap."""
-    named = {relearned_arm(*arm): arm for arm in [("none", False), *arms(profile)]}
     for sweep in profile.relearn["sweeps"]:
-        for name in sweep["arms"]:
-            if name not in named:
-                raise UnknownNameError(f"arm in a relearning sweep of profile {profile.name}", name, named)
+        named = dict(
+            zip(sweep["arms"], _named(profile, sweep["arms"], "a relearning sweep", unedited=True), strict=True)
+        )
         seeds = profile.seeds[: sweep.get("seeds")]
         settings = itertools.product(sweep["attacks"], sweep["precisions"], sweep["lrs"], sweep.get("budgets", [1]))
         for concept, (attack, precision, lr, budget) in itertools.product(profile.concepts, settings):
@@ -80,6 +109,6 @@ def _relearnings(profile: Profile) -> Iterator[Job]:
                 yield Job(RELEARN, {"profile": profile.name, **attacked}, needs, FRAMES[RELEARN])
 
 
-def relearned_arm(method: str, ember: bool) -> str:
-    """How sweeps name an arm: ``none`` (the unedited model), ``rmu``, ``ember+rmu``."""
+def arm_key(method: str, ember: bool) -> str:
+    """How profiles name an arm: ``none`` (the unedited model), ``rmu``, ``ember+rmu``."""
     return f"ember+{method}" if ember else method

@@ -23,7 +23,9 @@ class Profile:
     gentlest value first); ``sizes`` the number of questions, texts, instructions and generations of each split;
     ``relearn`` the ``settings`` of every relearning and the ``sweeps``, each of which says which ``arms`` meet which
     ``attacks`` at which ``precisions`` and learning rates ``lrs``, for how many times the settings' tokens
-    (``budgets``), on the first ``seeds`` of the profile's.
+    (``budgets``), on the first ``seeds`` of the profile's; ``localize`` the ``arms`` whose damage is traced token by
+    token and how many ``texts`` of each kind; ``trade`` the ``edits`` of EMBER's rows that are compared over their
+    ``strengths`` on so many ``questions`` and ``texts``; both on the first ``seeds``, if given.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Profile:
     grids: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, int]]
     relearn: Mapping[str, Any]
+    localize: Mapping[str, Any]
+    trade: Mapping[str, Any]
 
     @property
     def factorizing(self) -> tuple[str, ...]:
@@ -86,8 +90,8 @@ def list_profiles() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read a profile.
 
-    Where ``$EMBER_SIZES`` names another profile, ``grids``, ``sizes`` and ``relearn`` are taken from that one: so the
-    tests run the notebooks as they stand with shorter loops.
+    Where ``$EMBER_SIZES`` names another profile, ``grids``, ``sizes``, ``relearn``, ``localize`` and ``trade`` are
+    taken from that one: so the tests run the notebooks as they stand with shorter loops.
 
     Raises
     ------
@@ -99,7 +103,7 @@ def load_profile(name: str) -> Profile:
     raw = _read(name)
     sizes = os.environ.get("EMBER_SIZES")
     if sizes:
-        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes", "relearn")}
+        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes", "relearn", "localize", "trade")}
     return Profile(name=name, **raw)
 
 
@@ -142,7 +146,24 @@ def _read(name: str) -> dict[str, Any]:
             if key != "divergence":
                 _checked(path, f"sizes.{split}.{key}", value, int)
     _check_relearn(path, raw["relearn"])
+    _check_lists(path, "localize", raw["localize"], {"arms": str}, ("texts",))
+    _check_lists(path, "trade", raw["trade"], {"edits": str, "strengths": (int, float)}, ("questions", "texts"))
     return dict(raw)
+
+
+def _check_lists(path: Path, name: str, part: Any, lists: Mapping[str, Any], numbers: tuple[str, ...]) -> None:
+    """Refuse anything but the lists and whole numbers that a part consists of; ``seeds`` may be left out."""
+    known = [*lists, *numbers, "seeds"]
+    for key in sorted(_checked(path, name, part, dict).keys() - set(known)):
+        raise UnknownNameError(f"key in {name} of {path.name}", key, known)
+    for key in (*lists, *numbers):
+        if key not in part:
+            raise DataError(f"{path}: missing key '{name}.{key}'")
+    for key, kind in lists.items():
+        for value in _checked(path, f"{name}.{key}", part[key], list):
+            _checked(path, f"{name}.{key}", value, kind)
+    for key in (*numbers, "seeds"):
+        _checked(path, f"{name}.{key}", part.get(key, 1), int)
 
 
 def _check_relearn(path: Path, relearn: Any) -> None:

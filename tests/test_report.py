@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember.metrics import Comparison, compare
+from ember.metrics import Comparison, compare, pooled
 from ember.report import (
     ALL,
     ARM,
@@ -21,7 +21,6 @@ from ember.report import (
     grid_table,
     headline,
     main_table,
-    pooled,
 )
 
 DRAWS = 400

@@ -26,13 +26,13 @@ LAYERS = [
     {"contrast"},
     {"methods"},
     {"evaluation", "metrics", "regained"},
-    {"attacks"},
+    {"attacks", "localization", "trade"},
     {"relearning"},
     {"checks"},
     {"profiles"},
     {"planning"},
     {"results"},
-    {"plots", "relearn_plots", "report", "relearn_tables"},
+    {"plots", "relearn_plots", "control_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
 ]
 

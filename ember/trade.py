@@ -1,0 +1,273 @@
+"""What an edit of embedding rows takes from the concept, against what it costs other text, over its strength."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ember.data import Question
+from ember.editing import Edit
+from ember.errors import UnknownNameError
+from ember.evaluation import PROMPT, Suite, question_scores, text_scores
+from ember.metrics import pooled
+from ember.models import LoadedModel
+
+# Name → method and settings beside its strength.
+EDITS: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "EMBER": ("ember", {}),
+    "EMBER, rare tokens": ("ember", {"max_zipf": 4.0}),  # from zipf 4 on, words are ordinary (ember.tokens)
+    "EMBER, output side": ("ember", {"side": "output"}),
+    "EMBER, both sides": ("ember", {"side": "both"}),
+    "random direction": ("random_direction", {}),
+    "mean rows": ("mean_rows", {}),
+    "matched rows": ("matched_rows", {}),
+    "zero rows": ("zero_rows", {}),
+    "LEACE": ("leace", {}),
+    "random rows": ("random_rows", {}),
+}
+GAIN = ("concept", "gold_prob")
+# What the edit should leave alone: set and measure; a rise of KL or a fall of the right answer's log-likelihood.
+COSTS: Mapping[str, tuple[str, str]] = {
+    "other sense": ("other_sense", "kl"), "neighbour": ("simdom", "gold_logprob"), "everyday": ("neutral", "kl"),
+}  # fmt: skip
+
+
+def known_edits(names: Iterable[str]) -> dict[str, tuple[str, Mapping[str, object]]]:
+    """The chosen entries of ``EDITS``.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such edit.
+    """
+    chosen = {}
+    for name in names:
+        if name not in EDITS:
+            raise UnknownNameError("edit", name, EDITS)
+        chosen[name] = EDITS[name]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The questions (by set) and texts (by set) on which edits are compared, with the unedited model's scores."""
+
+    questions: Mapping[str, Sequence[Question]]
+    texts: Mapping[str, Sequence[str]]
+    base: pd.DataFrame
+
+
+def make_probe(loaded: LoadedModel, suite: Suite, split: str = "test", *, progress: bool = False) -> Probe:
+    """The suite's questions on concept and neighbour and its texts, scored by the unedited model."""
+    questions = {name: suite.questions[name][split] for name in ("concept", "simdom")}
+    texts = {name: suite.texts[name][split] for name in ("other_sense", "neutral")}
+    frames = [question_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in questions.items()]
+    frames += [text_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in texts.items()]
+    return Probe(questions, texts, pd.concat(frames, ignore_index=True))
+
+
+def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool = False) -> pd.DataFrame:
+    """Scores with the edit applied: set, item, metric, base, edited.
+
+    An edit of input embeddings alone changes nothing, to the bit, where none of its tokens occurs: such items are
+    not scored again.
+    """
+    inputs = set(edit.tensors) == {loaded.embedding_name}
+    marked = edit.rows_of(loaded.embedding_name) if inputs else None
+    frames = []
+    for name, questions in probe.questions.items():
+        touched = [q for q in questions if _touches(loaded, _asked(q), marked)]
+        if touched:
+            frames.append(question_scores(loaded, touched, edit, progress=progress).assign(set=name))
+    for name, texts in probe.texts.items():
+        places = [i for i, text in enumerate(texts) if _touches(loaded, [text], marked)]
+        if places:
+            scores = text_scores(loaded, [texts[i] for i in places], edit, progress=progress)
+            scores["item"] = scores.item.astype(int).map(lambda k, places=places: str(places[k]))
+            frames.append(scores.assign(set=name))
+    keys = ["set", "item", "metric"]
+    again = pd.concat(frames, ignore_index=True) if frames else probe.base.head(0)
+    items = probe.base.rename(columns={"value": "base"}).merge(
+        again.rename(columns={"value": "edited"}), on=keys, how="left"
+    )
+    return items.assign(edited=items.edited.fillna(items.base))[[*keys, "base", "edited"]]
+
+
+def _asked(question: Question) -> list[str]:
+    return [f"{PROMPT.format(question=question.question)} {option}" for option in question.options]
+
+
+def _touches(loaded: LoadedModel, texts: Sequence[str], marked: Collection[int] | None) -> bool:
+    """Whether a token of the texts is marked; always, if all are (None)."""
+    return marked is None or any(i in marked for text in texts for i in loaded.encode(text))
+
+
+# Curves. x and y have one value for each strength, in rising order, along the last axis but one; draws run along the
+# last.
+
+
+def area(x: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray:
+    """Mean over costs in [0, limit] of the best gain to be had at no more than that cost.
+
+    ``x`` (cost) and ``y`` (gain) [strengths, …] are points of a path that starts at no edit, (0, 0), and is straight
+    between strengths; a negative cost counts as none. Returns […].
+    """
+    steps = np.linspace(0, limit, 101)
+    zero = np.zeros((1, *x.shape[1:]))
+    x, y = np.concatenate([zero, x.clip(min=0)]), np.concatenate([zero, y])
+    best = np.zeros((len(steps), *x.shape[1:]))
+    for k in range(1, len(x)):
+        reached = _best_on_segment(x[k - 1], x[k], y[k - 1], y[k], steps.reshape(-1, *[1] * (x.ndim - 1)))
+        best = np.maximum(best, reached)
+    mean: np.ndarray = best.mean(0)
+    return mean
+
+
+def _best_on_segment(x0: np.ndarray, x1: np.ndarray, y0: np.ndarray, y1: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Largest gain on a straight piece of the path at a cost of at most ``cost``; −∞ where it costs more throughout."""
+    low, high = np.minimum(x0, x1), np.maximum(x0, x1)
+    at_low, at_high = np.where(x0 <= x1, y0, y1), np.where(x0 <= x1, y1, y0)
+    width = np.where(high > low, high - low, 1.0)
+    along = np.clip((cost - low) / width, 0, 1)
+    along = np.where(high > low, along, 1.0)
+    reached = np.maximum(at_low, at_low + along * (at_high - at_low))
+    reached = np.where(high > low, reached, np.maximum(y0, y1))
+    return np.where(cost >= low, reached, -np.inf)
+
+
+def cost_at(x: np.ndarray, y: np.ndarray, gain: float) -> np.ndarray:
+    """Least cost at which the path of ``area`` reaches a gain; NaN where it never does. Shapes as there."""
+    zero = np.zeros((1, *x.shape[1:]))
+    x, y = np.concatenate([zero, x.clip(min=0)]), np.concatenate([zero, y])
+    least = np.full(x.shape[1:], np.nan)
+    for k in range(1, len(x)):
+        rise = np.where(y[k] != y[k - 1], y[k] - y[k - 1], 1.0)
+        crossing = np.clip((gain - y[k - 1]) / rise, 0, 1)
+        at = x[k - 1] + crossing * (x[k] - x[k - 1])
+        inside = (np.minimum(y[k], y[k - 1]) <= gain) & (gain <= np.maximum(y[k], y[k - 1]))
+        least = np.fmin(least, np.where(inside, at, np.nan))
+        least = np.fmin(least, np.where(y[k] >= gain, x[k], np.nan))
+    return least
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One run's curves: edit → (x or y) [strengths, 1 + draws], the first of which is the point estimate.
+
+    ``gain[edit]`` is the fall in the right answer's probability, ``cost[name][edit]`` what ``COSTS`` says. All edits
+    draw the same items.
+    """
+
+    strengths: tuple[float, ...]
+    gain: Mapping[str, np.ndarray]
+    cost: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def curves(items: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> Curves:
+    """The curves of one run from its item scores (edit, delta, set, item, metric, base, edited)."""
+    strengths = tuple(sorted(items.delta.unique()))
+    gain = _mean_changes(items, *GAIN, strengths, n_resamples, seed, sign=-1)
+    cost = {
+        name: _mean_changes(items, set_, metric, strengths, n_resamples, seed, sign=1 if metric == "kl" else -1)
+        for name, (set_, metric) in COSTS.items()
+    }
+    return Curves(strengths, gain, cost)
+
+
+def _mean_changes(
+    items: pd.DataFrame, set_: str, metric: str, strengths: Sequence[float], n_resamples: int, seed: int, *, sign: int
+) -> dict[str, np.ndarray]:
+    mine = items[(items.set == set_) & (items.metric == metric)]
+    wide = mine.assign(change=sign * (mine.edited - mine.base)).pivot(
+        index="item", columns=["edit", "delta"], values="change"
+    )
+    n = len(wide)
+    # Everything at once, for each draw how often each item is drawn: the same for all edits.
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_resamples)
+    weights = np.concatenate([np.ones((1, n)), drawn]) / n
+    found = {}
+    for edit in dict.fromkeys(mine.edit):
+        found[edit] = (weights @ wide[edit][list(strengths)].to_numpy()).T
+    return found
+
+
+def compare_areas(found: Curves, *, reference: str = "EMBER") -> dict[tuple[str, str], tuple[float, np.ndarray]]:
+    """``area`` of every edit for every cost: (cost, edit) → value and draws.
+
+    Costs run up to that of the reference at its greatest strength. NaN where the reference costs nothing.
+    """
+    areas = {}
+    for cost, by_edit in found.cost.items():
+        limit = float(by_edit[reference][:, 0].max())
+        for edit, x in by_edit.items():
+            values = area(x, found.gain[edit], limit) if limit > 0 else np.full(x.shape[1], np.nan)
+            areas[cost, edit] = (float(values[0]), values[1:])
+    return areas
+
+
+def costs_at_equal_gain(
+    found: Curves, edit: str, *, reference: str = "EMBER", share: float = 0.8
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Costs of the reference and of another edit where both have gained the same: cost → two arrays [1 + draws].
+
+    The gain is ``share`` of the smaller of their greatest gains.
+    """
+    gain = share * min(float(found.gain[name][:, 0].max()) for name in (reference, edit))
+    return {
+        cost: (
+            cost_at(by_edit[reference], found.gain[reference], gain),
+            cost_at(by_edit[edit], found.gain[edit], gain),
+        )
+        for cost, by_edit in found.cost.items()
+    }
+
+
+Run = tuple[str, int]  # concept, seed
+
+
+def point_table(found: Curves) -> pd.DataFrame:
+    """A run's curves for a figure: cost, edit, delta, x, x_low, x_high (its cost), y, y_low, y_high (its gain)."""
+    rows = []
+    for cost, by_edit in found.cost.items():
+        for edit, x in by_edit.items():
+            y = found.gain[edit]
+            for k, delta in enumerate(found.strengths):
+                spans = [(v[k, 0], *np.percentile(v[k, 1:], [2.5, 97.5])) for v in (x, y)]
+                rows.append((cost, edit, delta, *map(float, (*spans[0], *spans[1]))))
+    return pd.DataFrame(rows, columns=["cost", "edit", "delta", "x", "x_low", "x_high", "y", "y_low", "y_high"])
+
+
+def area_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.DataFrame:
+    """``compare_areas`` pooled over runs, and each edit's difference from the reference, draw by draw.
+
+    Columns: cost, edit, runs, area, ci_low, ci_high, difference, difference_low, difference_high; 95 % intervals over
+    items, seeds and concepts.
+    """
+    areas = [compare_areas(found, reference=reference) for found in runs.values()]
+    groups = [concept for concept, _ in runs]
+    rows = []
+    for cost, edit in areas[0]:
+        own = [found[cost, edit] for found in areas]
+        others = [found[cost, reference] for found in areas]
+        gaps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(own, others, strict=True)]
+        rows.append((cost, edit, len(runs), *pooled(own, groups=groups), *pooled(gaps, groups=groups)))
+    columns = ["cost", "edit", "runs", "area", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
+
+
+def equal_gain_table(runs: Mapping[Run, Curves], edit: str, *, reference: str = "EMBER") -> pd.DataFrame:
+    """``costs_at_equal_gain`` pooled over runs: what an edit saves, where both erase the same.
+
+    Columns: cost, edit, runs, reference (its cost), own (the edit's), difference and its 95 % interval over items,
+    seeds and concepts.
+    """
+    found = [costs_at_equal_gain(curves_, edit, reference=reference) for curves_ in runs.values()]
+    groups = [concept for concept, _ in runs]
+    rows = []
+    for cost in COSTS:
+        theirs, own = (np.stack([pair[cost][side] for pair in found]) for side in (0, 1))
+        gaps = [(float(gap[0]), gap[1:]) for gap in own - theirs]
+        rows.append((cost, edit, len(runs), theirs[:, 0].mean(), own[:, 0].mean(), *pooled(gaps, groups=groups)))
+    columns = ["cost", "edit", "runs", "reference", "own", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame(rows, columns=columns)

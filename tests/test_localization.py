@@ -1,0 +1,176 @@
+"""Where changes sit: per token against the model itself, shares against sums by hand, and planted concentrations."""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+from test_editing import EMBED
+
+from ember import control_plots
+from ember.localization import (
+    DISTANCES,
+    EXPOSURES,
+    by_distance,
+    by_exposure,
+    concentration,
+    everyday_exposure,
+    most_damaged,
+    token_changes,
+)
+from ember.methods import METHODS
+from ember.methods.ember import EmberConfig
+from ember.tokens import background_frequency
+
+TEXTS = {"paragraph": SENTENCES, "neutral": NEUTRAL}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return make_loaded()
+
+
+@pytest.fixture(scope="module")
+def edit(loaded):
+    config = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
+    return METHODS["ember"].run(loaded, make_concept(), config)
+
+
+@pytest.fixture(scope="module")
+def changes(loaded, edit):
+    return token_changes(loaded, edit, TEXTS, edit.rows_of(EMBED))
+
+
+def test_every_token_but_the_first_is_one_row(loaded, changes):
+    for name, texts in TEXTS.items():
+        lengths = changes[changes.set == name].groupby("text").size()
+        assert lengths.tolist() == [len(loaded.encode(text)) - 1 for text in texts]
+
+
+def test_tokens_before_the_first_edited_one_are_unchanged_to_the_bit(changes):
+    untouched = changes[changes.before == 0]
+    assert len(untouched) > 20
+    assert (untouched.change == 0).all()
+    assert (changes[changes.before > 0].change != 0).mean() > 0.9  # the control
+
+
+def test_losses_and_counts_are_those_of_the_model_itself(loaded, edit, changes):
+    marked = edit.rows_of(EMBED)
+    for number, text in enumerate(SENTENCES):
+        ids = torch.tensor([loaded.encode(text)])
+        losses = []
+        for one in (None, edit):
+            if one is None:
+                logits = loaded.model(ids).logits
+            else:
+                with one.applied(loaded):
+                    logits = loaded.model(ids).logits
+            losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+        mine = changes[(changes.set == "paragraph") & (changes.text == number)]
+        np.testing.assert_allclose(mine.loss, losses[1].detach(), atol=1e-4)
+        np.testing.assert_allclose(mine.change, (losses[1] - losses[0]).detach(), atol=1e-4)
+        hits = [i in marked for i in ids[0].tolist()]
+        for row in mine.itertuples():
+            before = hits[: row.position]
+            assert row.marked == hits[row.position]
+            assert row.before == sum(before)
+            back = [row.position - k for k, hit in enumerate(before) if hit]
+            assert row.since == min(back) if back else math.isnan(row.since)
+
+
+def made(kl: list[float], before: list[int], since: list[float], text: list[int]) -> pd.DataFrame:
+    values = {"kl": np.array(kl, dtype=float), "before": before, "since": since, "text": text}
+    return pd.DataFrame(values).assign(set="neutral", change=[2 * v for v in kl])
+
+
+def test_shares_are_sums_over_sums():
+    changes = made([0, 1, 3, 4], [0, 1, 2, 9], [math.nan, 1, 3, 20], [0, 0, 1, 1])
+    exposure = by_exposure(changes).set_index("group")
+    assert exposure.index.tolist() == ["none", "1", "2-3", "8 or more"]
+    assert exposure.share_of_kl.tolist() == pytest.approx([0, 1 / 8, 3 / 8, 1 / 2])
+    assert exposure.kl.tolist() == [0, 1, 3, 4]
+    assert exposure.change.tolist() == [0, 2, 6, 8]
+    assert exposure.share_of_tokens.tolist() == [0.25] * 4
+    distance = by_distance(changes).set_index("group")
+    assert distance.index.tolist() == ["none before", "1", "2-4", "17 or more"]
+    assert distance.share_of_kl.tolist() == pytest.approx([0, 1 / 8, 3 / 8, 1 / 2])
+
+
+@pytest.mark.parametrize(
+    ("before", "since", "groups"),
+    [(3, 4, ("2-3", "2-4")), (4, 5, ("4-7", "5-16")), (7, 16, ("4-7", "5-16")), (8, 17, ("8 or more", "17 or more"))],
+)
+def test_bounds_belong_to_the_groups_that_name_them(before, since, groups):
+    one = made([1.0], [before], [since], [0])
+    assert (by_exposure(one).group.item(), by_distance(one).group.item()) == groups
+    assert groups[0] in EXPOSURES and groups[1] in DISTANCES
+
+
+def test_the_interval_of_a_share_comes_from_texts_not_tokens():
+    """All texts alike: no uncertainty, however many tokens; texts that differ: some."""
+    alike = made([0, 1] * 6, [0, 1] * 6, [math.nan, 1] * 6, [k // 2 for k in range(12)])
+    row = by_exposure(alike).set_index("group").loc["1"]
+    assert row.kl_low == row.kl == row.kl_high == 1
+    differing = alike.assign(kl=[0, 1, 0, 3] * 3)
+    row = by_exposure(differing).set_index("group").loc["1"]
+    assert row.kl_low < row.kl == 2 < row.kl_high
+
+
+def test_an_edit_that_changes_nothing_has_no_shares():
+    still = made([0.0, 0.0], [0, 0], [math.nan, math.nan], [0, 1])
+    assert by_exposure(still).share_of_kl.isna().all()
+    assert math.isnan(concentration(still).value.item())
+
+
+@pytest.mark.parametrize(("kl", "expected"), [([1.0] * 10, 0.5), ([0.0] * 9 + [5.0], 0.1), ([4, 3, 2, 1], 0.5)])
+def test_half_the_change_sits_on_so_many_tokens(kl, expected):
+    n = len(kl)
+    found = concentration(made(kl, [1] * n, [1] * n, [k % 2 for k in range(n)])).iloc[0]
+    assert found.value == pytest.approx(expected)
+    assert found.ci_low <= found.value + 1e-9
+
+
+def test_the_most_damaged_tokens_stand_first_with_what_came_before(changes):
+    found = most_damaged(changes, top=3, width=4)
+    assert found.change.tolist() == sorted(changes.change, reverse=True)[:3]
+    first = found.iloc[0]
+    assert first.context + first.token in " ".join(TEXTS[first.set])
+
+
+def test_everyday_exposure_counts_texts_and_tokens(loaded):
+    ids = loaded.encode(NEUTRAL[0], bos=False)
+    marked = {ids[-2]}
+    found = everyday_exposure(loaded, marked, {"mine": NEUTRAL}).set_index("set")
+    holding = [loaded.encode(t, bos=False).count(ids[-2]) for t in NEUTRAL]
+    total = sum(len(loaded.encode(t, bos=False)) for t in NEUTRAL)
+    assert found.share["mine"] == sum(h > 0 for h in holding) / 4
+    assert found.per_thousand["mine"] == pytest.approx(1000 * sum(holding) / total)
+    expected = 1000 * background_frequency(loaded).get(ids[-2], 0.0)
+    assert found.per_thousand["general English"] == pytest.approx(expected)
+    assert found.ci_low["mine"] < found.share["mine"] < found.ci_high["mine"]
+
+
+@pytest.fixture
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_the_figures_show_every_set_and_group(changes, closed):
+    table = by_exposure(changes)
+    ax = control_plots.exposure_bars(table)
+    ax.figure.canvas.draw()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["concept text", "neutral text"]
+    bars = control_plots.share_bars(by_distance(changes), title="x")
+    bars.figure.canvas.draw()
+    assert [t.get_text() for t in bars.get_yticklabels()] == [
+        f"{name}: {what}" for name in ("concept text", "neutral text") for what in ("tokens", "KL")
+    ]
+    width = sum(patch.get_width() for patch in bars.patches)
+    assert width == pytest.approx(3)  # the edit changes nothing in neutral texts
+    assert [t.get_text() for t in bars.texts] == ["no change"]
+    strip = control_plots.token_strip(changes[(changes.set == "paragraph") & (changes.text == 0)])
+    assert len(strip.patches) == len(changes[(changes.set == "paragraph") & (changes.text == 0)])

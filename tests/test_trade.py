@@ -1,0 +1,205 @@
+"""Trades of row edits: untouched items are left alone, areas and costs against computations by hand."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_concept, make_loaded
+from test_editing import EMBED
+
+from ember import control_plots, trade
+from ember.errors import UnknownNameError
+from ember.evaluation import load_suite, question_scores, text_scores
+from ember.methods import METHODS
+from ember.methods.ember import EmberConfig
+from ember.trade import Probe, area, area_table, compare_areas, cost_at, curves, equal_gain_table
+
+CONFIG = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return make_loaded()
+
+
+@pytest.fixture(scope="module")
+def probe(loaded):
+    concept = make_concept()
+    questions = {name: [q for q in concept.questions if q.set == name] for name in ("concept", "simdom")}
+    texts = {"other_sense": concept.paragraphs[:3], "neutral": (*concept.neutral, "?")[:4]}
+    frames = [question_scores(loaded, chosen).assign(set=name) for name, chosen in questions.items()]
+    frames += [text_scores(loaded, chosen).assign(set=name) for name, chosen in texts.items()]
+    return Probe(questions, texts, pd.concat(frames, ignore_index=True))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_scores_are_those_of_the_edited_model(loaded, probe, side):
+    edit = METHODS["ember"].run(loaded, make_concept(), EmberConfig(**vars(CONFIG) | {"side": side}))
+    found = trade.probe_edit(loaded, probe, edit)
+    assert len(found) == len(probe.base)
+    for name, questions in probe.questions.items():
+        expected = question_scores(loaded, questions, edit)
+        mine = found[found.set == name].set_index(["item", "metric"]).edited
+        np.testing.assert_allclose(mine.loc[list(zip(expected["item"], expected.metric, strict=True))], expected.value,
+                                   atol=1e-4)  # fmt: skip
+    for name, texts in probe.texts.items():
+        expected = text_scores(loaded, texts, edit)
+        mine = found[found.set == name].set_index(["item", "metric"]).edited
+        np.testing.assert_allclose(mine.loc[list(zip(expected["item"], expected.metric, strict=True))], expected.value,
+                                   atol=1e-4)  # fmt: skip
+
+
+def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, monkeypatch):
+    edit = METHODS["ember"].run(loaded, make_concept(), CONFIG)
+    marked = edit.rows_of(EMBED)
+    asked: list[str] = []
+    real = trade.text_scores
+
+    def counted(loaded, texts, *arguments, **options):
+        asked.extend(texts)
+        return real(loaded, texts, *arguments, **options)
+
+    monkeypatch.setattr(trade, "text_scores", counted)
+    trade.probe_edit(loaded, probe, edit)
+    holding = [t for texts in probe.texts.values() for t in texts if marked & set(loaded.encode(t))]
+    assert asked == holding
+    assert 0 < len(holding) < sum(map(len, probe.texts.values()))
+
+
+def test_the_suite_s_probe_holds_the_base_model_s_scores(loaded, monkeypatch):
+    suite = load_suite(make_concept())
+    found = trade.make_probe(loaded, suite, "train")
+    assert set(found.base.set) == {"concept", "simdom", "other_sense", "neutral"} - (
+        set() if suite.texts["other_sense"]["train"] else {"other_sense"}
+    )
+    kl = found.base[found.base.metric == "kl"].value
+    assert (kl == 0).all()
+
+
+# Areas. A path is straight from (0, 0) on.
+
+
+def column(*values: float) -> np.ndarray:
+    return np.array(values, dtype=float)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "limit", "expected"),
+    [
+        (column(1.0), column(1.0), 1.0, 0.5),  # a straight line
+        (column(0.0), column(1.0), 1.0, 1.0),  # free
+        (column(-0.5), column(1.0), 1.0, 1.0),  # a negative cost counts as none
+        (column(1.0), column(-1.0), 1.0, 0.0),  # no edit is better
+        (column(0.5), column(1.0), 1.0, 0.75),  # flat after the last strength
+        (column(2.0), column(2.0), 1.0, 0.5),  # cut at the limit
+        (column(1.0, 0.5), column(0.5, 1.0), 1.0, 0.5625),  # coming back is better: 1 from 0.5 on
+        (column(0.0, 1.0), column(1.0, 0.0), 1.0, 1.0),  # the best so far counts
+    ],
+)
+def test_areas_of_simple_paths(x, y, limit, expected):
+    assert area(x, y, limit) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_better_edit_never_has_a_smaller_area():
+    generator = np.random.default_rng(0)
+    x, y = generator.random((4, 200)), generator.random((4, 200))
+    assert (area(x, y + 0.1, 1.0) >= area(x, y, 1.0)).all()
+    assert (area(0.5 * x, y, 1.0) >= area(x, y, 1.0) - 1e-12).all()
+
+
+def test_draws_are_independent_of_each_other():
+    generator = np.random.default_rng(0)
+    x, y = generator.random((3, 5)), generator.random((3, 5))
+    for k in range(5):
+        assert area(x, y, 0.8)[k] == pytest.approx(area(x[:, k : k + 1], y[:, k : k + 1], 0.8)[0])
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.5, 0.5), (1.0, 1.0), (1.5, 2.0), (2.5, np.nan), (0.0, 0.0)])
+def test_the_cost_of_a_gain_lies_on_the_path(gain, expected):
+    x, y = column(1.0, 3.0), column(1.0, 2.0)
+    np.testing.assert_allclose(cost_at(x, y, gain), [expected])
+
+
+def test_a_path_that_returns_reaches_a_gain_at_the_lesser_cost():
+    np.testing.assert_allclose(cost_at(column(1.0, 0.2), column(1.0, 2.0), 0.9), [0.2])
+
+
+def run_items(seed: int = 0, better: float = 0.0) -> pd.DataFrame:
+    """Two edits on 40 items a set; the second takes ``better`` more from the concept at every strength."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for set_, metric, sign in (
+        ("concept", "gold_prob", -1), ("simdom", "gold_logprob", -1), ("other_sense", "kl", 1), ("neutral", "kl", 1),
+    ):  # fmt: skip
+        noise = generator.random(40)
+        for edit, more in (("EMBER", 0.0), ("EMBER, rare tokens", better if set_ == "concept" else 0.0)):
+            for delta in (0.5, 1.0):
+                for item in range(40):
+                    change = sign * delta * (noise[item] + more)
+                    rows.append((edit, delta, set_, str(item), metric, 1.0, 1.0 + change))
+    return pd.DataFrame(rows, columns=["edit", "delta", "set", "item", "metric", "base", "edited"])
+
+
+def test_curves_are_mean_changes_and_all_edits_draw_the_same_items():
+    items = run_items(better=0.3)
+    found = curves(items, n_resamples=50)
+    assert found.strengths == (0.5, 1.0)
+    mine = items[(items.set == "concept") & (items.edit == "EMBER") & (items.delta == 1.0)]
+    assert found.gain["EMBER"][1, 0] == pytest.approx((mine.base - mine.edited).mean())
+    gaps = found.gain["EMBER, rare tokens"] - found.gain["EMBER"]
+    np.testing.assert_allclose(gaps, np.array([[0.15], [0.3]]).repeat(51, 1), atol=1e-12)
+    assert found.gain["EMBER"][1].std() > 0
+    assert found.cost["neighbour"]["EMBER"][0, 0] > 0
+
+
+def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero():
+    runs = {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
+    table = area_table(runs).set_index(["cost", "edit"])
+    better = table.loc["everyday", "EMBER, rare tokens"]
+    assert better.runs == 2
+    assert 0 < better.difference_low < better.difference < better.difference_high
+    own = table.loc["everyday", "EMBER"]
+    assert own.difference == own.difference_low == own.difference_high == 0
+    assert better.area == pytest.approx(own.area + better.difference)
+
+
+def test_equal_edits_differ_by_nothing_and_free_ones_have_no_area():
+    found = curves(run_items(), n_resamples=20)
+    areas = compare_areas(found)
+    for cost in trade.COSTS:
+        assert areas[cost, "EMBER"][0] == pytest.approx(areas[cost, "EMBER, rare tokens"][0])
+    free = run_items().assign(edited=lambda f: np.where(f.set == "neutral", f.base, f.edited))
+    assert np.isnan(compare_areas(curves(free, n_resamples=20))["everyday", "EMBER"][0])
+
+
+def test_costs_are_compared_where_both_erase_the_same():
+    """The second edit is everywhere half as costly."""
+    items = run_items()
+    second = items.edit == "EMBER, rare tokens"
+    kl = items.metric == "kl"
+    items.loc[second & kl, "edited"] = 1 + (items.edited[second & kl] - 1) / 2
+    table = equal_gain_table({("Rome", 1): curves(items, n_resamples=100)}, "EMBER, rare tokens").set_index("cost")
+    row = table.loc["everyday"]
+    assert row.own == pytest.approx(row.reference / 2)
+    assert row.difference_high < 0
+    assert table.difference["neighbour"] == pytest.approx(0)
+
+
+def test_unknown_edits_list_the_known_ones():
+    with pytest.raises(UnknownNameError, match="'EMBR'; known: EMBER, EMBER, both sides"):
+        trade.known_edits(["EMBR"])
+    assert set(trade.known_edits(["LEACE"])) == {"LEACE"}
+    assert all(method in METHODS for method, _ in trade.EDITS.values())
+
+
+def test_the_figures_hold_every_edit():
+    table = trade.point_table(curves(run_items(), n_resamples=50))
+    figure = control_plots.trade_curves(table)
+    figure.canvas.draw()
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"EMBER", "EMBER, rare tokens", "base model"}
+    assert len(figure.axes) == len(trade.COSTS)
+    figure = control_plots.area_differences(area_table({("Rome", 1): curves(run_items(), n_resamples=50)}))
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER, rare tokens"]
+    assert set(control_plots._EDIT_STYLES) == set(trade.EDITS)
+    plt.close("all")
