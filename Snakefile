@@ -126,6 +126,40 @@ rule relearn:
         RUN
 
 
+rule localize_coherence:
+    input:
+        ancient(MODEL),
+        needs("05_localize_coherence"),
+    output:
+        outputs("05_localize_coherence"),
+    params:
+        notebook="05_localize_coherence",
+        settings=settings("05_localize_coherence"),
+        localize=dumps(dict(PROFILE.localize), sort_keys=True),
+        code=code_hash("05_localize_coherence"),
+        data=DATA,
+    threads: THREADS
+    shell:
+        RUN
+
+
+rule control_edits:
+    input:
+        ancient(MODEL),
+        needs("06_control_edits"),
+    output:
+        outputs("06_control_edits"),
+    params:
+        notebook="06_control_edits",
+        settings=settings("06_control_edits"),
+        trade=dumps([PROFILE.trade, PROFILE.fit], sort_keys=True),
+        code=code_hash("06_control_edits"),
+        data=DATA,
+    threads: THREADS
+    shell:
+        RUN
+
+
 rule tour:
     input:
         needs("00_tour"),

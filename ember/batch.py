@@ -127,6 +127,7 @@ def data_tables(loaded: LoadedModel) -> dict[str, str]:
 def readme_tables() -> dict[str, str]:
     """The README's generated blocks: notebooks with run times, headline results, and default settings."""
     from ember.methods import METHODS
+    from ember.methods.ember import EmberConfig
     from ember.report import ALL
 
     profile = load_profile("laptop")
@@ -144,7 +145,8 @@ def readme_tables() -> dict[str, str]:
             f"| {row.peak_memory_mb / 1024:.1f} GB |"
         )
     settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
-    for name, method in METHODS.items():
+    own = {name: method for name, method in METHODS.items() if name == "ember" or method.config is not EmberConfig}
+    for name, method in own.items():
         used = {**profile.grids.get(name, {}), **(profile.fit if name in profile.factorizing else {})}
         for setting in fields(method.config):
             shown = used.get(setting.name, setting.default)

@@ -47,6 +47,31 @@ def exposure_bars(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def arm_exposure(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Mean KL of every arm before any edited token and after one, one panel a set of texts.
+
+    ``table`` is ``localization.by_arm``'s for one concept, ``names`` are its rows' arms as a reader knows them.
+    """
+    table = table.assign(arm=list(names))
+    sets, arms, groups = (list(dict.fromkeys(table[column])) for column in ("set", "arm", "group"))
+    figure, grid = plt.subplots(
+        1, len(sets), figsize=(2.7 * len(sets) + 1.5, 0.5 * len(arms) + 1.7), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for ax, name in zip(grid[0], sets, strict=True):
+        for k, (group, colour) in enumerate(zip(groups, (PALETTE["simdom"], _MARKED), strict=False)):
+            mine = table[(table.set == name) & (table.group == group)]
+            y = [arms.index(arm) + 0.2 * (k - 0.5) for arm in mine.arm]
+            error = [(mine.kl - mine.kl_low).clip(lower=0), (mine.kl_high - mine.kl).clip(lower=0)]
+            ax.errorbar(mine.kl, y, xerr=error, fmt="o", color=colour, capsize=2, label=group)
+        ax.axvline(0, color=PALETTE["base"], lw=0.8)
+        ax.set_yticks(range(len(arms)), arms)
+        ax.set(title=LABELS.get(str(name), str(name)), xlabel="KL (nats per token)", ylim=(len(arms) - 0.5, -0.5))
+    handles, labels = grid[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+    return figure
+
+
 def share_bars(table: pd.DataFrame, *, title: str, ax: Axes | None = None) -> Axes:
     """Of each set of texts: how its tokens, and how all change of its predictions, divide over groups.
 

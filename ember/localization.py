@@ -12,6 +12,7 @@ from ember.scoring import sequence_scores
 from ember.tokens import background_frequency
 
 EXPOSURES = ("none", "1", "2-3", "4-7", "8 or more")
+EXPOSED = ("before any edited token", "after one")
 DISTANCES = ("none before", "1", "2-4", "5-16", "17 or more")
 
 
@@ -70,6 +71,22 @@ def by_distance(changes: pd.DataFrame) -> pd.DataFrame:
     """``share_table`` by the distance to the last marked token (``DISTANCES``)."""
     classes = np.where(changes.since.isna(), 0, np.digitize(changes.since, [1, 2, 5, 17]))
     return share_table(changes.assign(group=np.array(DISTANCES)[classes]), DISTANCES)
+
+
+def by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
+    """``share_table`` of every arm (concept, method, ember), its seeds together: before any marked token, and after.
+
+    ``tokens`` are ``token_changes`` with columns concept, method, ember and seed.
+    """
+    tables = []
+    for arm, part in tokens.groupby(["concept", "method", "ember"], sort=False):
+        text = part.seed.astype(str) + " " + part.text.astype(str)
+        groups = np.where(part.before > 0, EXPOSED[1], EXPOSED[0])
+        table = share_table(part.assign(text=text, group=groups), EXPOSED)
+        tables.append(table.assign(**dict(zip(("concept", "method", "ember"), arm, strict=True))))
+    found = pd.concat(tables, ignore_index=True)
+    front = ["concept", "method", "ember"]
+    return found[front + [column for column in found if column not in front]]
 
 
 def share_table(

@@ -1,9 +1,12 @@
 """Records of relearning → its tables."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 
 from ember.attacks import PRECISIONS
+from ember.metrics import pooled
 from ember.regained import net_of_reference, regained_table
 from ember.report import ALL, arm_name, ember_first
 
@@ -98,6 +101,37 @@ def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
     counts["rounded"] = counts.precision != "fp32"
     best = counts.sort_values([most, "rounded", "lr", "budget"], ascending=[False, True, True, True]).iloc[0]
     return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
+
+
+def control_table(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFrame:
+    """By how much less is known after an attack on each control edit of EMBER's rows than after one on EMBER.
+
+    Paired question by question, at the last point, in probability and log-likelihood (nats per character) of the right
+    answer; negative: the control leaves less. Columns: concept, method, attack, ``RECIPE``, metric, runs, value,
+    ci_low, ci_high (95 % interval over questions, seeds and concepts).
+    """
+    last = items[items.point == items.groupby("run").point.transform("max")]
+    keys = ["concept", "seed", "attack", *RECIPE, "metric"]
+    columns = ["concept", "method", "attack", *RECIPE, "metric", "runs", "value", "ci_low", "ci_high"]
+    own = last[(last.method == "ember") & ~last.ember][[*keys, "item", "after"]]
+    others = last[last.method.isin(controls)]
+    both = others.merge(own, on=[*keys, "item"], suffixes=("", "_ember"))
+    both = both.assign(gap=both.after - both.after_ember)
+    parts = [(str(concept), part) for concept, part in both.groupby("concept", sort=False)]
+    rows = []
+    for concept, part in [*parts, (ALL, both)] if len(parts) > 1 else parts:
+        for key, group in part.groupby(["method", "attack", *RECIPE, "metric"], sort=False):
+            runs = [(run.gap.mean(), _draws(run.gap)) for _, run in group.groupby(["concept", "seed"], sort=False)]
+            groups = [name for (name, _), _ in group.groupby(["concept", "seed"], sort=False)]
+            rows.append((concept, *key, len(runs), *pooled(runs, groups=groups)))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _draws(values: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Bootstrap means [n_resamples]; equally many values are drawn alike."""
+    chosen = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
+    means: np.ndarray = values.to_numpy()[chosen].mean(1)
+    return means
 
 
 def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:

@@ -80,9 +80,8 @@ def relearn(
     texts: Sequence[str],
     attack: Attack,
     config: RelearnConfig,
-    measure: Callable[[], pd.DataFrame],
+    measure: Callable[[int], pd.DataFrame],
     *,
-    first: Callable[[Callable[[], pd.DataFrame]], pd.DataFrame] = lambda measured: measured(),
     seed: int = 42,
     store: Path | None = None,
     progress: bool = False,
@@ -92,11 +91,8 @@ def relearn(
     Parameters
     ----------
     measure
-        Item scores (set, item, metric, value) of the model as it is when called; it is in float32 then, whatever the
-        precision of the training.
-    first
-        Takes the scores before training, by calling what it is given or from where it has kept them: they do not
-        depend on the attack.
+        Item scores (set, item, metric, value) of the model as it is when called, with how many tokens it has been
+        trained on; it is in float32 then, whatever the precision of the training.
     seed
         Orders the texts, each of which is seen once before any is seen again, and starts a LoRA.
     store
@@ -124,7 +120,7 @@ def relearn(
             [t.leaf for t in trained.values()], lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         if found is None:
-            found = Relearning(items=first(lambda: _measured(loaded, measure, 0)))
+            found = Relearning(items=_measured(loaded, measure, 0))
         else:
             _restore(store, trained, optimizer)
         shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
@@ -222,12 +218,12 @@ def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torc
     return (losses * weights.to(losses)[owner[1:]])[inside].sum()
 
 
-def _measured(loaded: LoadedModel, measure: Callable[[], pd.DataFrame], tokens: int) -> pd.DataFrame:
+def _measured(loaded: LoadedModel, measure: Callable[[int], pd.DataFrame], tokens: int) -> pd.DataFrame:
     """The scores at one point, taken in float32 so that only the training differs between precisions."""
     if loaded.embedding.dtype == torch.float32:
-        return measure().assign(tokens=tokens)
+        return measure(tokens).assign(tokens=tokens)
     with working_copy(loaded.model, torch.float32):
-        return measure().assign(tokens=tokens)
+        return measure(tokens).assign(tokens=tokens)
 
 
 @torch.no_grad()

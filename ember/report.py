@@ -1,5 +1,7 @@
 """Records → the tables of the report."""
 
+from collections.abc import Collection, Mapping
+
 import pandas as pd
 
 from ember.metrics import Comparison, compare, pooled
@@ -76,16 +78,36 @@ def effect_table(found: dict[tuple[str, str, bool, int], Comparison]) -> pd.Data
 
     Where there are several concepts, further rows pool all of them.
     """
-    rows = []
     arms = _arms(found)
-    for (concept, method, ember), alone in arms.items():
-        after = arms.get((concept, method, True), {})
-        common = [run for run in alone if run in after]
-        if ember or not common:
+    pairs = {
+        (concept, method): (arms.get((concept, method, True), {}), alone)
+        for (concept, method, ember), alone in arms.items()
+        if not ember
+    }
+    return _differences(pairs)
+
+
+def control_table(found: dict[tuple[str, str, bool, int], Comparison], controls: Collection[str]) -> pd.DataFrame:
+    """By how much each control edit of EMBER's rows scores above EMBER: paired differences as in ``effect_table``."""
+    arms = _arms(found)
+    pairs = {
+        (concept, method): (runs, arms.get((concept, "ember", False), {}))
+        for (concept, method, _), runs in arms.items()
+        if method in controls
+    }
+    return _differences(pairs)
+
+
+def _differences(pairs: Mapping[tuple[str, str], tuple[dict[Run, Comparison], dict[Run, Comparison]]]) -> pd.DataFrame:
+    """Of each (concept, method): every score of the first arm less that of the second, over their common runs."""
+    rows = []
+    for (concept, method), (first, second) in pairs.items():
+        common = [run for run in second if run in first]
+        if not common:
             continue
         for metric in SCORES:
-            pairs = [(after[run], alone[run]) for run in common]
-            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in pairs]
+            both = [(first[run], second[run]) for run in common]
+            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in both]
             interval = pooled(parts, groups=[name for name, _ in common])
             rows.append((concept, method, len(common), metric, *interval))
     return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])

@@ -13,10 +13,11 @@ from ember.evaluation import PROMPT, Suite, question_scores, text_scores
 from ember.metrics import pooled
 from ember.models import LoadedModel
 
+RARE = "EMBER, rare tokens"
 # Name → method and settings beside its strength.
 EDITS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "EMBER": ("ember", {}),
-    "EMBER, rare tokens": ("ember", {"max_zipf": 4.0}),  # from zipf 4 on, words are ordinary (ember.tokens)
+    RARE: ("ember", {"max_zipf": 4.0}),  # from zipf 4 on, words are ordinary (ember.tokens)
     "EMBER, output side": ("ember", {"side": "output"}),
     "EMBER, both sides": ("ember", {"side": "both"}),
     "random direction": ("random_direction", {}),

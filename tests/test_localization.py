@@ -13,7 +13,9 @@ from test_editing import EMBED
 from ember import control_plots
 from ember.localization import (
     DISTANCES,
+    EXPOSED,
     EXPOSURES,
+    by_arm,
     by_distance,
     by_exposure,
     concentration,
@@ -174,3 +176,19 @@ def test_the_figures_show_every_set_and_group(changes, closed):
     assert [t.get_text() for t in bars.texts] == ["no change"]
     strip = control_plots.token_strip(changes[(changes.set == "paragraph") & (changes.text == 0)])
     assert len(strip.patches) == len(changes[(changes.set == "paragraph") & (changes.text == 0)])
+
+
+def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled(closed):
+    seeds = [made([0, 1, 3, 4], [0, 1, 0, 9], [math.nan] * 4, [0, 0, 1, 1]).assign(seed=seed) for seed in (1, 2)]
+    ember = pd.concat(seeds).assign(concept="Rome", method="ember", ember=False)
+    rmu = ember.assign(method="rmu", kl=ember.kl + 1)
+    table = by_arm(pd.concat([ember, rmu])).set_index(["method", "group"])
+    assert table.tokens.tolist() == [4] * 4
+    assert table.kl["ember", EXPOSED[0]] == pytest.approx(1.5)
+    assert table.kl["ember", EXPOSED[1]] == pytest.approx(2.5)
+    assert table.share_of_kl["ember", EXPOSED[1]] == pytest.approx(5 / 8)
+    assert table.kl["rmu", EXPOSED[0]] == pytest.approx(2.5)
+    figure = control_plots.arm_exposure(table.reset_index(), ["EMBER", "EMBER", "RMU", "RMU"])
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)

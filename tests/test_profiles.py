@@ -30,6 +30,8 @@ GOOD = {
         "settings": {"points": [10, 20]},
         "sweeps": [{"arms": ["none", "ember+other"], "attacks": ["all", "lora"], "precisions": ["fp32"], "lrs": [0.1]}],
     },
+    "localize": {"arms": ["ember", "ember+other"], "texts": 3},
+    "trade": {"edits": ["EMBER"], "strengths": [1.0], "questions": 3, "texts": 3, "seeds": 1},
 }
 
 
@@ -62,8 +64,8 @@ def with_grid(**grid) -> Profile:
     """A profile with this grid for the methods ``ember`` and ``other``, as read from a file."""
     fit = {"rank": 8, "sparsity": 0.1}
     grids = dict.fromkeys(("ember", "other", "aside"), grid)
-    relearn = {"settings": {}, "sweeps": []}
-    return Profile("mine", "tiny", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, relearn)
+    rest = ({"settings": {}, "sweeps": []}, {"arms": []}, {"edits": []})
+    return Profile("mine", "tiny", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, *rest)
 
 
 # Our profiles
@@ -265,6 +267,11 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lrs": ["1e-5"]}]}},
         {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"lr": [1.0]}]}},
         {"relearn": {"settings": {}, "sweeps": [GOOD["relearn"]["sweeps"][0] | {"budgets": ["4"]}]}},
+        {"localize": {"arms": ["ember"]}},
+        {"localize": {"arms": "ember", "texts": 3}},
+        {"localize": GOOD["localize"] | {"more": 1}},
+        {"trade": GOOD["trade"] | {"strengths": ["1e-1"]}},
+        {"trade": GOOD["trade"] | {"seeds": "all"}},
     ],
     ids=repr,
 )
@@ -307,13 +314,16 @@ def test_sizes_come_from_the_other_profile_and_nothing_else(params, monkeypatch)
     grids, sizes = {"x": {"lr": 1}, "ember": {"delta": [7]}}, {"train": {"questions": 1}}
     other = GOOD | {"model": "big", "seeds": [9], "grids": grids, "sizes": sizes, "methods": ["x"], "controls": []}
     write(params, GOOD)
-    relearn = {"settings": {"points": [3]}, "sweeps": []}
-    write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}, "relearn": relearn}, "other")
+    short_parts = {
+        "grids": grids, "sizes": sizes, "relearn": {"settings": {"points": [3]}, "sweeps": []},
+        "localize": {"arms": [], "texts": 1}, "trade": GOOD["trade"] | {"texts": 1},
+    }  # fmt: skip
+    write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}} | short_parts, "other")
     plain = load_profile("mine")
     monkeypatch.setenv("EMBER_SIZES", "other")
     short = load_profile("mine")
-    assert (short.grids, short.sizes, short.relearn) == (grids, sizes, relearn)
-    assert vars(short) | {"grids": plain.grids, "sizes": plain.sizes, "relearn": plain.relearn} == vars(plain)
+    assert {key: getattr(short, key) for key in short_parts} == short_parts
+    assert vars(short) | {key: getattr(plain, key) for key in short_parts} == vars(plain)
 
 
 def test_unknown_sizes_are_an_error(params, monkeypatch):
@@ -428,6 +438,30 @@ def test_a_sweep_may_train_on_several_budgets(params):
     found = [job for job in plan(load_profile("mine")) if job.notebook == "04_relearn"]
     assert [job.parameters["budget"] for job in found].count(4) == len(found) / 2 == 16
     assert all(f"budget={job.parameters['budget']}" in job.name for job in found)
+
+
+def test_what_is_localized_needs_its_erasure_and_ember_s(profile):
+    found = [job for job in plan(profile) if job.notebook == "05_localize_coherence"]
+    assert len(found) == len(profile.concepts) * len(profile.seeds) * 2
+    for job in found:
+        arm = {key: job.parameters[key] for key in ("model", "concept", "seed")}
+        first, own = (run_name("03_erase_concept", **arm, method=m, ember=m == "other") for m in ("ember", "other"))
+        assert job.needs == ((first,) if job.parameters["method"] == "ember" else (first, own))
+
+
+def test_edits_are_compared_on_the_first_seeds_where_there_are_any(params):
+    write(params, GOOD)
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "06_control_edits"]
+    assert [(job.parameters["concept"], job.parameters["seed"]) for job in found] == [("Rome", 1), ("Greece", 1)]
+    assert all(needed.startswith("02_select_features") for job in found for needed in job.needs)
+    write(params, GOOD | {"trade": GOOD["trade"] | {"edits": []}})
+    assert not [job for job in plan(load_profile("mine")) if job.notebook == "06_control_edits"]
+
+
+def test_an_unknown_arm_to_localize_lists_the_known_ones(params):
+    write(params, GOOD | {"localize": {"arms": ["none"], "texts": 1}})
+    with pytest.raises(UnknownNameError, match=r"arm in localize of profile mine 'none'; known: aside, ember, "):
+        plan(load_profile("mine"))
 
 
 def test_an_unknown_arm_of_a_sweep_lists_the_known_ones(params):

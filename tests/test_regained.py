@@ -260,6 +260,21 @@ def test_movement_is_the_mean_over_seeds():
     assert everywhere.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.4 / 3)
 
 
+def test_a_control_is_set_against_ember_after_the_same_attack():
+    ember = [attacked(seed=seed, after=BASE, concept=c) for seed in (1, 2) for c in ("Rome", "Greece")]
+    control = [attacked("zero_rows", seed=seed, after=ERASED, concept="Rome") for seed in (1, 2)]
+    alone = attacked("zero_rows", seed=3, concept="Rome")  # EMBER has no run with this seed
+    items = pd.concat([*ember, *control, alone], ignore_index=True)
+    (row,) = relearn_tables.control_table(items, ["zero_rows"]).query("metric == 'gold_prob'").itertuples()
+    assert (row.concept, row.method, row.attack, row.runs) == ("Rome", "zero_rows", "all", 2)
+    assert row.value == pytest.approx((ERASED - BASE).mean())
+    assert row.ci_low < row.value < row.ci_high < 0
+    both = pd.concat([items, attacked("zero_rows", seed=1, concept="Greece")], ignore_index=True)
+    table = relearn_tables.control_table(both, ["zero_rows"]).query("metric == 'gold_prob'").set_index("concept")
+    assert table.runs.to_dict() == {"Rome": 2, "Greece": 1, "all concepts": 3}
+    assert table.value["Greece"] == pytest.approx(0)
+
+
 # Figures
 
 

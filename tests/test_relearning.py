@@ -32,7 +32,7 @@ def measure(loaded: LoadedModel):
     """Scores of two questions; also checks in which precision they are taken."""
     questions = [q for q in make_concept().questions if q.set == "concept"][:2]
 
-    def scored() -> pd.DataFrame:
+    def scored(tokens: int = 0) -> pd.DataFrame:
         assert loaded.embedding.dtype == torch.float32
         return question_scores(loaded, questions).assign(set="concept")
 
@@ -100,7 +100,7 @@ def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit
     before, flags = snapshot(tiny), {n: p.requires_grad for n, p in tiny.model.named_parameters()}
     seen = {}
 
-    def look() -> pd.DataFrame:
+    def look(tokens: int) -> pd.DataFrame:
         seen.update({n: p.detach().float().clone() for n, p in tiny.model.named_parameters()})
         return measure(tiny)()
 
@@ -132,7 +132,7 @@ def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit
 def test_the_model_is_left_as_it_was_after_an_error(tiny, edit):
     before, hashes = snapshot(tiny), dict(tiny.parameter_hashes)
 
-    def broken() -> pd.DataFrame:
+    def broken(tokens: int) -> pd.DataFrame:
         raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -207,8 +207,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
     whole = run(tiny, edit, ATTACKS[name], config)
     calls = []
 
-    def dies_at_the_third() -> pd.DataFrame:
-        calls.append(0)
+    def dies_at_the_third(tokens: int) -> pd.DataFrame:
+        calls.append(tokens)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return measure(tiny)()
@@ -230,20 +230,6 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
     assert resumed.steps == whole.steps
     pd.testing.assert_frame_equal(resumed.items, whole.items)
     assert str(resumed.moved) == str(whole.moved)
-
-
-def test_scores_before_training_may_come_from_elsewhere(tiny, edit):
-    """They are taken with the edit applied if they are, and not at all if they are known."""
-    asked = []
-
-    def kept(measured):
-        asked.append(measured())
-        return asked[0].assign(value=7.0)
-
-    found = run(tiny, edit, first=kept).items
-    assert (found[found.tokens == 0].value == 7.0).all()
-    assert (found[found.tokens > 0].value != 7.0).all()
-    pd.testing.assert_frame_equal(asked[0], run(tiny, edit).items.query("tokens == 0"))
 
 
 def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, tmp_path, monkeypatch):

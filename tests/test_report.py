@@ -16,6 +16,7 @@ from ember.report import (
     arm_overview,
     change_table,
     comparisons,
+    control_table,
     effect_table,
     figure_name,
     grid_table,
@@ -403,3 +404,20 @@ def test_figures_are_named_by_their_run():
     assert figure_name("loss", frame) == "loss__ancient-rome__rmu-with-ember__seed42"
     assert figure_name("loss", frame.assign(ember=False)) == "loss__ancient-rome__rmu__seed42"
     assert figure_name("loss", frame[["concept", "seed"]]) == "loss__ancient-rome__seed42"
+
+
+def test_controls_are_set_against_ember_run_by_run():
+    draws = noise(1)
+    found = {
+        ("Rome", "ember", False, 1): made(0.4, draws), ("Rome", "zero_rows", False, 1): made(0.5, draws),
+        ("Rome", "zero_rows", False, 2): made(0.9), ("Rome", "rmu", False, 1): made(0.1),
+        ("Greece", "ember", False, 1): made(0.4, draws), ("Greece", "zero_rows", False, 1): made(0.3, draws),
+    }  # fmt: skip
+    table = control_table(found, ("zero_rows", "leace"))
+    assert set(table.method) == {"zero_rows"}
+    rome = row(table, concept="Rome", metric="final_cont")
+    assert (rome.runs, rome.value) == (1, pytest.approx(0.1))
+    assert (rome.ci_low, rome.ci_high) == pytest.approx((0.1, 0.1))  # the same items in every draw
+    everywhere = row(table, concept=ALL, metric="final_cont")
+    assert (everywhere.runs, everywhere.value) == (2, pytest.approx(0.0))
+    assert (everywhere.ci_low, everywhere.ci_high) == pytest.approx((-0.1, 0.1))

@@ -36,7 +36,7 @@ def results(embedded):
 def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
     manifests = sorted((results / "notebooks").glob("*.json"))
     ran = [json.loads(manifest.read_text())["notebook"][:2] for manifest in manifests]
-    assert ran == ["00", "01", "02", *["03"] * 4, *["04"] * 4, "08"]
+    assert ran == ["00", "01", "02", *["03"] * 4, *["04"] * 4, "05", "05", "06", "08"]
     for manifest in manifests:
         about = json.loads(manifest.read_text())
         assert about["wall_seconds"] > 0
@@ -65,9 +65,11 @@ def test_tables_and_figures_are_there(results):
     assert {"base_model", "main", "changes", "headline", "grid", "features", "edited_rows", "run_times"} <= tables
     assert {"overview", "ember_effect", "generations", "lexical_damage", "nothing_found"} <= tables
     assert {"relearning", "relearning_overview", "relearning_speed", "weights_moved", "beside_the_paper"} <= tables
+    assert {"localization", "everyday", "most_damaged", "trade", "spared_tokens", "controls"} <= tables
     for kind in (
         "factorization_loss", "selected_features", "grids", "item_changes", "generations", "text_damage", "methods",
         "trade_off", "ember_effect", "keyness_and_ratio", "token_preview", "relearning", "attacks", "precision",
+        "localization", "exposure", "trade", "trade_areas",
     ):  # fmt: skip
         for suffix in ("png", "svg"):
             assert any((results / "figures").glob(f"{kind}__*.{suffix}")), (kind, suffix)
@@ -114,6 +116,21 @@ def test_a_control_of_the_same_rows_is_measured_on_its_own(results):
     ours, theirs = (frame[frame.metric == "gold_logprob"].set_index(["set", "item"]) for frame in items.values())
     assert ours.base.equals(theirs.base)
     assert not ours.edited.equals(theirs.edited)
+
+
+def test_damage_is_traced_and_sits_behind_edited_tokens_for_ember_alone(results):
+    table = pd.read_csv(results / "tables" / "localization.csv").set_index(["method", "ember", "set", "group"])
+    assert set(table.index.get_level_values("method")) == {"ember", "rmu"}
+    unexposed = table.xs("before any edited token", level="group")
+    assert (unexposed.kl["ember", False] == 0).all()
+    assert (unexposed.kl["rmu", False] > 0).all()
+
+
+def test_control_edits_are_compared_at_every_strength(results):
+    table = pd.read_csv(results / "tables" / "trade.csv")
+    assert set(table.edit) == {"EMBER", "EMBER, rare tokens", "zero rows"}
+    assert set(table.cost) == {"other sense", "neighbour", "everyday"}
+    assert (table[table.edit == "EMBER"].difference.dropna() == 0).all()
 
 
 def edit_of(results, method: str, ember: bool) -> Edit:
