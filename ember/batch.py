@@ -131,7 +131,7 @@ def readme_tables() -> dict[str, str]:
     from ember.report import ALL
 
     profile = load_profile("laptop")
-    tables, full = (REPOSITORY / "results" / name / "tables" for name in (profile.name, "full"))
+    tables, full, attacks = (REPOSITORY / "results" / name / "tables" for name in (profile.name, "full", "attacks"))
     runs = pd.read_csv(tables / "run_times.csv")
     times = runs.groupby("notebook").agg(
         runs=("run", "size"), wall_seconds=("wall_seconds", "max"), peak_memory_mb=("peak_memory_mb", "max")
@@ -156,27 +156,33 @@ def readme_tables() -> dict[str, str]:
         "notebooks": "\n".join(notebooks),
         "overview": _markdown(tables / "overview.csv"),
         "headline": _markdown(tables / "headline.csv"),
-        "full": _markdown(full / "overview.csv", only=ALL, without=("chosen on train",)),
+        "full": _markdown(full / "overview.csv", only={"concept": ALL}, without=("chosen on train",)),
         "effect": _effects(full / "ember_effect.csv", only=ALL),
         "full_hours": f"{busy_seconds(pd.read_csv(full / 'run_times.csv')) / 3600:.1f} hours",
         "relearning": _markdown(tables / "relearning_overview.csv", without=("concept", "attack", "precision", "lr")),
+        "attacks": _markdown(
+            attacks / "relearning_overview.csv",
+            only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
+        ),
+        "precision": _precisions(attacks / "precision.csv", only=ALL),
+        "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
     }
 
 
-def _markdown(path: Path, *, only: str = "", without: Sequence[str] = ()) -> str:
-    """A CSV table as Markdown, its numbers as they stand: the rows of one concept, or all.
+def _markdown(path: Path, *, only: Mapping[str, str] | None = None, without: Sequence[str] = ()) -> str:
+    """A CSV table as Markdown, its numbers as they stand: the rows with the values of ``only``, or all.
 
     Columns that are the same in every row may be left out.
     """
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if only:
-        table, without = table[table.concept == only], [*without, "concept"]
+    for column, value in (only or {}).items():
+        table = table[table[column] == value]
     for column in without:
         if len(set(table[column])) > 1:
             raise EmberError(f"{path}: column {column!r} is not the same in every row")
-    return _lines(table.drop(columns=list(without)))
+    return _lines(table.drop(columns=[*(only or {}), *without]))
 
 
 def _effects(path: Path, *, only: str) -> str:
@@ -189,6 +195,24 @@ def _effects(path: Path, *, only: str) -> str:
     wide = table.assign(text=text).pivot(index="method", columns="metric", values="text")[list(SHOWN)]
     wide.index = pd.Index([arm_name(method, False) for method in wide.index], name="method")
     return _lines(wide.rename(columns=SHOWN).reset_index())
+
+
+def _precisions(path: Path, *, only: str) -> str:
+    """What training precision does, as Markdown."""
+    table = pd.read_csv(path)
+    table = table[table.concept == only]
+
+    def span(name: str) -> list[str]:
+        parts = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+        return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
+
+    shown = {
+        "arm": table.arm, "lr": table.lr.map("{:g}".format), "tokens": table.tokens.map("{:.0f}".format),
+        "precision": table.precision, "weights that changed": table.changed.map("{:.1%}".format),
+        "edit undone": table.travelled.map(lambda v: "–" if pd.isna(v) else f"{v:.3%}"),
+        "came back (probability)": span("back"), "came back (nats/char)": span("back_logprob"),
+    }  # fmt: skip
+    return _lines(pd.DataFrame(shown))
 
 
 def _lines(table: pd.DataFrame) -> str:
