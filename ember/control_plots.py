@@ -21,7 +21,7 @@ _EDIT_STYLES = {
 _COST_NAMES = {
     "other sense": "KL on other-sense text\n(nats per token)",
     "neighbour": "neighbour questions: fall in log-likelihood\nof the right answer (nats per character)",
-    "everyday": "KL on neutral text\n(nats per token)",
+    "everyday": "KL expected in general English\n(nats per thousand words)",
 }
 
 

@@ -168,8 +168,7 @@ def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mappi
     """How much everyday text an edit of the rows ``marked`` touches.
 
     One row for each set of ``texts``: how many, the ``share`` with a marked token with Wilson's interval, and marked
-    tokens ``per_thousand`` tokens. One row, ``general English``, expects from word frequencies how many of a thousand
-    words bring a marked token, each form of a word counted with all of its frequency: an upper bound.
+    tokens ``per_thousand`` tokens. One row, ``general English``, holds ``expected_per_thousand``.
     """
     rows = []
     for name, chosen in texts.items():
@@ -178,7 +177,15 @@ def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mappi
         touched = sum(hit > 0 for hit in hits)
         per_thousand = 1000 * sum(hits) / max(1, sum(map(len, encoded)))
         rows.append((name, len(chosen), touched / len(chosen), *wilson(touched, len(chosen)), per_thousand))
-    frequency = background_frequency(loaded)
-    expected = 1000 * sum(frequency.get(i, 0.0) for i in marked)
+    expected = expected_per_thousand(loaded, marked)
     rows.append(("general English", 0, float("nan"), float("nan"), float("nan"), expected))
     return pd.DataFrame(rows, columns=["set", "n", "share", "ci_low", "ci_high", "per_thousand"])
+
+
+def expected_per_thousand(loaded: LoadedModel, marked: Collection[int]) -> float:
+    """How many of a thousand words of general English bring a marked token, by word frequencies.
+
+    Each form of a word counts with all of the word's frequency (``background_frequency``): an upper bound.
+    """
+    frequency = background_frequency(loaded)
+    return 1000 * sum(frequency.get(i, 0.0) for i in marked)

@@ -1,7 +1,8 @@
 """What an edit of embedding rows takes from the concept, against what it costs other text, over its strength."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from ember.data import Question
 from ember.editing import Edit
 from ember.errors import UnknownNameError
 from ember.evaluation import PROMPT, Suite, question_scores, text_scores
+from ember.localization import expected_per_thousand
 from ember.metrics import pooled
 from ember.models import LoadedModel
 
@@ -28,10 +30,9 @@ EDITS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "random rows": ("random_rows", {}),
 }
 GAIN = ("concept", "gold_prob")
-# What the edit should leave alone: set and measure; a rise of KL or a fall of the right answer's log-likelihood.
-COSTS: Mapping[str, tuple[str, str]] = {
-    "other sense": ("other_sense", "kl"), "neighbour": ("simdom", "gold_logprob"), "everyday": ("neutral", "kl"),
-}  # fmt: skip
+# What the edit should leave alone: the concept's words in another sense (KL, nats per token), questions on the
+# neighbour (fall of the right answer's log-likelihood, nats per character), and everyday text (``_everyday``).
+COSTS = ("other sense", "neighbour", "everyday")
 
 
 def known_edits(names: Iterable[str]) -> dict[str, tuple[str, Mapping[str, object]]]:
@@ -72,7 +73,9 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool 
     """Scores with the edit applied: set, item, metric, base, edited.
 
     An edit of input embeddings alone changes nothing, to the bit, where none of its tokens occurs: such items are
-    not scored again.
+    not scored again. Of such an edit other-sense texts also have ``kl_sum`` (nats over the whole text) and
+    ``occurrences`` (its tokens in the text), and ``general English`` how many of its tokens a thousand words bring
+    (``per_thousand``, an upper bound: ember.localization.expected_per_thousand).
     """
     inputs = set(edit.tensors) == {loaded.embedding_name}
     marked = edit.rows_of(loaded.embedding_name) if inputs else None
@@ -92,7 +95,21 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool 
     items = probe.base.rename(columns={"value": "base"}).merge(
         again.rename(columns={"value": "edited"}), on=keys, how="left"
     )
-    return items.assign(edited=items.edited.fillna(items.base))[[*keys, "base", "edited"]]
+    items = items.assign(edited=items.edited.fillna(items.base))[[*keys, "base", "edited"]]
+    return (
+        items if marked is None else pd.concat([items, _occurrences(loaded, probe, items, marked)], ignore_index=True)
+    )
+
+
+def _occurrences(loaded: LoadedModel, probe: Probe, items: pd.DataFrame, marked: Collection[int]) -> pd.DataFrame:
+    kl = items[(items.set == "other_sense") & (items.metric == "kl")].set_index("item").edited
+    rows = []
+    for i, text in enumerate(probe.texts["other_sense"]):
+        ids = loaded.encode(text)[:-1]  # nothing is predicted after the last token
+        rows.append(("other_sense", str(i), "kl_sum", 0.0, kl[str(i)] * len(ids)))
+        rows.append(("other_sense", str(i), "occurrences", 0.0, float(sum(token in marked for token in ids))))
+    rows.append(("general English", "", "per_thousand", 0.0, expected_per_thousand(loaded, marked)))
+    return pd.DataFrame(rows, columns=["set", "item", "metric", "base", "edited"])
 
 
 def _asked(question: Question) -> list[str]:
@@ -156,8 +173,8 @@ def cost_at(x: np.ndarray, y: np.ndarray, gain: float) -> np.ndarray:
 class Curves:
     """One run's curves: edit → (x or y) [strengths, 1 + draws], the first of which is the point estimate.
 
-    ``gain[edit]`` is the fall in the right answer's probability, ``cost[name][edit]`` what ``COSTS`` says. All edits
-    draw the same items.
+    ``gain[edit]`` is the fall in the right answer's probability, ``cost[name][edit]`` what is said of ``COSTS``. All
+    edits draw the same items.
     """
 
     strengths: tuple[float, ...]
@@ -168,29 +185,44 @@ class Curves:
 def curves(items: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> Curves:
     """The curves of one run from its item scores (edit, delta, set, item, metric, base, edited)."""
     strengths = tuple(sorted(items.delta.unique()))
-    gain = _mean_changes(items, *GAIN, strengths, n_resamples, seed, sign=-1)
-    cost = {
-        name: _mean_changes(items, set_, metric, strengths, n_resamples, seed, sign=1 if metric == "kl" else -1)
-        for name, (set_, metric) in COSTS.items()
-    }
-    return Curves(strengths, gain, cost)
+    mean = partial(_mean_changes, items, strengths, n_resamples, seed)
+    gain = {edit: -change for edit, change in mean(*GAIN).items()}
+    neighbour = {edit: -change for edit, change in mean("simdom", "gold_logprob").items()}
+    costs = {"other sense": mean("other_sense", "kl"), "neighbour": neighbour, "everyday": _everyday(items, mean)}
+    return Curves(strengths, gain, costs)
+
+
+def _everyday(items: pd.DataFrame, mean: Callable[[str, str], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Expected KL in a thousand words of general English (nats).
+
+    Edited input embeddings are so rare there that a few hundred texts hold none. So: how many a thousand words bring,
+    by word frequencies, times the KL that follows one of them where it does occur, in other-sense texts. Edits of
+    output embeddings act everywhere: for them, KL on neutral text per thousand tokens.
+    """
+    everyday = {edit: 1000 * kl for edit, kl in mean("neutral", "kl").items()}
+    totals, occurrences = mean("other_sense", "kl_sum"), mean("other_sense", "occurrences")
+    english = items[items.set == "general English"].groupby("edit").edited.first()
+    for edit, per_thousand in english.items():
+        count = occurrences[str(edit)]
+        everyday[str(edit)] = per_thousand * np.divide(
+            totals[str(edit)], count, out=np.zeros_like(count), where=count > 0
+        )
+    return everyday
 
 
 def _mean_changes(
-    items: pd.DataFrame, set_: str, metric: str, strengths: Sequence[float], n_resamples: int, seed: int, *, sign: int
+    items: pd.DataFrame, strengths: Sequence[float], n_resamples: int, seed: int, set_: str, metric: str
 ) -> dict[str, np.ndarray]:
+    """Mean change of one measure: edit → [strengths, 1 + draws]. All edits draw the same items."""
     mine = items[(items.set == set_) & (items.metric == metric)]
-    wide = mine.assign(change=sign * (mine.edited - mine.base)).pivot(
-        index="item", columns=["edit", "delta"], values="change"
-    )
+    wide = mine.assign(change=mine.edited - mine.base).pivot(index="item", columns=["edit", "delta"], values="change")
     n = len(wide)
-    # Everything at once, for each draw how often each item is drawn: the same for all edits.
+    if not n:
+        return {}
+    # Everything at once: for each draw, how often each item is drawn.
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_resamples)
     weights = np.concatenate([np.ones((1, n)), drawn]) / n
-    found = {}
-    for edit in dict.fromkeys(mine.edit):
-        found[edit] = (weights @ wide[edit][list(strengths)].to_numpy()).T
-    return found
+    return {edit: (weights @ wide[edit][list(strengths)].to_numpy()).T for edit in dict.fromkeys(mine.edit)}
 
 
 def compare_areas(found: Curves, *, reference: str = "EMBER") -> dict[tuple[str, str], tuple[float, np.ndarray]]:

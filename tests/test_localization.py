@@ -85,7 +85,7 @@ def test_losses_and_counts_are_those_of_the_model_itself(loaded, edit, changes):
 
 def made(kl: list[float], before: list[int], since: list[float], text: list[int]) -> pd.DataFrame:
     values = {"kl": np.array(kl, dtype=float), "before": before, "since": since, "text": text}
-    return pd.DataFrame(values).assign(set="neutral", change=[2 * v for v in kl])
+    return pd.DataFrame(values).assign(set="neutral", change=[2.0 * v for v in kl])
 
 
 def test_shares_are_sums_over_sums():

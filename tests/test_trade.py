@@ -10,8 +10,10 @@ from test_editing import EMBED
 from ember import control_plots, trade
 from ember.errors import UnknownNameError
 from ember.evaluation import load_suite, question_scores, text_scores
+from ember.localization import expected_per_thousand
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
+from ember.scoring import sequence_scores
 from ember.trade import Probe, area, area_table, compare_areas, cost_at, curves, equal_gain_table
 
 CONFIG = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
@@ -36,7 +38,9 @@ def probe(loaded):
 def test_scores_are_those_of_the_edited_model(loaded, probe, side):
     edit = METHODS["ember"].run(loaded, make_concept(), EmberConfig(**vars(CONFIG) | {"side": side}))
     found = trade.probe_edit(loaded, probe, edit)
-    assert len(found) == len(probe.base)
+    measured = found[found.metric.isin(probe.base.metric)]
+    assert len(measured) == len(probe.base)
+    assert (len(found) > len(measured)) == (side == "input")  # what is expected of general English
     for name, questions in probe.questions.items():
         expected = question_scores(loaded, questions, edit)
         mine = found[found.set == name].set_index(["item", "metric"]).edited
@@ -47,6 +51,28 @@ def test_scores_are_those_of_the_edited_model(loaded, probe, side):
         mine = found[found.set == name].set_index(["item", "metric"]).edited
         np.testing.assert_allclose(mine.loc[list(zip(expected["item"], expected.metric, strict=True))], expected.value,
                                    atol=1e-4)  # fmt: skip
+
+
+def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(loaded, probe):
+    edit = METHODS["ember"].run(loaded, make_concept(), CONFIG)
+    marked = edit.rows_of(EMBED)
+    texts = probe.texts["other_sense"]
+    sequences = [loaded.encode(text) for text in texts]
+    total = sum(score.kl.sum() for score in sequence_scores(loaded, sequences, [1] * len(texts), edit))
+    count = sum(i in marked for ids in sequences for i in ids[:-1])
+    items = trade.probe_edit(loaded, probe, edit).assign(edit="EMBER", delta=1.0)
+    found = curves(items, n_resamples=20).cost["everyday"]["EMBER"]
+    assert found[0, 0] == pytest.approx(total / count * expected_per_thousand(loaded, marked), rel=1e-4)
+    assert found[0, 0] > 0 and found[0, 1:].std() > 0
+
+
+def test_an_edit_of_output_embeddings_acts_everywhere(loaded, probe):
+    config = EmberConfig(**vars(CONFIG) | {"side": "output"})
+    items = trade.probe_edit(loaded, probe, METHODS["ember"].run(loaded, make_concept(), config))
+    neutral = items[(items.set == "neutral") & (items.metric == "kl")].edited.mean()
+    found = curves(items.assign(edit="EMBER", delta=1.0), n_resamples=20).cost["everyday"]["EMBER"]
+    assert found[0, 0] == pytest.approx(1000 * neutral)
+    assert neutral > 0
 
 
 def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, monkeypatch):
