@@ -128,12 +128,13 @@ def net_of_reference(items: pd.DataFrame, pairing: Sequence[str]) -> pd.DataFram
     """The items with ``after`` lowered by what the same training does to the unedited model, question by question.
 
     Fine-tuning moves the scores of a model that has lost nothing, too. Runs of the unedited model have method
-    ``none``; ``pairing`` names the columns in which an edited run and its reference agree (attack, seed, …). Runs
-    without a reference are left out.
+    ``none``; ``pairing`` names the columns in which an edited run and its reference agree (concept, attack, …); of
+    several references (seeds, which order the texts) the mean is taken. Runs without a reference are left out.
     """
     keys = [*pairing, "point", *KEYS]
     unedited = items[items.method == "none"]
-    reference = unedited[keys].assign(drift=unedited.after - unedited.base)
+    drift = unedited.assign(drift=unedited.after - unedited.base)
+    reference = drift.groupby(keys, as_index=False).drift.mean()
     net = items[items.method != "none"].merge(reference, on=keys)
     return net.assign(after=net.after - net.drift)
 

@@ -37,7 +37,7 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
         seeds = part.groupby(ATTACKED).agg(
             seeds=("seed", "nunique"), runs=("run", "nunique"), diverged=("diverged", "any")
         ).reset_index()  # fmt: skip
-        net = net_of_reference(part, ["concept", "attack", "precision", "lr", "budget", "seed"])
+        net = net_of_reference(part, ["concept", "attack", *RECIPE])
         keys = [*ATTACKED, "point", "questions"]
         for metric in ("gold_prob", "gold_logprob"):
             table = regained_table(part, ATTACKED, metric=metric)

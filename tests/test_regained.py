@@ -212,6 +212,18 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
     assert math.isnan(last.net_share["unedited"])
 
 
+def test_seeds_of_the_unedited_model_are_averaged_before_they_are_taken_off():
+    """Its two seeds lose 0.1 and 0.3: an arm of a third seed that stays where it was is 0.2 nearer to it."""
+    unedited = []
+    for seed, lost in ((1, 0.1), (2, 0.3)):
+        run = attacked("none", scale=0.0, seed=seed)
+        run[["base", "erased"]] = 0.0
+        unedited.append(run.assign(after=np.where(run.point == 0, 0.0, -lost)))
+    table = relearn_tables.relearning_table(pd.concat([*unedited, attacked(after=ERASED, seed=3)], ignore_index=True))
+    last = relearn_tables.final_points(table).set_index("arm")
+    assert last.net_back["EMBER"] == pytest.approx(0.2)
+
+
 def test_an_attack_without_a_reference_has_no_net_share():
     last = relearn_tables.final_points(relearn_tables.relearning_table(all_attacks()))
     mlps = last[last.attack == "mlps"]
