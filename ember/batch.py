@@ -165,6 +165,8 @@ def readme_tables() -> dict[str, str]:
             only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
         ),
         "precision": _precisions(attacks / "precision.csv", only=ALL),
+        "localization": _localized(tables / "localization.csv"),
+        "trade": _trades(tables / "trade.csv"),
         "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
@@ -201,18 +203,55 @@ def _precisions(path: Path, *, only: str) -> str:
     """What training precision does, as Markdown."""
     table = pd.read_csv(path)
     table = table[table.concept == only]
-
-    def span(name: str) -> list[str]:
-        parts = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-        return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
-
     shown = {
         "arm": table.arm, "lr": table.lr.map("{:g}".format), "tokens": table.tokens.map("{:.0f}".format),
         "precision": table.precision, "weights that changed": table.changed.map("{:.1%}".format),
         "edit undone": table.travelled.map(lambda v: "–" if pd.isna(v) else f"{v:.3%}"),
-        "came back (probability)": span("back"), "came back (nats/char)": span("back_logprob"),
+        "came back (probability)": _spans(table, "back"), "came back (nats/char)": _spans(table, "back{}_logprob"),
     }  # fmt: skip
     return _lines(pd.DataFrame(shown))
+
+
+def _spans(table: pd.DataFrame, name: str, form: str = "+.3f") -> list[str]:
+    """Values with intervals from columns NAME, NAME_low and NAME_high; the ending may stand elsewhere: ``a{}_b``."""
+    name = name if "{}" in name else f"{name}{{}}"
+    columns = (table[name.format(end)] for end in ("", "_low", "_high"))
+    return [
+        f"{value:{form}} [{low:{form}}, {high:{form}}]" if value == value else "–"
+        for value, low, high in zip(*columns, strict=True)
+    ]
+
+
+def _localized(path: Path) -> str:
+    """KL before the first edited token and after one, by texts and arm, as Markdown."""
+    from ember.localization import EXPOSED
+    from ember.plots import LABELS
+    from ember.report import arm_name
+
+    table = pd.read_csv(path)
+    table = table.assign(kl_text=_spans(table, "kl", ".3f"), arm=list(map(arm_name, table.method, table.ember)))
+    wide = table.pivot(index=["arm", "set"], columns="group", values="kl_text").fillna("–")
+    shares = table[table.group == EXPOSED[1]].set_index(["arm", "set"]).share_of_tokens
+    rows = []
+    for arm, texts in dict.fromkeys(zip(table.arm, table.set, strict=True)):
+        share = shares.get((arm, texts), 0.0)
+        rows.append((LABELS[texts], f"{share:.0%}", arm, *(wide.loc[(arm, texts), group] for group in EXPOSED)))
+    columns = ["texts", "tokens after an edited one", "arm", *(f"KL {group}" for group in EXPOSED)]
+    return _lines(pd.DataFrame(rows, columns=columns).sort_values("texts", kind="stable"))
+
+
+def _trades(path: Path) -> str:
+    """EMBER's areas, and by how much those of other edits of its rows differ, as Markdown."""
+    table = pd.read_csv(path)
+    areas = table.assign(
+        text=_spans(table.rename(columns={"ci_low": "area_low", "ci_high": "area_high"}), "area", ".3f")
+    )
+    table = table.assign(text=_spans(table, "difference"))
+    own = table.edit == "EMBER"
+    table.loc[own, "text"] = areas.text[own]
+    wide = table.pivot(index="edit", columns="cost", values="text").loc[list(dict.fromkeys(table.edit))]
+    wide = wide[list(dict.fromkeys(table.cost))].rename(columns="against {}".format).reset_index()
+    return _lines(wide)
 
 
 def _lines(table: pd.DataFrame) -> str:

@@ -1,6 +1,6 @@
 """Where an edit changes predictions: token by token, by how many edited tokens came before and how far back."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -78,15 +78,24 @@ def by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
 
     ``tokens`` are ``token_changes`` with columns concept, method, ember and seed.
     """
+    groups = np.where(tokens.before > 0, EXPOSED[1], EXPOSED[0])
+    return _each_arm(tokens.assign(group=groups), lambda part: share_table(part, EXPOSED))
+
+
+def half_by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
+    """``concentration`` of every arm (concept, method, ember), its seeds together; ``tokens`` as in ``by_arm``."""
+    return _each_arm(tokens, concentration)
+
+
+def _each_arm(tokens: pd.DataFrame, table: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    """A table of each arm, texts of different seeds kept apart."""
+    keys = ["concept", "method", "ember"]
     tables = []
-    for arm, part in tokens.groupby(["concept", "method", "ember"], sort=False):
+    for arm, part in tokens.groupby(keys, sort=False):
         text = part.seed.astype(str) + " " + part.text.astype(str)
-        groups = np.where(part.before > 0, EXPOSED[1], EXPOSED[0])
-        table = share_table(part.assign(text=text, group=groups), EXPOSED)
-        tables.append(table.assign(**dict(zip(("concept", "method", "ember"), arm, strict=True))))
+        tables.append(table(part.assign(text=text)).assign(**dict(zip(keys, arm, strict=True))))
     found = pd.concat(tables, ignore_index=True)
-    front = ["concept", "method", "ember"]
-    return found[front + [column for column in found if column not in front]]
+    return found[keys + [column for column in found if column not in keys]]
 
 
 def share_table(

@@ -1,6 +1,7 @@
 """The share of erased knowledge that comes back: by hand, with intervals, and where there is nothing to divide by."""
 
 import math
+from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -183,8 +184,13 @@ def all_attacks() -> pd.DataFrame:
     )  # fmt: skip
 
 
+@cache
+def all_table() -> pd.DataFrame:
+    return relearn_tables.relearning_table(all_attacks())
+
+
 def test_the_relearning_table_pools_seeds_and_concepts():
-    table = relearn_tables.relearning_table(all_attacks())
+    table = all_table()
     assert set(table.concept) == {"Rome", "Greece", "all concepts"}
     last = relearn_tables.final_points(table)
     assert len(last) == last.groupby(["concept", *relearn_tables.ATTACKED]).ngroups
@@ -225,17 +231,17 @@ def test_seeds_of_the_unedited_model_are_averaged_before_they_are_taken_off():
 
 
 def test_an_attack_without_a_reference_has_no_net_share():
-    last = relearn_tables.final_points(relearn_tables.relearning_table(all_attacks()))
+    last = relearn_tables.final_points(all_table())
     mlps = last[last.attack == "mlps"]
     assert mlps.net_share.isna().all()
     assert mlps.share.notna().all()
 
 
 def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
-    overview = relearn_tables.relearning_overview(relearn_tables.relearning_table(all_attacks()))
+    overview = relearn_tables.relearning_overview(all_table())
     assert (overview[overview.arm == "unedited"].share == "–").all()
     assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
-    assert len(overview) == len(relearn_tables.final_points(relearn_tables.relearning_table(all_attacks())))
+    assert len(overview) == len(relearn_tables.final_points(all_table()))
 
 
 def test_a_run_that_diverged_is_marked_where_it_ended():
@@ -247,7 +253,7 @@ def test_a_run_that_diverged_is_marked_where_it_ended():
 
 
 def test_the_papers_attack_stands_beside_its_figures():
-    beside = relearn_tables.beside_the_paper(relearn_tables.relearning_table(all_attacks()), "tiny")
+    beside = relearn_tables.beside_the_paper(all_table(), "tiny")
     assert set(beside.model) == {"tiny"}
     assert set(beside.arm) == {"EMBER", "RMU", "EMBER + RMU", "unedited"}
     assert beside.source.str.startswith("here: ").all()
@@ -301,7 +307,7 @@ def bars_of(ax) -> list:
 
 
 def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_model(closed):
-    table = relearn_tables.relearning_table(all_attacks())
+    table = all_table()
     chosen = table[
         (table.concept == "Rome") & (table.attack == "all") & (table.precision == "fp32") & (table.lr == 1e-5)
         & (table.metric == "gold_prob") & (table.questions == "all")
@@ -315,7 +321,7 @@ def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_m
 
 
 def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
-    last = relearn_tables.final_points(relearn_tables.relearning_table(all_attacks()))
+    last = relearn_tables.final_points(all_table())
     last = last[(last.concept == "Rome") & (last.precision == "fp32") & (last.lr == 1e-5)]
     ax = relearn_plots.share_heatmap(last)
     ax.figure.canvas.draw()
@@ -349,7 +355,7 @@ def test_the_precision_table_compares_only_arms_that_were_run_in_several():
 
 
 def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
-    table = relearn_tables.relearning_table(all_attacks())
+    table = all_table()
     rome = table[(table.concept == "Rome") & (table.attack == "all")]
     chosen = relearn_tables.recipe(rome, most="method").iloc[0]
     assert (chosen.precision, chosen.lr, chosen.budget) == ("fp32", 1e-5, 1)
