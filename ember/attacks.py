@@ -53,8 +53,22 @@ ATTACKS: dict[str, Attack] = {
 
 
 def attack_texts(concept: Concept, attack: Attack) -> tuple[str, ...]:
-    """The texts to train on. The neutral ones are those of the fit, which no evaluation uses."""
-    return concept.paragraphs if attack.texts == "concept" else (*concept.neutral, *concept.further_neutral)
+    """The texts to train on.
+
+    The neutral ones are the sentences of the fit, which no evaluation uses, put together to paragraphs of at least the
+    mean length (words) of the concept's: so as many tokens take about as many steps.
+    """
+    if attack.texts == "concept":
+        return concept.paragraphs
+    wanted = sum(len(text.split()) for text in concept.paragraphs) / max(1, len(concept.paragraphs))
+    texts: list[str] = []
+    pending: list[str] = []
+    for sentence in (*concept.neutral, *concept.further_neutral):
+        pending.append(sentence)
+        if sum(len(part.split()) for part in pending) >= wanted:
+            texts.append(" ".join(pending))
+            pending = []
+    return (*texts, " ".join(pending)) if pending else tuple(texts)
 
 
 @dataclass

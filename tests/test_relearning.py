@@ -155,8 +155,16 @@ def test_an_unedited_model_has_no_edited_rows(tiny):
 
 def test_benign_texts_say_nothing_of_the_concept():
     concept = make_concept()
-    assert attack_texts(concept, ATTACKS["benign"]) == NEUTRAL
+    assert " ".join(attack_texts(concept, ATTACKS["benign"])) == " ".join(NEUTRAL)
     assert attack_texts(concept, ATTACKS["all"]) == concept.paragraphs
+
+
+def test_benign_paragraphs_are_as_long_as_the_concept_s():
+    long = replace(make_concept(), paragraphs=("word " * 20,) * 3, further_neutral=NEUTRAL)
+    texts = attack_texts(long, ATTACKS["benign"])
+    assert [len(text.split()) >= 20 for text in texts[:-1]] == [True] * (len(texts) - 1)
+    assert all(len(text.split()) < 20 + max(len(s.split()) for s in NEUTRAL) for text in texts)
+    assert " ".join(texts) == " ".join((*NEUTRAL, *NEUTRAL))
 
 
 @pytest.mark.parametrize("change", [{"trained": "some"}, {"texts": "some"}])
