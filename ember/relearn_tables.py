@@ -1,6 +1,6 @@
 """Records of relearning → its tables."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -110,20 +110,33 @@ def control_table(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFram
     answer; negative: the control leaves less. Columns: concept, method, attack, ``RECIPE``, metric, runs, value,
     ci_low, ci_high (95 % interval over questions, seeds and concepts).
     """
-    last = items[items.point == items.groupby("run").point.transform("max")]
-    keys = ["concept", "seed", "attack", *RECIPE, "metric"]
+    own = items[(items.method == "ember") & ~items.ember].drop(columns="method")
+    return _known_beside(items[items.method.isin(controls)], own, [])
+
+
+def ember_table(items: pd.DataFrame) -> pd.DataFrame:
+    """By how much less is known after an attack where EMBER went before a method than where it did not.
+
+    As ``control_table``; negative: with EMBER less is left.
+    """
+    alone = items[~items.ember & ~items.method.isin(["none", "ember"])]
+    return _known_beside(items[items.ember], alone, ["method"])
+
+
+def _known_beside(first: pd.DataFrame, second: pd.DataFrame, also: Sequence[str]) -> pd.DataFrame:
+    """What is known at the last point, first less second; paired by concept, seed, attack, question and ``also``."""
     columns = ["concept", "method", "attack", *RECIPE, "metric", "runs", "value", "ci_low", "ci_high"]
-    own = last[(last.method == "ember") & ~last.ember][[*keys, "item", "after"]]
-    others = last[last.method.isin(controls)]
-    both = others.merge(own, on=[*keys, "item"], suffixes=("", "_ember"))
-    both = both.assign(gap=both.after - both.after_ember)
+    keys = ["concept", "seed", "attack", *RECIPE, "metric", "item", *also]
+    first, second = (part[part.point == part.groupby("run").point.transform("max")] for part in (first, second))
+    both = first.merge(second[[*keys, "after"]], on=keys, suffixes=("", "_beside"))
+    both = both.assign(gap=both.after - both.after_beside)
     parts = [(str(concept), part) for concept, part in both.groupby("concept", sort=False)]
     rows = []
     for concept, part in [*parts, (ALL, both)] if len(parts) > 1 else parts:
         for key, group in part.groupby(["method", "attack", *RECIPE, "metric"], sort=False):
-            runs = [(run.gap.mean(), _draws(run.gap)) for _, run in group.groupby(["concept", "seed"], sort=False)]
-            groups = [name for (name, _), _ in group.groupby(["concept", "seed"], sort=False)]
-            rows.append((concept, *key, len(runs), *pooled(runs, groups=groups)))
+            runs = {name: run.gap for name, run in group.groupby(["concept", "seed"], sort=False)}
+            draws = [(gap.mean(), _draws(gap)) for gap in runs.values()]
+            rows.append((concept, *key, len(runs), *pooled(draws, groups=[name for name, _ in runs])))
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -293,6 +293,20 @@ def test_a_control_is_set_against_ember_after_the_same_attack():
     assert table.value["Greece"] == pytest.approx(0)
 
 
+def test_what_is_left_with_ember_is_set_against_the_method_alone():
+    items = pd.concat(
+        [
+            attacked("rmu", after=BASE), attacked("rmu", ember=True, after=ERASED), attacked(after=ERASED),
+            attacked("crisp", after=BASE), attacked("none", scale=0.0),
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+    (row,) = relearn_tables.ember_table(items).query("metric == 'gold_prob'").itertuples()
+    assert (row.method, row.runs) == ("rmu", 1)
+    assert row.value == pytest.approx((ERASED - BASE).mean())
+    assert row.ci_low < row.value < row.ci_high < 0
+
+
 # Figures
 
 
