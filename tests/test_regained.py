@@ -161,13 +161,12 @@ def attacked(
     attack="all",
     precision="fp32",
     lr=1e-5,
-    budget=1,
     seed=1,
     concept="Rome",
     after=BASE,
     scale=1.0,
 ):
-    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "budget": budget}
+    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "budget": 1}
     labels["seed"] = seed
     run = f"{concept} {labels}"
     return run_items(after, scale=scale).assign(**labels, concept=concept, run=run, diverged=False)
