@@ -138,12 +138,12 @@ def readme_tables() -> dict[str, str]:
     )
     notebooks = ["| notebook | shows | runs | run time, at most | peak memory |", "| --- | --- | --- | --- | --- |"]
     for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
-        row = times.loc[path.stem]
         shows = json.loads(path.read_text(encoding="utf-8"))["metadata"]["ember"]["shows"]
-        notebooks.append(
-            f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {row.runs:.0f} | {row.wall_seconds:.0f} s "
-            f"| {row.peak_memory_mb / 1024:.1f} GB |"
-        )
+        cost = "– | – | –"
+        if path.stem in times.index:
+            row = times.loc[path.stem]
+            cost = f"{row.runs:.0f} | {row.wall_seconds:.0f} s | {row.peak_memory_mb / 1024:.1f} GB"
+        notebooks.append(f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {cost} |")
     settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
     own = {name: method for name, method in METHODS.items() if name == "ember" or method.config is not EmberConfig}
     for name, method in own.items():
@@ -165,8 +165,6 @@ def readme_tables() -> dict[str, str]:
             only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
         ),
         "precision": _precisions(attacks / "precision.csv", only=ALL),
-        "localization": _localized(tables / "localization.csv"),
-        "trade": _trades(tables / "trade.csv"),
         "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
@@ -220,38 +218,6 @@ def _spans(table: pd.DataFrame, name: str, form: str = "+.3f") -> list[str]:
         f"{value:{form}} [{low:{form}}, {high:{form}}]" if value == value else "–"
         for value, low, high in zip(*columns, strict=True)
     ]
-
-
-def _localized(path: Path) -> str:
-    """KL before the first edited token and after one, by texts and arm, as Markdown."""
-    from ember.localization import EXPOSED
-    from ember.plots import LABELS
-    from ember.report import arm_name
-
-    table = pd.read_csv(path)
-    table = table.assign(kl_text=_spans(table, "kl", ".3f"), arm=list(map(arm_name, table.method, table.ember)))
-    wide = table.pivot(index=["arm", "set"], columns="group", values="kl_text").fillna("–")
-    shares = table[table.group == EXPOSED[1]].set_index(["arm", "set"]).share_of_tokens
-    rows = []
-    for arm, texts in dict.fromkeys(zip(table.arm, table.set, strict=True)):
-        share = shares.get((arm, texts), 0.0)
-        rows.append((LABELS[texts], f"{share:.0%}", arm, *(wide.loc[(arm, texts), group] for group in EXPOSED)))
-    columns = ["texts", "tokens after an edited one", "arm", *(f"KL {group}" for group in EXPOSED)]
-    return _lines(pd.DataFrame(rows, columns=columns).sort_values("texts", kind="stable"))
-
-
-def _trades(path: Path) -> str:
-    """EMBER's areas, and by how much those of other edits of its rows differ, as Markdown."""
-    table = pd.read_csv(path)
-    areas = table.assign(
-        text=_spans(table.rename(columns={"ci_low": "area_low", "ci_high": "area_high"}), "area", ".3f")
-    )
-    table = table.assign(text=_spans(table, "difference"))
-    own = table.edit == "EMBER"
-    table.loc[own, "text"] = areas.text[own]
-    wide = table.pivot(index="edit", columns="cost", values="text").loc[list(dict.fromkeys(table.edit))]
-    wide = wide[list(dict.fromkeys(table.cost))].rename(columns="against {}".format).reset_index()
-    return _lines(wide)
 
 
 def _lines(table: pd.DataFrame) -> str:

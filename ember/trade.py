@@ -95,7 +95,7 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool 
     items = probe.base.rename(columns={"value": "base"}).merge(
         again.rename(columns={"value": "edited"}), on=keys, how="left"
     )
-    items = items.assign(edited=items.edited.fillna(items.base))[[*keys, "base", "edited"]]
+    items = items.assign(edited=items.edited.where(items.edited.notna(), items.base))[[*keys, "base", "edited"]]
     return (
         items if marked is None else pd.concat([items, _occurrences(loaded, probe, items, marked)], ignore_index=True)
     )
