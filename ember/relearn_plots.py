@@ -95,8 +95,10 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
 def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Share regained by attack (rows) and arm (columns); "–" where what was erased is too little to divide by.
 
-    ``regained`` has columns attack, arm, share, ci_low, ci_high: one row each.
+    ``regained`` has columns method, attack, arm, share, ci_low, ci_high: one row each. The unedited model, from which
+    nothing was erased, is left out.
     """
+    regained = regained[regained.method != "none"]
     arms, attacks = list(dict.fromkeys(regained.arm)), list(dict.fromkeys(regained.attack))
     if ax is None:
         ax = plt.subplots(figsize=(1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks)), layout="constrained")[1]
@@ -107,6 +109,7 @@ def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         shares.astype(float), annot=text.to_numpy(), fmt="", cmap="vlag", center=0, vmin=-1, vmax=1, ax=ax,
         annot_kws={"fontsize": 8}, cbar_kws={"label": "share regained"}, linewidths=1,
     )  # fmt: skip
+    ax.grid(visible=False)
     ax.set(xlabel="", ylabel="", title="Share of the erased knowledge that comes back (95 % interval)")
     ax.set_yticklabels([str(a).replace("_", " ") for a in attacks], rotation=0)
     ax.set_xticklabels(arms, rotation=0)

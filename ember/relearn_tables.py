@@ -51,6 +51,10 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
                 table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
     found = pd.concat(tables, ignore_index=True)
+    # Rounding its weights may move the unedited model's scores: a gap, but none to divide by.
+    unedited = found.method == "none"
+    found.loc[unedited, ["share", "ci_low", "ci_high"]] = np.nan
+    found.loc[unedited, "note"] = "nothing was erased: no gap to divide by"
     front = ["concept", *ATTACKED, "seeds", "runs", "diverged"]
     return found[front + [column for column in found if column not in front]]
 

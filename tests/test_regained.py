@@ -217,6 +217,15 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
     assert math.isnan(last.net_share["unedited"])
 
 
+def test_rounding_the_unedited_model_is_no_erasure():
+    """Its scores fell by a thousandth when its weights were rounded, surely; still there is no share."""
+    rounded = attacked("none", precision="bf16", scale=0.0).assign(erased=lambda f: f.base - 0.001)
+    last = relearn_tables.final_points(relearn_tables.relearning_table(rounded))
+    assert (last.gap_low > 0).all()
+    assert last.share.isna().all()
+    assert last.note.str.contains("nothing was erased").all()
+
+
 def test_seeds_of_the_unedited_model_are_averaged_before_they_are_taken_off():
     """Its two seeds lose 0.1 and 0.3: an arm of a third seed that stays where it was is 0.2 nearer to it."""
     unedited = []
