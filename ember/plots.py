@@ -154,7 +154,8 @@ def label_bottoms(grid: np.ndarray, used: int) -> None:
 
 ARM_COLOURS = {
     "ember": "#444444", "snmf": "#0072B2", "rmu": "#D55E00", "crisp": "#009E73", "pisces": "#CC79A7",
-    "mean_rows": "#E69F00", "random_direction": "#56B4E9",
+    "mean_rows": "#E69F00", "random_direction": "#56B4E9", "matched_rows": "#8C510A", "zero_rows": "#117733",
+    "leace": "#332288", "random_rows": "#AAAAAA",
 }  # fmt: skip
 
 
