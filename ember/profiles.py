@@ -151,16 +151,28 @@ def _read(name: str) -> dict[str, Any]:
     return dict(raw)
 
 
-def _check_lists(path: Path, name: str, part: Any, lists: Mapping[str, Any], numbers: tuple[str, ...]) -> None:
-    """Refuse anything but the lists and whole numbers that a part consists of; ``seeds`` may be left out."""
-    known = [*lists, *numbers, "seeds"]
+def _check_lists(
+    path: Path,
+    name: str,
+    part: Any,
+    lists: Mapping[str, Any],
+    numbers: tuple[str, ...],
+    *,
+    optional: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse anything but the lists and whole numbers that a part consists of; ``optional`` lists may be left out.
+
+    So may ``seeds``, a number.
+    """
+    optional = optional or {}
+    known = [*lists, *optional, *numbers, "seeds"]
     for key in sorted(_checked(path, name, part, dict).keys() - set(known)):
         raise UnknownNameError(f"key in {name} of {path.name}", key, known)
     for key in (*lists, *numbers):
         if key not in part:
             raise DataError(f"{path}: missing key '{name}.{key}'")
-    for key, kind in lists.items():
-        for value in _checked(path, f"{name}.{key}", part[key], list):
+    for key, kind in {**lists, **optional}.items():
+        for value in _checked(path, f"{name}.{key}", part.get(key, []), list):
             _checked(path, f"{name}.{key}", value, kind)
     for key in (*numbers, "seeds"):
         _checked(path, f"{name}.{key}", part.get(key, 1), int)
@@ -173,17 +185,8 @@ def _check_relearn(path: Path, relearn: Any) -> None:
     for key, kind in parts.items():
         _checked(path, f"relearn.{key}", relearn[key], kind)
     wanted: dict[str, Any] = {"arms": str, "attacks": str, "precisions": str, "lrs": (int, float)}
-    optional: dict[str, Any] = {"budgets": int}
     for k, sweep in enumerate(relearn["sweeps"]):
-        known = [*wanted, *optional, "seeds"]
-        for key in sorted(_checked(path, f"relearn.sweeps[{k}]", sweep, dict).keys() - set(known)):
-            raise UnknownNameError(f"key in relearn.sweeps of {path.name}", key, known)
-        for key, kind in (wanted | optional).items():
-            if key in wanted and key not in sweep:
-                raise DataError(f"{path}: missing key 'relearn.sweeps[{k}].{key}'")
-            for value in _checked(path, f"relearn.sweeps[{k}].{key}", sweep.get(key, []), list):
-                _checked(path, f"relearn.sweeps[{k}].{key}", value, kind)
-        _checked(path, f"relearn.sweeps[{k}].seeds", sweep.get("seeds", 1), int)
+        _check_lists(path, f"relearn.sweeps[{k}]", sweep, wanted, (), optional={"budgets": int})
 
 
 def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:
