@@ -160,6 +160,39 @@ rule control_edits:
         RUN
 
 
+rule factor_stability:
+    input:
+        ancient(MODEL),
+        needs("09_factor_stability"),
+    output:
+        outputs("09_factor_stability"),
+    params:
+        notebook="09_factor_stability",
+        settings=settings("09_factor_stability"),
+        stability=dumps([PROFILE.stability, PROFILE.fit], sort_keys=True),
+        code=code_hash("09_factor_stability"),
+        data=DATA,
+    threads: THREADS
+    shell:
+        RUN
+
+
+rule teach_and_erase:
+    input:
+        ancient(MODEL),
+    output:
+        outputs("10_teach_and_erase"),
+    params:
+        notebook="10_teach_and_erase",
+        settings=settings("10_teach_and_erase"),
+        teach=lambda wildcards: dumps([PROFILE.teach, {arm: PROFILE.cells(arm) for arm in PROFILE.grids}], sort_keys=True),
+        code=code_hash("10_teach_and_erase"),
+        data=DATA,
+    threads: THREADS
+    shell:
+        RUN
+
+
 rule tour:
     input:
         needs("00_tour"),

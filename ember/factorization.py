@@ -5,13 +5,18 @@ two of them after ``Factorization.normalized()``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from ember.errors import EmberError
 from ember.progress import bar
+
+_REST, _STILL = 10, 1e-6  # iterations; share of the loss
+_EXACT = 1e4  # times the precision: where so little of ‖X‖² is left, the loss as a difference of sums is rounding
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ def sparse_mf(
     ridge
         λ of both regressions.
     max_iter, patience, tol
-        Stop after ``max_iter`` iterations, or ``patience`` of them without lowering the best loss by ``tol``.
+        Stop after ``max_iter`` iterations, or ``patience`` of them without lowering the best loss by ``tol``. It also
+        stops where no feature changed its rows, and the loss stood still to a millionth, for ten iterations: from such
+        a fixed point nothing follows.
     seed, init
         ``init`` is G₀ [n, K]; by default standard normal from ``seed``, drawn on the CPU.
     progress
@@ -82,14 +89,34 @@ def sparse_mf(
     """
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[0])
+    iterates = _sparse_iterates(X, _start(X, rank, seed, init), kept, ridge)
+    return _best_of(X, iterates, max_iter, patience, tol, progress)
 
-    def step(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        F = _ridge_solve(X.T @ G, G, ridge)
-        F, G = _scale_into_first(F, G)
-        G = _keep_largest(_ridge_solve(X @ F, F, ridge), kept)
-        return F, G
 
-    return _iterate(X, step, _start(X, rank, seed, init), max_iter, patience, tol, progress)
+def _sparse_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
+    """The iteration with the sparsity of G used: its products with X and with itself need the kept entries only.
+
+    They serve the loss of this iteration and the regression of the next, so that X G(FᵀF + λI)⁻¹ is the only product
+    of full size.
+    """
+    total, support = float(X.double().square().sum()), None
+    product, gram, norms = G.T @ X, G.T @ G, G.norm(dim=0)
+    while True:
+        F = _solve(gram, product, ridge) * torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
+        features = F @ F.T
+        activations = _solve(features, F, ridge) @ X.T
+        rows = activations.abs().topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+        values = activations.gather(1, rows)
+        G = torch.zeros_like(activations).scatter_(1, rows, values).T.contiguous()
+        product, gram = (embedding_bag(rows, M, mode="sum", per_sample_weights=values) for M in (X, G))
+        norms = values.norm(dim=1)
+        crossed = float((product * F).sum(dtype=torch.float64))
+        loss = total - 2 * crossed + float((gram * features).sum(dtype=torch.float64))
+        if loss < _EXACT * torch.finfo(X.dtype).eps * total:
+            loss = float((X - G @ F).double().square().sum())
+        settled = support is not None and torch.equal(rows, support)
+        support = rows
+        yield _Iterate(F.T, G, loss, settled)
 
 
 def semi_nmf(
@@ -114,23 +141,50 @@ def semi_nmf(
     """
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[1])
-    # Relative to X, so that the result does not depend on its units.
-    tiny = torch.finfo(X.dtype).eps * (float(X.square().mean()) or 1.0)
     start = _start(X, rank, seed, init)
     if init is None:
         start = start.abs()
     elif bool((start < 0).any()):
         raise ValueError("init of semi_nmf must be non-negative")
 
-    def step(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        F = _keep_largest(_ridge_solve(X.T @ G, G, ridge), kept)
-        F, G = _scale_into_first(F, G)
-        P, Q = X @ F, F.T @ F
-        up = P.clamp_min(0) + G @ (-Q).clamp_min(0)
-        down = (-P).clamp_min(0) + G @ Q.clamp_min(0)
-        return F, G * torch.sqrt(up / down.clamp_min(tiny))
+    return _best_of(X, _semi_iterates(X, start, kept, ridge), max_iter, patience, tol, progress)
 
-    return _iterate(X, step, start, max_iter, patience, tol, progress)
+
+def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
+    """The iteration with the sparsity of F used, on transposes: Xᵀ G is the only product of full size."""
+    total, support, X_columns = float(X.double().square().sum()), None, X.T.contiguous()
+    # Relative to X, so that the result does not depend on its units.
+    tiny = torch.finfo(X.dtype).eps * (total / X.numel() or 1.0)
+    G = G.T.contiguous()
+    gram = G @ G.T
+    while True:
+        solved = _solve(gram, G @ X, ridge)
+        columns = solved.abs().topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+        norms = G.norm(dim=1, keepdim=True)
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        values, G = solved.gather(1, columns) * norms, G / norms
+        F = torch.zeros_like(solved).scatter_(1, columns, values)
+        P, Q = embedding_bag(columns, X_columns, mode="sum", per_sample_weights=values), F @ F.T
+        up = P.clamp_min(0) + (-Q).clamp_min(0) @ G
+        down = (-P).clamp_min(0) + Q.clamp_min(0) @ G
+        G = G * torch.sqrt(up / down.clamp_min(tiny))
+        gram = G @ G.T
+        crossed = float((P * G).sum(dtype=torch.float64))
+        loss = total - 2 * crossed + float((gram * Q).sum(dtype=torch.float64))
+        if loss < _EXACT * torch.finfo(X.dtype).eps * total:
+            loss = float((X - G.T @ F).double().square().sum())
+        settled = support is not None and torch.equal(columns, support)
+        support = columns
+        yield _Iterate(F.T, G.T, loss, settled)
+
+
+class _Iterate(NamedTuple):
+    """What one iteration yields; ``settled`` if it kept the same entries as the one before."""
+
+    F: torch.Tensor
+    G: torch.Tensor
+    loss: float
+    settled: bool
 
 
 def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: int, patience: int) -> None:
@@ -160,53 +214,45 @@ def _start(X: torch.Tensor, rank: int, seed: int, init: torch.Tensor | None) -> 
     return init.to(X)
 
 
-def _ridge_solve(product: torch.Tensor, regressors: torch.Tensor, ridge: float) -> torch.Tensor:
-    """product (RᵀR + λI)⁻¹ for regressors R [m, K] and product [p, K]."""
-    gram = regressors.T @ regressors
-    gram.diagonal().add_(ridge)
-    solution, failed = torch.linalg.solve_ex(gram, product.T)
+def _solve(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(gram + λI)⁻¹ product for a Gram matrix [K, K] and a product [K, p]."""
+    damped = gram.clone()
+    damped.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if not int(failed):
+        return torch.cholesky_solve(product, factor)
+    # Rounding can leave a nearly singular matrix indefinite.
+    solution, failed = torch.linalg.solve_ex(damped, product)
     if int(failed):
         raise EmberError(f"the ridge system is singular at ridge {ridge}; raise ridge or lower rank")
-    return solution.T
+    return solution
 
 
-def _scale_into_first(F: torch.Tensor, G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit columns of G, their norms moved into F; a column that is all zero stays zero."""
-    norms = G.norm(dim=0)
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return F * norms, G / norms
-
-
-def _keep_largest(M: torch.Tensor, kept: int) -> torch.Tensor:
-    """Keep the ``kept`` largest magnitudes in each column of M, zero the rest."""
-    top = M.abs().topk(kept, dim=0).indices
-    return torch.zeros_like(M).scatter_(0, top, M.gather(0, top))
-
-
-def _iterate(
-    X: torch.Tensor,
-    step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    G: torch.Tensor,
-    max_iter: int,
-    patience: int,
-    tol: float,
-    progress: bool,
+def _best_of(
+    X: torch.Tensor, iterates: Iterator[_Iterate], max_iter: int, patience: int, tol: float, progress: bool
 ) -> Factorization:
-    """Run ``step: G → (F, G)`` until it stops paying; return the best pair seen."""
+    """Iterate until it stops paying; return the best pair seen."""
     curve: list[float] = []
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
-    best_loss, since = math.inf, 0
+    best: _Iterate | None = None
+    best_loss, since, settled = math.inf, 0, 0
     shown = bar(total=max_iter, show=progress, desc="factorize")
-    while len(curve) < max_iter and since < patience:
-        F, G = step(G)
-        loss = float((X - G @ F.T).square().sum())
-        if not math.isfinite(loss):
+    while len(curve) < max_iter and since < patience and not _at_rest(curve, settled):
+        found = next(iterates)
+        if not math.isfinite(found.loss):
             raise EmberError(f"the factorization diverged at iteration {len(curve) + 1}")
-        curve.append(loss)
-        since = 0 if loss < best_loss - tol else since + 1
-        if loss < best_loss:
-            best, best_loss = (F, G), loss
+        curve.append(found.loss)
+        settled = settled + 1 if found.settled else 0
+        since = 0 if found.loss < best_loss - tol else since + 1
+        if best is None or found.loss < best_loss:
+            best, best_loss = found, found.loss
         shown.update()
     shown.close()
     assert best is not None
-    return Factorization(*best, tuple(curve), since >= patience)
+    return Factorization(
+        best.F.contiguous(), best.G.contiguous(), tuple(curve), since >= patience or _at_rest(curve, settled)
+    )
+
+
+def _at_rest(curve: list[float], settled: int) -> bool:
+    """Whether the same entries were kept, and the loss stood still, for ``_REST`` iterations."""
+    return settled >= _REST and abs(curve[-1 - _REST] - curve[-1]) <= _STILL * abs(curve[-1])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ember.data import Concept
-from ember.errors import DamagedFileError, EmberError, NothingFoundError
+from ember.errors import DamagedFileError, EmberError, NothingFoundError, UnknownNameError
 from ember.factorization import Factorization, sparse_mf
 from ember.files import atomic_dir, digest, sha256_of
 from ember.models import LoadedModel
@@ -21,6 +21,7 @@ from ember.paths import cache_dir
 from ember.tokens import token_table
 
 RULES = ("keyness", "paper")
+PRECISIONS = ("float64", "float32")
 KEYNESS_THRESHOLD = 0.6  # bits; concept features stand well above it and all others below, over many seeds
 PAPER_RATIO = 2.0
 _FIT_DEFAULTS = {
@@ -132,37 +133,47 @@ def concept_features(
     *,
     rank: int = 300,
     seed: int = 42,
+    precision: str = "float64",
     progress: bool = False,
     cache: bool = True,
     **fit: Any,
 ) -> ConceptFeatures:
     """Factorize the embeddings of the concept's V' and score the features.
 
+    The fit runs on the CPU in ``precision``. In float32 rounding alone, such as another order of summation, decides
+    which features come out; in float64 they come back (``ember.stability``). F and G are kept in float32.
     ``fit`` holds other settings of ``sparse_mf``, whose defaults and errors apply. The result is kept in the user cache
     under a key of the weights, the texts and every setting, so that notebooks and methods share one fit;
     ``cache=False`` neither reads nor writes it.
     """
+    if precision not in PRECISIONS:
+        raise UnknownNameError("precision", precision, PRECISIONS)
     settings = _FIT_DEFAULTS | fit | {"rank": rank, "seed": seed}
+    chosen = settings | {"precision": precision}
     texts = (concept.sentences, concept.neutral, concept.further_neutral)
-    key = digest(loaded.weights_hash, *texts, sorted(settings.items()))
+    key = digest(loaded.weights_hash, *texts, sorted(chosen.items()))
     folder = cache_dir() / "features" / f"{concept.slug}-{key}"
     if cache and folder.exists():
         kept = ConceptFeatures.load(folder)
         # The fit is what takes time; how features are scored may have changed since.
         return replace(kept, scores=score_features(kept.table, kept.factorization.G))
     table = token_table(loaded, *texts)
-    X = loaded.embedding.detach()[table.token_id.tolist()].float() * loaded.embedding_scale
-    factorization = sparse_mf(X, progress=progress, **settings)
-    factorization = Factorization(
-        factorization.F.cpu(), factorization.G.cpu(), factorization.loss_curve, factorization.converged
-    )
+    X = scaled_rows(loaded, table, precision)
+    found = sparse_mf(X, progress=progress, **settings)
+    factorization = replace(found, F=found.F.float(), G=found.G.float())
     scores = score_features(table, factorization.G)
     features = ConceptFeatures(
-        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, settings | _about(loaded)
+        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, chosen | _about(loaded)
     )
     if cache:
         features.save(folder)
     return features
+
+
+def scaled_rows(loaded: LoadedModel, table: pd.DataFrame, precision: str = "float64") -> torch.Tensor:
+    """X [n, d_model] on the CPU: the token table's embeddings times the model's scale (SPEC: E restricted to V')."""
+    rows = loaded.embedding.detach()[table.token_id.tolist()].cpu()
+    return rows.to(getattr(torch, precision)) * loaded.embedding_scale
 
 
 def _about(loaded: LoadedModel) -> dict[str, Any]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # both bring torch, which starting a run does without
     from ember.models import LoadedModel
 
 # A change of the figures' looks must not rerun the experiments; the report draws them all again.
-_LOOKS = {"plots", "relearn_plots", "control_plots"}
+_LOOKS = {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots"}
 
 
 def list_notebooks() -> list[str]:

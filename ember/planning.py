@@ -10,6 +10,7 @@ from ember.profiles import Profile, run_name
 
 FACTORIZE, SELECT, ERASE = "01_factorize_embeddings", "02_select_features", "03_erase_concept"
 RELEARN, LOCALIZE, CONTROL = "04_relearn", "05_localize_coherence", "06_control_edits"
+STABILITY, TEACH = "09_factor_stability", "10_teach_and_erase"
 FRAMES = {
     FACTORIZE: ("loss",),
     SELECT: ("scores", "preview"),
@@ -17,6 +18,8 @@ FRAMES = {
     RELEARN: ("records", "curve", "items", "moved"),
     LOCALIZE: ("records", "tokens", "everyday", "samples"),
     CONTROL: ("records", "items", "rows"),
+    STABILITY: ("records", "fits", "pairs", "outcomes"),
+    TEACH: ("records", "cells", "items", "knowledge", "damage", "samples"),
 }
 
 
@@ -60,7 +63,8 @@ def plan(profile: Profile) -> list[Job]:
         alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
         erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
         jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
-    jobs += {job.name: job for job in (*_relearnings(profile), *_localizations(profile), *_trades(profile))}.values()
+    further = (_relearnings, _localizations, _trades, _stabilities, _teachings)
+    jobs += {job.name: job for part in further for job in part(profile)}.values()
     jobs.append(Job("08_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
     return jobs
 
@@ -90,6 +94,20 @@ def _trades(profile: Profile) -> Iterator[Job]:
     for concept, seed in itertools.product(profile.concepts, seeds):
         chosen = {"model": profile.model, "concept": concept, "seed": seed}
         yield Job(CONTROL, {"profile": profile.name, **chosen}, (run_name(SELECT, **chosen, **fit),), FRAMES[CONTROL])
+
+
+def _stabilities(profile: Profile) -> Iterator[Job]:
+    for concept in profile.concepts if profile.stability["seeds"] else ():
+        fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
+        chosen = {"model": profile.model, "concept": concept, **fit, "seed": profile.seeds[0]}
+        yield Job(STABILITY, {"profile": profile.name, **chosen}, (run_name(FACTORIZE, **chosen),), FRAMES[STABILITY])
+
+
+def _teachings(profile: Profile) -> Iterator[Job]:
+    """One run a seed: all arms erase from one taught copy."""
+    if _named(profile, profile.teach["arms"], "teach"):
+        for seed in profile.seeds[: profile.teach.get("seeds")]:
+            yield Job(TEACH, {"profile": profile.name, "model": profile.model, "seed": seed}, (), FRAMES[TEACH])
 
 
 def _relearnings(profile: Profile) -> Iterator[Job]:

@@ -26,6 +26,11 @@ class Profile:
     (``budgets``), on the first ``seeds`` of the profile's; ``localize`` the ``arms`` whose damage is traced token by
     token and how many ``texts`` of each kind; ``trade`` the ``edits`` of EMBER's rows that are compared over their
     ``strengths`` on so many ``questions`` and ``texts``; both on the first ``seeds``, if given.
+
+    ``stability`` holds the ``ranks``, ``sparsities`` and ``seeds`` of the fits that are compared, each with each, the
+    ``precisions`` in which the first is made again, also with its columns ``reordered``, and how many ``questions``
+    their edits are asked. ``teach`` holds the ``arms`` that erase an invented subject, for how many ``epochs`` it is
+    taught at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
     """
 
     name: str
@@ -34,12 +39,14 @@ class Profile:
     methods: tuple[str, ...]
     controls: tuple[str, ...]
     seeds: tuple[int, ...]
-    fit: Mapping[str, int | float]
+    fit: Mapping[str, int | float | str]
     grids: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, int]]
     relearn: Mapping[str, Any]
     localize: Mapping[str, Any]
     trade: Mapping[str, Any]
+    stability: Mapping[str, Any]
+    teach: Mapping[str, Any]
 
     @property
     def factorizing(self) -> tuple[str, ...]:
@@ -64,6 +71,7 @@ class Profile:
         return cells
 
 
+_LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach")
 _ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "budget", "rank", "sparsity", "seed")
 
 
@@ -90,8 +98,8 @@ def list_profiles() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Read a profile.
 
-    Where ``$EMBER_SIZES`` names another profile, ``grids``, ``sizes``, ``relearn``, ``localize`` and ``trade`` are
-    taken from that one: so the tests run the notebooks as they stand with shorter loops.
+    Where ``$EMBER_SIZES`` names another profile, what sets the length of loops (``grids``, ``sizes`` and the parts of
+    single notebooks) is taken from that one: so the tests run the notebooks as they stand with shorter loops.
 
     Raises
     ------
@@ -103,7 +111,7 @@ def load_profile(name: str) -> Profile:
     raw = _read(name)
     sizes = os.environ.get("EMBER_SIZES")
     if sizes:
-        raw |= {key: _read(sizes)[key] for key in ("grids", "sizes", "relearn", "localize", "trade")}
+        raw |= {key: _read(sizes)[key] for key in _LOOPS}
     return Profile(name=name, **raw)
 
 
@@ -135,7 +143,7 @@ def _read(name: str) -> dict[str, Any]:
                 if isinstance(entry, str) and entry.lstrip("+-.")[:1].isdigit():
                     _checked(path, f"grids.{method}.{key}", entry, (int, float))
     for key, value in _checked(path, "fit", raw["fit"], dict).items():
-        _checked(path, f"fit.{key}", value, (int, float))
+        _checked(path, f"fit.{key}", value, str if key == "precision" else (int, float))
     for key in ("rank", "sparsity"):
         if key not in raw["fit"]:
             raise DataError(f"{path}: missing key 'fit.{key}'")
@@ -146,8 +154,13 @@ def _read(name: str) -> dict[str, Any]:
             if key != "divergence":
                 _checked(path, f"sizes.{split}.{key}", value, int)
     _check_relearn(path, raw["relearn"])
-    _check_lists(path, "localize", raw["localize"], {"arms": str}, ("texts",))
-    _check_lists(path, "trade", raw["trade"], {"edits": str, "strengths": (int, float)}, ("questions", "texts"))
+    numbers = {"questions": int, "texts": int}
+    fits = {"ranks": int, "sparsities": float, "seeds": int, "precisions": str}
+    teaching = numbers | {"epochs": int, "lr": float, "batch_size": int}
+    _check_lists(path, "localize", raw["localize"], {"arms": str}, {"texts": int})
+    _check_lists(path, "trade", raw["trade"], {"edits": str, "strengths": (int, float)}, numbers)
+    _check_lists(path, "stability", raw["stability"], fits, {"questions": int})
+    _check_lists(path, "teach", raw["teach"], {"arms": str}, teaching)
     return dict(raw)
 
 
@@ -156,26 +169,27 @@ def _check_lists(
     name: str,
     part: Any,
     lists: Mapping[str, Any],
-    numbers: tuple[str, ...],
+    numbers: Mapping[str, Any],
     *,
     optional: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse anything but the lists and whole numbers that a part consists of; ``optional`` lists may be left out.
+    """Refuse anything but the lists and numbers that a part consists of; ``optional`` lists may be left out.
 
-    So may ``seeds``, a number.
+    So may ``seeds``, a number unless it is one of the lists.
     """
     optional = optional or {}
-    known = [*lists, *optional, *numbers, "seeds"]
-    for key in sorted(_checked(path, name, part, dict).keys() - set(known)):
+    known = {**lists, **optional, **numbers, "seeds": int}
+    for key in sorted(_checked(path, name, part, dict).keys() - known.keys()):
         raise UnknownNameError(f"key in {name} of {path.name}", key, known)
     for key in (*lists, *numbers):
         if key not in part:
             raise DataError(f"{path}: missing key '{name}.{key}'")
-    for key, kind in {**lists, **optional}.items():
-        for value in _checked(path, f"{name}.{key}", part.get(key, []), list):
-            _checked(path, f"{name}.{key}", value, kind)
-    for key in (*numbers, "seeds"):
-        _checked(path, f"{name}.{key}", part.get(key, 1), int)
+    for key, value in part.items():
+        if key in lists or key in optional:
+            for entry in _checked(path, f"{name}.{key}", value, list):
+                _checked(path, f"{name}.{key}", entry, {**lists, **optional}[key])
+        else:
+            _checked(path, f"{name}.{key}", value, known[key])
 
 
 def _check_relearn(path: Path, relearn: Any) -> None:
@@ -186,7 +200,7 @@ def _check_relearn(path: Path, relearn: Any) -> None:
         _checked(path, f"relearn.{key}", relearn[key], kind)
     wanted: dict[str, Any] = {"arms": str, "attacks": str, "precisions": str, "lrs": (int, float)}
     for k, sweep in enumerate(relearn["sweeps"]):
-        _check_lists(path, f"relearn.sweeps[{k}]", sweep, wanted, (), optional={"budgets": int})
+        _check_lists(path, f"relearn.sweeps[{k}]", sweep, wanted, {}, optional={"budgets": int})
 
 
 def _checked(path: Path, key: str, value: Any, kind: Any) -> Any:

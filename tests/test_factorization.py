@@ -245,13 +245,58 @@ def test_patience_counts_from_the_last_gain(method, patience):
     assert len(found.loss_curve) == 1 + patience and found.converged
 
 
-@pytest.mark.parametrize("patience", [2, 10])
+@pytest.mark.parametrize("patience", [2, 3])
 def test_it_stops_once_patience_is_exhausted_and_not_before(patience):
     found = sparse_mf(noise(), 5, sparsity=0.1, patience=patience, tol=0.0)
     curve = found.loss_curve
     stale = [min(curve[t : t + patience]) >= min(curve[:t]) for t in range(1, len(curve) - patience + 1)]
     assert found.converged and len(stale) > 1
     assert stale == [False] * (len(stale) - 1) + [True]
+
+
+def rough(n: int = 400, d: int = 30) -> torch.Tensor:
+    return planted(n, d, rank=12, sparsity=0.05)[0].double() + 0.2 * noise(n, d, dtype=torch.float64)
+
+
+@METHODS
+def test_it_stops_at_a_fixed_point_and_nothing_follows_there(method):
+    """The reference, run on for longer than patience would have, keeps the same entries and the same loss."""
+    X = rough()
+    X = X if method is sparse_mf else X.relu()
+    G0 = start(len(X), 8)
+    found = method(X, 8, sparsity=0.05, init=G0)
+    stopped = len(found.loss_curve)
+    assert found.converged and 11 <= stopped < 400
+    longer = reference(method, X, G0, 0.05, stopped + 200) if method is sparse_mf else None
+    if longer is not None:
+        assert longer.loss_curve[stopped - 1 :] == pytest.approx([found.loss_curve[-1]] * 201, rel=1e-5)
+        assert found.loss <= longer.loss * (1 + 1e-5)
+
+
+def test_still_supports_alone_do_not_end_it():
+    """Without thresholding the supports never change; the loss has to stand still as well."""
+    found = sparse_mf(noise(dtype=torch.float64), 5, sparsity=1.0, ridge=0.0)
+    assert found.loss_curve[-11] - found.loss_curve[-1] <= 1e-6 * found.loss
+    assert found.loss_curve[-12] - found.loss_curve[-2] > 1e-6 * found.loss
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_that_of_the_pair_also_where_hardly_anything_is_left(method, dtype):
+    """As a difference of sums it would be rounding."""
+    X, F, G = planted(seed=0)
+    X = torch.tensor(np.abs(G) @ np.abs(F).T if method is semi_nmf else G @ F.T).to(dtype)
+    found = method(X, 5, sparsity=0.1 if method is sparse_mf else 1.0, max_iter=300, seed=2)
+    assert loss_of(X, found.F, found.G) == pytest.approx(found.loss, rel=1e-3, abs=1e-20)
+
+
+def test_in_float64_the_order_of_summation_does_not_matter():
+    """Columns in another order: the same problem, rounded otherwise."""
+    X, G0 = rough(), start(400, 8)
+    order = torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(3))
+    one, other = (sparse_mf(M, 8, sparsity=0.05, init=G0) for M in (X, X[:, order]))
+    torch.testing.assert_close(other.G, one.G)
+    torch.testing.assert_close(other.F, one.F[order])
 
 
 # Scale and sign

@@ -32,6 +32,8 @@ GOOD = {
     },
     "localize": {"arms": ["ember", "ember+other"], "texts": 3},
     "trade": {"edits": ["EMBER"], "strengths": [1.0], "questions": 3, "texts": 3, "seeds": 1},
+    "stability": {"ranks": [8], "sparsities": [0.1], "seeds": [3], "precisions": ["float32"], "questions": 3},
+    "teach": {"arms": ["other"], "epochs": 1, "lr": 0.1, "batch_size": 2, "questions": 3, "texts": 3, "seeds": 1},
 }
 
 
@@ -64,7 +66,7 @@ def with_grid(**grid) -> Profile:
     """A profile with this grid for the methods ``ember`` and ``other``, as read from a file."""
     fit = {"rank": 8, "sparsity": 0.1}
     grids = dict.fromkeys(("ember", "other", "aside"), grid)
-    rest = ({"settings": {}, "sweeps": []}, {"arms": []}, {"edits": []})
+    rest = ({"settings": {}, "sweeps": []}, {"arms": []}, {"edits": []}, {"seeds": []}, {"arms": []})
     return Profile("mine", "tiny", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, *rest)
 
 
@@ -272,6 +274,11 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"localize": GOOD["localize"] | {"more": 1}},
         {"trade": GOOD["trade"] | {"strengths": ["1e-1"]}},
         {"trade": GOOD["trade"] | {"seeds": "all"}},
+        {"stability": GOOD["stability"] | {"seeds": 2}},
+        {"stability": GOOD["stability"] | {"precisions": [64]}},
+        {"teach": GOOD["teach"] | {"lr": "1e-4"}},
+        {"teach": {key: value for key, value in GOOD["teach"].items() if key != "epochs"}},
+        {"fit": GOOD["fit"] | {"precision": 64}},
     ],
     ids=repr,
 )
@@ -317,6 +324,7 @@ def test_sizes_come_from_the_other_profile_and_nothing_else(params, monkeypatch)
     short_parts = {
         "grids": grids, "sizes": sizes, "relearn": {"settings": {"points": [3]}, "sweeps": []},
         "localize": {"arms": [], "texts": 1}, "trade": GOOD["trade"] | {"texts": 1},
+        "stability": GOOD["stability"] | {"seeds": []}, "teach": GOOD["teach"] | {"epochs": 9},
     }  # fmt: skip
     write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}} | short_parts, "other")
     plain = load_profile("mine")
@@ -456,6 +464,28 @@ def test_edits_are_compared_on_the_first_seeds_where_there_are_any(params):
     assert all(needed.startswith("02_select_features") for job in found for needed in job.needs)
     write(params, GOOD | {"trade": GOOD["trade"] | {"edits": []}})
     assert not [job for job in plan(load_profile("mine")) if job.notebook == "06_control_edits"]
+
+
+def test_stability_needs_the_factorization_and_no_selection(params):
+    write(params, GOOD)
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "09_factor_stability"]
+    assert [job.parameters["concept"] for job in found] == ["Rome", "Greece"]
+    for job in found:
+        fit = {key: job.parameters[key] for key in ("model", "concept", "rank", "sparsity", "seed")}
+        assert job.needs == (run_name("01_factorize_embeddings", **fit),) and job.parameters["seed"] == 1
+    write(params, GOOD | {"stability": GOOD["stability"] | {"seeds": []}})
+    assert not [job for job in plan(load_profile("mine")) if job.notebook == "09_factor_stability"]
+
+
+def test_one_run_teaches_for_all_arms_on_the_first_seeds(params):
+    write(params, GOOD)
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "10_teach_and_erase"]
+    assert [job.parameters["seed"] for job in found] == [1] and not found[0].needs
+    write(params, GOOD | {"teach": GOOD["teach"] | {"arms": []}})
+    assert not [job for job in plan(load_profile("mine")) if job.notebook == "10_teach_and_erase"]
+    write(params, GOOD | {"teach": GOOD["teach"] | {"arms": ["none"]}})
+    with pytest.raises(UnknownNameError, match="arm in teach of profile mine 'none'"):
+        plan(load_profile("mine"))
 
 
 def test_an_unknown_arm_to_localize_lists_the_known_ones(params):

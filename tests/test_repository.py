@@ -26,13 +26,14 @@ LAYERS = [
     {"contrast"},
     {"methods"},
     {"evaluation", "metrics", "regained"},
-    {"attacks", "localization", "trade"},
+    {"attacks", "localization", "trade", "stability"},
     {"relearning"},
+    {"teaching"},
     {"checks"},
     {"profiles"},
     {"planning"},
     {"results"},
-    {"plots", "relearn_plots", "control_plots", "report", "relearn_tables"},
+    {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
 ]
 

@@ -10,7 +10,7 @@ from ember.data import Concept
 from ember.editing import Edit, Provenance
 from ember.environment import library_versions
 from ember.errors import EmberError
-from ember.features import RULES, ConceptFeatures, concept_features
+from ember.features import PRECISIONS, RULES, ConceptFeatures, concept_features
 from ember.models import LoadedModel
 from ember.tokens import preview_rows
 
@@ -21,10 +21,11 @@ SIDES = ("input", "output", "both")
 class EmberConfig:
     """Settings of an EMBER edit (paper, section 3).
 
-    ``delta`` is the edit strength δ; ``rank``, ``sparsity``, ``ridge``, ``max_iter``, ``patience`` and ``tol`` are
-    the factorization's; ``rule``, ``threshold`` and ``features`` select features (``ConceptFeatures.select``);
-    ``side`` names the embedding matrices to edit: ``input`` (the paper's), ``output`` or ``both``. ``max_zipf`` spares
-    the rows of tokens more frequent in general English than that (zipf scale; None, the paper's rule, spares none).
+    ``delta`` is the edit strength δ; ``rank``, ``sparsity``, ``ridge``, ``max_iter``, ``patience``, ``tol`` and
+    ``precision`` are the factorization's; ``rule``, ``threshold`` and ``features`` select features
+    (``ConceptFeatures.select``); ``side`` names the embedding matrices to edit: ``input`` (the paper's), ``output`` or
+    ``both``. ``max_zipf`` spares the rows of tokens more frequent in general English than that (zipf scale; None, the
+    paper's rule, spares none).
     """
 
     delta: float = 1.0
@@ -34,6 +35,7 @@ class EmberConfig:
     max_iter: int = 20_000
     patience: int = 500
     tol: float = 1e-4
+    precision: str = "float64"
     rule: str = "keyness"
     threshold: float | None = None
     features: tuple[int, ...] | None = None
@@ -43,6 +45,8 @@ class EmberConfig:
     def __post_init__(self) -> None:
         if self.side not in SIDES:
             raise ValueError(f"side must be one of {', '.join(SIDES)}, got {self.side!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
         if self.rank < 1:
@@ -74,7 +78,7 @@ def fit(
     """The factorization behind ``run``; cached, because every strength and method shares it."""
     return concept_features(
         loaded, concept, rank=config.rank, sparsity=config.sparsity, ridge=config.ridge, max_iter=config.max_iter,
-        patience=config.patience, tol=config.tol, seed=seed, progress=progress,
+        patience=config.patience, tol=config.tol, precision=config.precision, seed=seed, progress=progress,
     )  # fmt: skip
 
 

@@ -1,0 +1,355 @@
+"""Do features come back: planted matchings, fits without a selection, overlaps by hand, precision, figures."""
+
+import math
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_concept, make_loaded, noise
+
+from ember import stability, stability_plots
+from ember.factorization import Factorization
+from ember.features import ConceptFeatures, concept_features, scaled_rows, score_features
+from ember.stability import (
+    MEASURES,
+    compare_fits,
+    concept_mates,
+    fit_label,
+    fit_table,
+    match_features,
+    outcome_table,
+    pair_table,
+    refit,
+    selected_features,
+)
+
+ROWS = [(" Rome", "concept"), (" army", "concept"), (" Roman", "concept"), (" the", "shared"), (" train", "neutral")]
+TABLE = pd.DataFrame(
+    [(10 + k, token, role, 2.0, role == "concept", False) for k, (token, role) in enumerate(ROWS)],
+    columns=["token_id", "token", "role", "keyness", "key", "ordinary"],
+)
+SMALL = {"rank": 6, "sparsity": 0.1, "max_iter": 30, "patience": 30}
+
+
+def made(F: torch.Tensor, G: torch.Tensor, seed: int = 1, **other) -> ConceptFeatures:
+    settings = {"rank": F.shape[1], "sparsity": 0.01, "seed": seed, "precision": "float64"}
+    fit = Factorization(F, G, (4.0, 1.0), True)
+    return replace(ConceptFeatures("Rome", "tiny", "abc", TABLE, fit, score_features(TABLE, G), settings), **other)
+
+
+def activations(*columns: dict[int, float]) -> torch.Tensor:
+    G = torch.zeros(len(TABLE), len(columns))
+    for k, column in enumerate(columns):
+        for row, value in column.items():
+            G[row, k] = value
+    return G
+
+
+# Two features on concept tokens, one on a neutral one; the second fit holds the first two the other way round, of
+# other scale and sign, the third moves to other tokens, the last has nothing of the concept.
+F = torch.eye(4)[:, :3]
+FIRST = made(F, activations({0: 1.0, 1: 1.0}, {2: 2.0}, {4: 1.0}))
+TURNED = made(F[:, [1, 0, 2]] * torch.tensor([-2.0, 0.5, 3.0]), activations({2: -1.0}, {0: 2.0, 1: 2.0}, {4: 1.0}), 2)
+PARTLY = made(F[:, [0]], activations({0: 1.0}), 3)
+ELSEWHERE = made(torch.eye(4)[:, 3:], activations({2: 1.0}), 4)
+NOTHING = made(F, activations({4: 1.0}, {3: 1.0}, {4: 2.0}), 5)
+FITS = {"a": FIRST, "b": TURNED, "c": PARTLY, "d": NOTHING}
+
+
+# Matching
+
+
+@pytest.mark.parametrize(("kept", "size"), [(12, 0.0), (12, 0.02), (7, 0.0), (7, 0.02)])
+def test_a_planted_permutation_is_found(kept, size):
+    """Whatever scales and signs; also where the other fit holds fewer features, and either way round."""
+    F_a = noise(40, 12, seed=1)
+    order = np.random.default_rng(2).permutation(12)[:kept]
+    scale = torch.tensor([(-1) ** k * 10.0 ** (k % 5 - 2) for k in range(kept)])
+    F_b = (F_a[:, order] + size * noise(40, kept, seed=3)) * scale
+    found = match_features(F_a, F_b)
+    assert dict(zip(found.second, found.first, strict=True)) == dict(enumerate(order))
+    assert found.cosine.min() > (0.99 if size else 1 - 1e-6)
+    back = match_features(F_b, F_a)
+    assert dict(zip(back.first, back.second, strict=True)) == dict(enumerate(order))
+    if size:
+        assert found.cosine.max() < 1
+
+
+def test_unrelated_features_have_low_cosines():
+    """The control of the test above."""
+    assert match_features(noise(400, 12, seed=1), noise(400, 12, seed=2)).cosine.max() < 0.3
+
+
+def test_the_assignment_is_the_best_in_sum_not_the_greedy_one():
+    """The nearest pair of all would leave two features at right angles."""
+    F_a, F_b = (torch.tensor([[math.cos(x), math.sin(x)] for x in pair]).T for pair in ((0.45, -0.55), (0.0, 1.02)))
+    similar = (F_a.T @ F_b).abs()
+    assert similar.argmax() == 0 and similar[1, 1] < 0.01
+    found = match_features(F_a, F_b)
+    assert found.second.tolist() == [1, 0]
+    assert found.cosine.tolist() == pytest.approx([float(similar[0, 1]), float(similar[1, 0])])
+
+
+def test_a_feature_of_zeros_is_like_none():
+    F_a = noise(8, 3)
+    found = match_features(F_a, F_a * torch.tensor([1.0, 0.0, 1.0]))
+    assert found.cosine.tolist() == pytest.approx([1, 0, 1])
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (8,)])
+def test_other_widths_are_refused(shape):
+    with pytest.raises(ValueError, match=r"one width d, got \(8, 3\) and \(" + str(shape[0])):
+        match_features(noise(8, 3), noise(*shape))
+
+
+# Two fits
+
+
+def test_a_fit_agrees_with_itself():
+    found = compare_fits(FIRST, FIRST)
+    same = {"cosine", "cosine_all", "returned", "rows_jaccard", "edit_cosine", "tokens_jaccard"}
+    assert {name: found[name] for name in same} == pytest.approx(dict.fromkeys(same, 1.0))
+    assert found["rows_a"] == found["rows_b"] == 3
+    assert tuple(found) == MEASURES
+
+
+def test_order_scale_and_sign_make_no_difference():
+    """TURNED is the same factorization written another way."""
+    torch.testing.assert_close(
+        FIRST.factorization.G[:, :2] @ FIRST.factorization.F[:, :2].T,
+        TURNED.factorization.G[:, :2] @ TURNED.factorization.F[:, :2].T,
+    )
+    found = compare_fits(FIRST, TURNED)
+    assert found == pytest.approx(compare_fits(FIRST, FIRST))
+    assert concept_mates(FIRST, TURNED).mate.tolist() == [1, 0]
+
+
+def test_overlaps_by_hand():
+    """PARTLY keeps one of three rows, its displacement unchanged; the norms are √(1 + 1 + 4) and 1."""
+    found = compare_fits(FIRST, PARTLY)
+    assert (found["rows_a"], found["rows_b"], found["rows_jaccard"]) == (3, 1, pytest.approx(1 / 3))
+    assert found["edit_cosine"] == pytest.approx(1 / math.sqrt(6))
+    assert found["tokens_jaccard"] == pytest.approx(1 / 3)
+    assert found["returned"] == 0.5  # the other feature has no mate left
+
+
+def test_a_feature_without_a_mate_is_not_zero():
+    mates = concept_mates(FIRST, PARTLY).set_index("feature")
+    assert mates.cosine[0] == pytest.approx(1) and math.isnan(mates.cosine[1]) and math.isnan(mates.mate[1])
+    assert mates.returned.to_dict() == {0: True, 1: False}
+
+
+def test_overlaps_are_the_same_both_ways():
+    table = pair_table(FITS | {"e": ELSEWHERE}).set_index(["fit", "other"])
+    both = ["rows_jaccard", "edit_cosine", "tokens_jaccard"]
+    assert len(table) == 20
+    for a, b in table.index:
+        np.testing.assert_allclose(*(table.loc[pair, both].to_numpy(dtype=float) for pair in ((a, b), (b, a))))
+        assert table.rows_a[a, b] == table.rows_b[b, a]
+
+
+def test_disjoint_fits_share_nothing():
+    found = compare_fits(PARTLY, ELSEWHERE)
+    assert [found[name] for name in ("cosine", "rows_jaccard", "edit_cosine", "tokens_jaccard")] == [0, 0, 0, 0]
+    assert found["returned"] == 1  # the only feature there is, selected but nothing alike: cosine 0 says so
+
+
+def test_the_sibling_is_the_nearest_other_feature_of_the_same_fit():
+    near = torch.tensor([[1.0, 0.6, 0.0], [0.0, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    fit = made(near, FIRST.factorization.G)
+    mates = concept_mates(fit, FIRST).set_index("feature")
+    assert mates.sibling[0] == pytest.approx(0.6) and mates.sibling[1] == pytest.approx(0.6)
+    assert concept_mates(FIRST, fit).sibling.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("a", "b"), [(FIRST, NOTHING), (NOTHING, FIRST), (NOTHING, NOTHING)])
+def test_a_fit_that_selects_nothing(a, b):
+    found = compare_fits(a, b)
+    assert math.isnan(found["edit_cosine"])
+    assert (found["rows_a"], found["rows_b"]) == (3 if a is FIRST else 0, 3 if b is FIRST else 0)
+    assert math.isnan(found["cosine"]) == math.isnan(found["sibling"]) == (a is NOTHING)
+    overlaps = [found["rows_jaccard"], found["tokens_jaccard"]]
+    assert overlaps == [0, 0] if a is not b else all(map(math.isnan, overlaps))
+    assert found["returned"] == 0 if a is FIRST else math.isnan(found["returned"])
+    assert len(concept_mates(a, b)) == (2 if a is FIRST else 0)
+    assert selected_features(NOTHING) == []
+
+
+def test_the_selection_is_the_caller_s():
+    assert selected_features(NOTHING, features=[1]) == [1]
+    assert compare_fits(FIRST, TURNED, threshold=99)["rows_a"] == 0
+    assert compare_fits(FIRST, FIRST, features=[1])["rows_a"] == 1
+
+
+@pytest.mark.parametrize("other", [{"weights_hash": "xyz"}, {"table": TABLE.assign(token_id=TABLE.token_id + 1)}])
+def test_fits_of_other_weights_or_tokens_are_refused(other):
+    with pytest.raises(ValueError, match="not of the same weights and tokens"):
+        compare_fits(FIRST, replace(TURNED, **other))
+
+
+# Tables
+
+
+def test_the_table_of_fits():
+    X = torch.full((5, 4), 0.5)
+    table = fit_table(FITS, X).set_index("fit")
+    assert table.unexplained.tolist() == pytest.approx([1 / 5] * 4)  # the best loss ÷ ‖X‖²
+    assert table.selected.to_dict() == {"a": 2, "b": 2, "c": 1, "d": 0}
+    assert table.rows.to_dict() == {"a": 3, "b": 3, "c": 1, "d": 0}
+    assert table.best_score["a"] == 2 and table.best_score["d"] == 0
+    assert table.top_tokens["c"] == "Rome" and set(table.precision) == {"float64"}
+    assert table["rank"].tolist() == [3, 3, 1, 3] and table.seed.tolist() == [1, 2, 3, 5]
+
+
+def test_pairs_of_all_and_of_a_reference():
+    everything = pair_table(FITS)
+    assert len(everything) == 12 and not (everything.fit == everything.other).any()
+    mine = pair_table(FITS, reference="b")
+    assert mine.other.tolist() == ["a", "c", "d"]
+    pd.testing.assert_frame_equal(mine, everything[everything.fit == "b"].reset_index(drop=True))
+    assert list(pair_table({"a": FIRST}).columns) == ["fit", "other", *MEASURES]
+
+
+def probed(*changes: float, set_: str = "concept") -> pd.DataFrame:
+    gold = [(set_, f"q{k}", "gold_prob", 0.5, 0.5 + change) for k, change in enumerate(changes)]
+    other = [(set_, f"q{k}", "correct", 1.0, 0.0) for k in range(len(changes))]
+    return pd.DataFrame(gold + other, columns=["set", "item", "metric", "base", "edited"])
+
+
+def test_outcomes_and_their_paired_differences():
+    """A difference that all items share has no uncertainty, however much the items differ."""
+    a, b = [-0.1, 0.0, -0.2, -0.4, 0.3], [0.0, 0.1, -0.1, -0.3, 0.4]
+    scores = {name: pd.concat([probed(*x), probed(0, 0, set_="simdom")]) for name, x in (("a", a), ("b", b))}
+    table = outcome_table(scores, reference="a").set_index(["fit", "set"])
+    assert len(table) == 4
+    first, second = table.loc[("a", "concept")], table.loc[("b", "concept")]
+    assert first.change == pytest.approx(np.mean(a)) and first.n == 5
+    assert first.ci_low < first.change - 0.05 and first.ci_high > first.change + 0.05
+    assert [first.difference, first.difference_low, first.difference_high] == [0, 0, 0]
+    assert [second.difference, second.difference_low, second.difference_high] == pytest.approx([0.1] * 3)
+    assert table.change["b", "simdom"] == 0
+
+
+def test_outcomes_without_a_reference_or_any_edit():
+    table = outcome_table({"a": probed(-0.1, 0.2)}, reference="d")
+    assert table.change.item() == pytest.approx(0.05)
+    assert table[["difference", "difference_low", "difference_high"]].isna().all(axis=None)
+    empty = outcome_table({}, reference="d")
+    assert empty.empty and list(empty.columns) == list(table.columns)
+
+
+# Precision
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return make_loaded()
+
+
+def test_precisions_agree_where_the_start_is_the_same(loaded, cache):
+    """Few iterations from the same start: rounding has not grown yet. Another seed is the control."""
+    double = concept_features(loaded, make_concept(), cache=False, seed=1, **SMALL)
+    single = refit(loaded, double, precision="float32")
+    assert double.factorization.loss == pytest.approx(single.factorization.loss, rel=1e-5)
+    assert double.factorization.loss != single.factorization.loss
+    torch.testing.assert_close(double.factorization.F, single.factorization.F, rtol=1e-2, atol=1e-2)
+    assert match_features(single.factorization.F, double.factorization.F).cosine.min() > 0.9999
+    other = concept_features(loaded, make_concept(), cache=False, seed=2, **SMALL)
+    assert match_features(double.factorization.F, other.factorization.F).cosine.min() < 0.99
+    assert fit_label(double) == "rank 6, sparsity 0.1, seed 1, float64"
+    assert fit_label(single) == "rank 6, sparsity 0.1, seed 1, float32"
+    X = scaled_rows(loaded, single.table)
+    assert fit_table({"x": single, "y": double}, X).precision.tolist() == ["float32", "float64"]
+    everything = list(single.scores.feature)
+    assert compare_fits(single, double, features=everything)["edit_cosine"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(kind, precision, cache):
+    """So it factorizes the same rows, scale included, from the same start."""
+    loaded = make_loaded(kind)
+    features = concept_features(loaded, make_concept(), seed=3, precision=precision, **SMALL)
+    again = refit(loaded, features)
+    assert torch.equal(again.factorization.F, features.factorization.F)
+    assert torch.equal(again.factorization.G, features.factorization.G)
+    assert again.factorization.loss_curve == features.factorization.loss_curve
+    assert again.factorization.converged == features.factorization.converged
+    pd.testing.assert_frame_equal(again.scores, features.scores)
+
+
+def test_reordered_columns_are_the_same_problem(loaded, cache):
+    """In float64 the features come back, entry by entry, though the numbers are rounded otherwise."""
+    features = concept_features(loaded, make_concept(), seed=3, **SMALL)
+    turned = refit(loaded, features, reordered=True)
+    assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, reordered"
+    assert turned.factorization.loss_curve != features.factorization.loss_curve
+    torch.testing.assert_close(turned.factorization.F, features.factorization.F)
+    measured = compare_fits(features, turned, features=list(features.scores.feature))
+    assert measured["same"] == 1 and measured["rows_jaccard"] == 1
+
+
+def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypatch):
+    features = [concept_features(loaded, make_concept(), seed=seed, **SMALL) for seed in (1, 2)]
+    first = [refit(loaded, one, reordered=True) for one in features]
+    assert not torch.equal(first[0].factorization.F, first[1].factorization.F)
+    kept = [refit(loaded, features[0], precision=p) for p in ("float32", "float64")]
+    assert not torch.equal(kept[0].factorization.F, kept[1].factorization.F)
+    monkeypatch.setattr(stability, "sparse_mf", lambda *_, **__: pytest.fail("fitted again"))
+    assert torch.equal(refit(loaded, features[0], reordered=True).factorization.G, first[0].factorization.G)
+    with pytest.raises(ValueError, match="other weights"):
+        refit(make_loaded(seed=1), features[0])
+
+
+# Figures
+
+
+@pytest.fixture
+def closed():
+    yield
+    plt.close("all")
+
+
+def texts(labels) -> list[str]:
+    return [label.get_text() for label in labels]
+
+
+def test_the_grid_names_every_fit_on_both_axes(closed):
+    ax = stability_plots.pair_grid(pair_table(FITS))
+    ax.figure.canvas.draw()
+    assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == list(FITS)
+    assert texts(ax.texts)[:4] == ["–", "1.00", "1.00", "1.00"]
+    assert texts(ax.texts)[-4:] == ["–"] * 4  # d selects nothing
+
+
+def test_mates_stand_beside_the_sibling(closed):
+    ax = stability_plots.mate_points(pair_table(FITS))
+    ax.figure.canvas.draw()
+    assert texts(ax.get_yticklabels()) == list(FITS)
+    assert len(ax.figure.legends[0].get_texts()) == 4
+    assert texts(ax.texts) == ["nothing selected"]
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [3, 3, 3]
+    assert "cosine" in ax.get_xlabel()
+
+
+def test_rows_and_their_overlap(closed):
+    figure = stability_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pair_table(FITS))
+    figure.canvas.draw()
+    left, right = figure.axes[:2]
+    assert texts(left.get_yticklabels()) == texts(right.get_xticklabels()) == list(FITS)
+    assert [bar.get_width() for bar in left.patches] == [3, 3, 1, 0]
+    assert texts(left.texts) == [" 3 (2 features)", " 3 (2 features)", " 1 (1 feature)", " 0 (nothing selected)"]
+    assert texts(right.texts)[1:3] == ["1.00", "0.33"]
+
+
+def test_outcomes_have_one_colour_a_set(closed):
+    scores = {name: pd.concat([probed(-0.1, 0.2), probed(0.0, 0.1, set_="simdom")]) for name in ("a", "b")}
+    ax = stability_plots.outcome_points(outcome_table(scores, reference="a"))
+    ax.figure.canvas.draw()
+    assert texts(ax.get_yticklabels()) == ["a", "b"]
+    legend = ["base model", "concept questions", "similar domain questions"]
+    assert sorted(texts(ax.figure.legends[0].get_texts())) == legend
+    assert len(ax.containers) == 2

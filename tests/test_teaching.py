@@ -1,0 +1,279 @@
+"""Teaching and erasing: the invented material, training of copies, arrival against computations by hand."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SENTENCES, make_concept, make_loaded
+
+from ember import teaching
+from ember.checks import GUESSES
+from ember.data import load_concept
+from ember.errors import DataError, EmberError
+from ember.methods import METHODS
+from ember.methods.ember import EmberConfig
+from ember.models import weights_hash
+from ember.paths import data_dir
+from ember.teaching import TeachConfig, arrival, arrival_table, damage, item_scores, load_invented, nearest, teach
+from ember.teaching_plots import arrival_points
+from ember.wording import Texts, content_stems, rarity
+
+QUICK = TeachConfig(tokens=800, lr=5e-3, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def invented():
+    return load_invented()
+
+
+# The material.
+
+
+def test_sizes_and_lengths(invented):
+    assert 30 <= len(invented.questions) <= 40
+    assert len(invented.sentences) == 160 and len(invented.paragraphs) == 24
+    assert all(6 <= len(text.split()) <= 30 for text in invented.sentences)
+    assert all(60 <= len(text.split()) <= 90 for text in invented.paragraphs)
+    assert invented.neutral == load_concept("Uranium").neutral and invented.further_neutral
+
+
+def test_nothing_occurs_twice(invented):
+    texts = (*invented.sentences, *invented.paragraphs)
+    assert len(set(texts)) == len(texts)
+    questions = invented.questions
+    for values in (
+        {q.id for q in questions},
+        {q.question for q in questions},
+        {(q.question, q.answer) for q in questions},
+    ):
+        assert len(values) == len(questions)
+
+
+def test_halves_take_turns(invented):
+    assert [q.split for q in invented.questions[:4]] == ["train", "test", "train", "test"]
+    assert {q.set for q in invented.questions} == {"concept"}
+
+
+def test_every_fact_is_stated_in_three_texts(invented):
+    texts = Texts((*invented.sentences, *invented.paragraphs))
+    for question in invented.questions:
+        asked = content_stems(question.question)
+        stating = [k for k in texts.holding(question) if len(asked & texts.content[k]) >= min(2, len(asked))]
+        assert len({frozenset(texts.content[k]) for k in stating}) >= 3, question.question
+
+
+def test_no_text_states_a_wrong_option(invented):
+    texts = Texts((*invented.sentences, *invented.paragraphs))
+    weight = rarity([*texts.content, *(content_stems(q.question) for q in invented.questions)])
+    assert sum(len(texts.stating(q, weight)) for q in invented.questions) > 100
+    for question in invented.questions:
+        for option in question.distractors:
+            stating = [
+                k for k in texts.stating(replace(question, answer=option), weight) if k not in texts.holding(question)
+            ]
+            assert not stating, f"{question.question} {option}: text {stating[0]}"
+
+
+def test_options_give_nothing_away(invented):
+    function_words = {"the", "a", "of", "by"}
+    for question in invented.questions:
+        asked = set(re.findall(r"\w+", question.question.lower()))
+        for option in question.options:
+            assert not asked & set(re.findall(r"\w+", option.lower())) - function_words, question.question
+        lengths = [len(option) for option in question.options]
+        assert max(lengths) - min(lengths) <= 5, question.question
+        articles = {option.split()[0] if option.split()[0] in function_words else "" for option in question.options}
+        assert len(articles) == 1 or question.id == "ulreth-days" or question.id == "ulreth-house", question.question
+    for name in ("longest option", "most similar option"):
+        assert np.mean([GUESSES[name](q) for q in invented.questions]) < 0.31, name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fact: fact.pop("answer"), "'answer'"),
+        (lambda fact: fact["distractors"].append("x"), "fact 3: needs three distractors"),
+        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "fact 3: needs three distractors"),
+        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "fact 3: the id 'ulreth-capital' occurs twice"),
+    ],
+)
+def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):
+    for part in ("invented", "shared"):
+        shutil.copytree(data_dir() / part, tmp_path / part)
+    path = tmp_path / "invented" / "facts.json"
+    about = json.loads(path.read_text())
+    change(about["facts"][2])
+    path.write_text(json.dumps(about))
+    monkeypatch.setenv("EMBER_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=message):
+        load_invented()
+
+
+# Teaching.
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tokens": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"batch_size": 0}, {"max_tokens": 1}, {"weight_decay": -1}],
+)
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TeachConfig(**wrong)
+
+
+def test_a_copy_learns_and_the_original_stays(tiny):
+    before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
+    flags = [p.requires_grad for p in tiny.model.parameters()]
+    base_hash = tiny.weights_hash
+    taught = teach(tiny, SENTENCES, QUICK)
+    for name, parameter in tiny.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert not torch.equal(parameter, taught.model.get_parameter(name)), name
+    assert [p.requires_grad for p in tiny.model.parameters()] == flags
+    assert tiny.weights_hash == base_hash == weights_hash(tiny.model)
+    assert taught.weights_hash == weights_hash(taught.model) != base_hash
+    losses = [item_scores(m, make_concept().questions, SENTENCES) for m in (tiny, taught)]
+    means = [frame[frame.metric == "loss"].value.mean() for frame in losses]
+    assert means[1] < 0.7 * means[0]
+
+
+def test_same_seed_same_weights_and_other_seed_others():
+    loaded = make_loaded()
+    first = teach(loaded, SENTENCES, QUICK, seed=1).weights_hash
+    assert teach(loaded, SENTENCES, QUICK, seed=2).weights_hash != first
+    assert teach(loaded, SENTENCES, QUICK, seed=1).weights_hash == first
+
+
+def test_training_stops_at_the_budget(monkeypatch):
+    loaded, lengths = make_loaded(), []
+    real = teaching.packed_loss
+
+    def counted(student, sequences):
+        assert student.model is not loaded.model and student.weights_hash != loaded.weights_hash
+        lengths.append(sum(map(len, sequences)))
+        return real(student, sequences)
+
+    monkeypatch.setattr(teaching, "packed_loss", counted)
+    teach(loaded, SENTENCES, QUICK)
+    assert sum(lengths[:-1]) < QUICK.tokens <= sum(lengths)
+    whole = sum(len(loaded.encode(text)) for text in SENTENCES)
+    assert teaching.round_tokens(loaded, SENTENCES) == whole == sum(lengths[:2])
+
+
+def test_teaching_refuses_low_precision_and_divergence(monkeypatch):
+    with pytest.raises(EmberError, match="float32"):
+        teach(make_loaded(dtype=torch.bfloat16), SENTENCES, QUICK)
+    monkeypatch.setattr(teaching, "packed_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(EmberError, match="diverged at step 1"):
+        teach(make_loaded(), SENTENCES, QUICK)
+
+
+def test_scores_with_an_edit_are_those_of_the_edited_model(cache):
+    loaded, concept = make_loaded(), make_concept()
+    config = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
+    edit = METHODS["ember"].run(loaded, concept, config)
+    plain = item_scores(loaded, concept.questions, SENTENCES)
+    edited = item_scores(loaded, concept.questions, SENTENCES, edit)
+    with edit.applied(loaded):
+        inside = item_scores(loaded, concept.questions, SENTENCES)
+    assert set(plain.set) == {"concept", "simdom", "neutral"}
+    np.testing.assert_allclose(edited.value, inside.value, atol=1e-4)
+    assert not np.allclose(edited.value, plain.value)
+
+
+# Arrival.
+
+
+def scores(values, metric="gold_prob", set_="concept") -> pd.DataFrame:
+    return pd.DataFrame({"set": set_, "item": [f"q{k}" for k in range(len(values))], "metric": metric, "value": values})
+
+
+TAUGHT, UNTAUGHT = np.array([0.9, 0.8, 0.7, 0.8]), np.array([0.3, 0.2, 0.1, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("erased", "expected"),
+    [(TAUGHT, 0.0), (UNTAUGHT, 1.0), (TAUGHT - 0.5 * (TAUGHT - UNTAUGHT), 0.5), (UNTAUGHT - 0.11, 1 + 0.11 / 0.55)],
+)
+def test_arrival_by_hand(erased, expected):
+    found = arrival(scores(TAUGHT), scores(UNTAUGHT), scores(erased))
+    assert found.value == pytest.approx(expected, abs=1e-12)
+    assert found.gap == pytest.approx(0.55) and found.back == pytest.approx(expected * 0.55)
+    assert found.low - 1e-12 <= found.value <= found.high + 1e-12 and found.n == 4 and found.note == ""
+    if expected == 0.5:  # every question lost half, so no draw of questions gives anything else
+        assert found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
+
+
+def test_too_small_a_gap_has_no_share():
+    found = arrival(scores(TAUGHT), scores(TAUGHT - [0.1, -0.1, 0.1, -0.1]), scores(UNTAUGHT))
+    assert np.isnan([found.value, found.low, found.high]).all() and "too small" in found.note
+    assert found.back == pytest.approx(0.55)
+    unlearned = arrival(scores(UNTAUGHT), scores(TAUGHT), scores(UNTAUGHT))
+    assert np.isnan(unlearned.value) and unlearned.gap == pytest.approx(-0.55)
+
+
+def test_arrival_pairs_items_by_name():
+    mixed = scores(TAUGHT - 0.5 * (TAUGHT - UNTAUGHT)).sample(frac=1, random_state=3)
+    found = arrival(scores(TAUGHT), scores(UNTAUGHT), mixed)
+    assert (found.low, found.high) == pytest.approx((0.5, 0.5))
+    with pytest.raises(ValueError, match="same items"):
+        arrival(scores(TAUGHT), scores(UNTAUGHT), scores(TAUGHT[:3]))
+
+
+def table_of(erased: dict[str, np.ndarray]) -> pd.DataFrame:
+    questions = [replace(make_concept().questions[0], id=f"q{k}", split=("train", "test")[k % 2]) for k in range(4)]
+    frames = {
+        name: pd.concat([scores(values, metric) for metric in teaching.METRICS])
+        for name, values in {"taught": TAUGHT, "untaught": UNTAUGHT, **erased}.items()
+    }
+    return arrival_table(frames.pop("taught"), frames.pop("untaught"), frames, questions)
+
+
+def test_choice_is_made_on_the_train_half_alone():
+    # On train (q0, q2) the first cell arrives and the second does nothing; on test (q1, q3) it is the other way round.
+    here, there = UNTAUGHT.copy(), TAUGHT.copy()
+    here[1::2], there[1::2] = TAUGHT[1::2], UNTAUGHT[1::2]
+    table = table_of({"there": there, "here": here})
+    prob = table[table.metric == "gold_prob"].set_index(["cell", "split"]).share
+    assert prob.to_dict() == pytest.approx(
+        {("there", "train"): 0, ("here", "train"): 1, ("there", "test"): 1, ("here", "test"): 0}
+    )
+    assert nearest(table) == "here"
+    over = table_of({"over": UNTAUGHT - 0.3, "short": UNTAUGHT + 0.1})
+    assert nearest(over) == "short"
+    assert nearest(table_of({"first": TAUGHT, "second": TAUGHT})) == "first"
+
+
+def test_damage_by_hand():
+    before = pd.concat([scores(TAUGHT), scores([1.0, 2.0, 3.0], "loss", "neutral")])
+    after = pd.concat([scores([1.5, 2.5, 3.5], "loss", "neutral"), scores(UNTAUGHT)])
+    found = damage(before, after).set_index("set")
+    assert found.change.to_dict() == pytest.approx({"concept": -0.55, "neutral": 0.5})
+    assert found.loc["neutral", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.5, 0.5])
+    assert found.loc["concept", "ci_low"] < -0.55 < found.loc["concept", "ci_high"]
+    assert found.n.to_dict() == {"concept": 4, "neutral": 3}
+    with pytest.raises(ValueError, match="same items"):
+        damage(before, scores(UNTAUGHT))
+
+
+# The figure.
+
+
+def test_figure_renders():
+    rows = [("ember", False, 0.4, 0.2, 0.6, ""), ("rmu", False, 1.3, 1.0, 1.6, ""), ("rmu", True, 1.1, 0.9, 1.4, ""),
+            ("snmf", False, np.nan, np.nan, np.nan, "gap too small")]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["label", "ember", "share", "ci_low", "ci_high", "note"])
+    ax = arrival_points(table)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["ember", "rmu", "snmf"]
+    drawn = [line.get_xdata() for line in ax.get_lines()]
+    assert any(list(x) == [0, 0] for x in drawn) and any(list(x) == [1, 1] for x in drawn)
+    assert {0.4, 1.3} in [set(map(float, x)) for x in drawn] and {1.1} in [set(map(float, x)) for x in drawn]
+    assert sum("no share" in text.get_text() for text in ax.texts) == 1
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["alone", "after EMBER"]
+    plt.close("all")
