@@ -28,6 +28,7 @@ MEASURES = (
     "cosine", "sibling", "mate_selected", "returned", "cosine_all", "same", "rows_a", "rows_b", "rows_jaccard",
     "edit_cosine", "tokens_jaccard",
 )  # fmt: skip
+_VARIED = ("rank", "sparsity", "seed", "precision", "reordered")
 _FIT_KEYS = ("rank", "sparsity", "ridge", "max_iter", "patience", "tol", "seed")
 
 
@@ -134,13 +135,14 @@ def fit_label(features: ConceptFeatures) -> str:
 def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection: Any) -> pd.DataFrame:
     """One row a fit of X [n, d] (``scaled_rows``).
 
-    Columns: fit, rank, sparsity, seed, precision, iterations, unexplained (‖X − G Fᵀ‖² / ‖X‖²), best_score (bits),
-    selected (features), rows (that their edit changes), top_tokens (of the best feature, selected or not).
+    Columns: fit, rank, sparsity, seed, precision, reordered, iterations, unexplained (‖X − G Fᵀ‖² / ‖X‖²), best_score
+    (bits), selected (features), rows (that their edit changes), top_tokens (of the best feature, selected or not).
     """
     rows = []
     for name, fit in fits.items():
         chosen, best, result = selected_features(fit, **selection), fit.scores.nlargest(1, "score"), fit.factorization
-        about = {"fit": name, **{key: fit.settings[key] for key in ("rank", "sparsity", "seed", "precision")}}
+        about = {"fit": name, **{key: fit.settings[key] for key in _VARIED[:-1]}}
+        about["reordered"] = bool(fit.settings.get("reordered"))
         about |= {"iterations": len(result.loss_curve), "unexplained": result.loss / float(X.double().square().sum())}
         about |= {"best_score": best.score.item(), "selected": len(chosen), "rows": len(_displacements(fit, chosen))}
         rows.append({**about, "top_tokens": best.top_tokens.item()})
@@ -152,6 +154,44 @@ def pair_table(fits: Mapping[str, ConceptFeatures], *, reference: str | None = N
     pairs = [(a, b) for a, b in itertools.permutations(fits, 2) if reference in (None, a)]
     rows = [(a, b, *compare_fits(fits[a], fits[b], **selection).values()) for a, b in pairs]
     return pd.DataFrame(rows, columns=["fit", "other", *MEASURES])
+
+
+def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs whose fits differ in one thing only, and in which: ``pairs`` with a column ``varied``.
+
+    ``fits`` is ``fit_table``'s. ``varied`` is ``rank``, ``sparsity``, ``seed``, ``precision``, or ``rounding in``
+    float64 or float32: the same fit with its columns reordered.
+    """
+    about = fits.set_index("fit")[list(_VARIED)]
+    rows = []
+    for pair in pairs.itertuples():
+        one, other = about.loc[pair.fit], about.loc[pair.other]
+        differing = [name for name in _VARIED if one[name] != other[name]]
+        name = f"rounding in {one.precision}" if differing == ["reordered"] else "".join(differing)
+        rows.append(name if len(differing) == 1 else None)
+    return pairs.assign(varied=rows).dropna(subset="varied").reset_index(drop=True)
+
+
+def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
+    """What comes back when one thing varies (``varied_pairs``): one row a kind of variation.
+
+    Columns: varied, pairs; found, the share of them whose first fit selects a feature; returned, the share of those
+    whose best feature has a selected mate; of cosine, same, rows_jaccard and edit_cosine the median, least and most.
+    """
+    rows = []
+    for name, part in varied.groupby("varied", sort=False):
+        known = part[part.cosine.notna()]
+        row = {
+            "varied": name,
+            "pairs": len(part),
+            "found": len(known) / len(part),
+            "returned": known.mate_selected.mean(),
+        }
+        for measure in ("cosine", "same", "rows_jaccard", "edit_cosine"):
+            values = part[measure].dropna()
+            row |= {measure: values.median(), f"{measure}_low": values.min(), f"{measure}_high": values.max()}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def outcome_table(

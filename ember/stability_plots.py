@@ -1,6 +1,7 @@
 """Figures of the stability of features: tidy frame in, matplotlib Axes out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,37 +43,33 @@ def pair_grid(pairs: pd.DataFrame, *, value: str = "cosine", ax: Axes | None = N
     return ax
 
 
-def mate_points(pairs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """|cosine| of each fit's best concept feature with its mates in the others, beside that with its nearest sibling.
+def variation_points(varied: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """|cosine| of the best concept feature with its mate in a fit that differs in one thing only, by what that is.
 
-    Filled where the mate is selected there too. A mate no nearer than the sibling is not the same feature. ``pairs``
-    is ``stability.pair_table``'s of all pairs.
+    Filled where the mate is selected too; the grey span holds the nearest siblings. ``varied`` is
+    ``stability.varied_pairs``'s.
     """
-    names = list(dict.fromkeys(pairs.fit))
+    names = list(dict.fromkeys(varied.varied))
     if ax is None:
-        ax = plt.subplots(figsize=(7.6, 0.42 * len(names) + 1.9), layout="constrained")[1]
+        ax = plt.subplots(figsize=(7.4, 0.5 * len(names) + 1.9), layout="constrained")[1]
     for k, name in enumerate(names):
-        mine = pairs[pairs.fit == name]
-        if mine.sibling.isna().all():
+        mine = varied[(varied.varied == name) & varied.cosine.notna()]
+        if mine.empty:
             ax.text(0.01, k, "nothing selected", va="center", fontsize=8, color=PALETTE["base"])
             continue
-        y = k + np.linspace(-0.15, 0.15, len(mine)) if len(mine) > 1 else np.array([float(k)])
+        ax.barh(k, mine.sibling.max() - mine.sibling.min(), 0.7, mine.sibling.min(), color=PALETTE["base"], alpha=0.25)
+        y = k + np.linspace(-0.25, 0.25, len(mine)) if len(mine) > 1 else np.array([float(k)])
         faces = [PALETTE["concept"] if share == 1 else "white" for share in mine.mate_selected]
-        ax.scatter(mine.cosine, y, c=faces, edgecolors=PALETTE["concept"], s=40, zorder=3)
-        ax.plot([mine.sibling.iloc[0]] * 2, [k - 0.3, k + 0.3], color=PALETTE["base"], lw=2)
-        ax.plot([mine.cosine_all.median()] * 2, [k - 0.3, k + 0.3], color=PALETTE["simdom"], lw=1.5, ls=":")
-    for label, style in (
-        ("mate, selected there too", {"marker": "o", "ls": "", "color": PALETTE["concept"]}),
-        ("mate, not selected there", {"marker": "o", "ls": "", "color": PALETTE["concept"], "mfc": "white"}),
-        ("nearest sibling in its own fit", {"color": PALETTE["base"], "lw": 2}),
-        ("median of all features with theirs", {"color": PALETTE["simdom"], "ls": ":"}),
-    ):
-        ax.plot([], [], label=label, **style)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.scatter(mine.cosine, y, c=faces, edgecolors=PALETTE["concept"], s=32, zorder=3)
+    point: dict[str, Any] = {"marker": "o", "ls": "", "color": PALETTE["concept"]}
+    ax.plot([], [], label="mate, selected there too", **point)
+    ax.plot([], [], label="mate, not selected there", **point, mfc="white")
+    ax.plot([], [], label="nearest sibling in its own fit", color=PALETTE["base"], lw=6, alpha=0.25)
+    ax.set_yticks(range(len(names)), [f"another {n}" if not n.startswith("rounding") else n for n in names])
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="|cosine| of feature directions")
     ax.grid(visible=False, axis="y")
-    ax.set(xlim=(0, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel="|cosine| of feature directions")
-    ax.set_title("Does the best concept feature come back in the other fits?")
-    ax.figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
+    ax.set_title("Does the best concept feature come back when one thing changes?")
+    ax.figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return ax
 
 

@@ -24,6 +24,8 @@ from ember.stability import (
     pair_table,
     refit,
     selected_features,
+    variation_table,
+    varied_pairs,
 )
 
 ROWS = [(" Rome", "concept"), (" army", "concept"), (" Roman", "concept"), (" the", "shared"), (" train", "neutral")]
@@ -213,6 +215,26 @@ def test_pairs_of_all_and_of_a_reference():
     assert list(pair_table({"a": FIRST}).columns) == ["fit", "other", *MEASURES]
 
 
+def test_pairs_that_differ_in_one_thing_are_told_by_it():
+    settings = {"rank": 3, "sparsity": 0.01, "seed": 1, "precision": "float64"}
+    changes = {
+        "reference": {}, "seed": {"seed": 2}, "rank": {"rank": 2}, "both": {"seed": 2, "rank": 2},
+        "single": {"precision": "float32"}, "turned": {"precision": "float32", "reordered": True},
+    }  # fmt: skip
+    fits = {name: replace(FIRST, settings=settings | change) for name, change in changes.items()}
+    fits["both"] = replace(NOTHING, settings=fits["both"].settings)
+    varied = varied_pairs(fit_table(fits, torch.ones(5, 4)), pair_table(fits))
+    kinds = varied.set_index(["fit", "other"]).varied
+    assert kinds["reference", "seed"] == kinds["rank", "both"] == "seed" and kinds["both", "seed"] == "rank"
+    assert kinds["reference", "single"] == "precision" and kinds["turned", "single"] == "rounding in float32"
+    assert ("reference", "both") not in kinds.index and ("seed", "turned") not in kinds.index
+    table = variation_table(varied).set_index("varied")
+    assert table.pairs.to_dict() == {"seed": 4, "rank": 4, "precision": 2, "rounding in float32": 2}
+    # Of the four pairs, one sets out from the fit that selects nothing, and one finds nothing there.
+    assert table.found["seed"] == 0.75 and table.returned["seed"] == pytest.approx(2 / 3)
+    assert table.cosine["precision"] == table.same["precision"] == 1
+
+
 def probed(*changes: float, set_: str = "concept") -> pd.DataFrame:
     gold = [(set_, f"q{k}", "gold_prob", 0.5, 0.5 + change) for k, change in enumerate(changes)]
     other = [(set_, f"q{k}", "correct", 1.0, 0.0) for k in range(len(changes))]
@@ -325,13 +347,18 @@ def test_the_grid_names_every_fit_on_both_axes(closed):
     assert texts(ax.texts)[-4:] == ["–"] * 4  # d selects nothing
 
 
-def test_mates_stand_beside_the_sibling(closed):
-    ax = stability_plots.mate_points(pair_table(FITS))
+def test_mates_stand_beside_the_siblings(closed):
+    varied = pair_table(FITS)
+    varied = varied[varied.fit != "d"].assign(
+        varied=lambda frame: frame.fit.map({"a": "seed", "b": "seed", "c": "rank"})
+    )
+    none = pair_table({"d": NOTHING, "a": FIRST}).query("fit == 'd'").assign(varied="rounding in float32")
+    ax = stability_plots.variation_points(pd.concat([varied, none]))
     ax.figure.canvas.draw()
-    assert texts(ax.get_yticklabels()) == list(FITS)
-    assert len(ax.figure.legends[0].get_texts()) == 4
+    assert texts(ax.get_yticklabels()) == ["another seed", "another rank", "rounding in float32"]
+    assert len(ax.figure.legends[0].get_texts()) == 3
     assert texts(ax.texts) == ["nothing selected"]
-    assert [len(dots.get_offsets()) for dots in ax.collections] == [3, 3, 3]
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [5, 3]
     assert "cosine" in ax.get_xlabel()
 
 
