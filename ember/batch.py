@@ -165,6 +165,11 @@ def readme_tables() -> dict[str, str]:
             only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
         ),
         "precision": _precisions(attacks / "precision.csv", only=ALL),
+        "localization": _localized(tables / "localization.csv"),
+        "trade": _trades(attacks / "trade.csv", only=ALL),
+        "verdicts": _verdicts(attacks / "verdicts.csv"),
+        "stability": _stability(tables / "stability.csv"),
+        "arrival": _arrivals(tables / "arrival.csv"),
         "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
@@ -218,6 +223,77 @@ def _spans(table: pd.DataFrame, name: str, form: str = "+.3f") -> list[str]:
         f"{value:{form}} [{low:{form}}, {high:{form}}]" if value == value else "–"
         for value, low, high in zip(*columns, strict=True)
     ]
+
+
+def _localized(path: Path) -> str:
+    """KL before the first edited token and after one, by texts and arm, as Markdown."""
+    from ember.localization import EXPOSED
+    from ember.plots import LABELS
+    from ember.report import arm_name
+
+    table = pd.read_csv(path)
+    table = table.assign(kl_text=_spans(table, "kl", ".3f"), arm=list(map(arm_name, table.method, table.ember)))
+    wide = table.pivot(index=["arm", "set"], columns="group", values="kl_text").fillna("–")
+    shares = table[table.group == EXPOSED[1]].set_index(["arm", "set"]).share_of_tokens
+    rows = []
+    for arm, texts in dict.fromkeys(zip(table.arm, table.set, strict=True)):
+        share = shares.get((arm, texts), 0.0)
+        rows.append((LABELS[texts], f"{share:.0%}", arm, *(wide.loc[(arm, texts), group] for group in EXPOSED)))
+    columns = ["texts", "tokens after an edited one", "arm", *(f"KL {group}" for group in EXPOSED)]
+    return _lines(pd.DataFrame(rows, columns=columns).sort_values("texts", kind="stable"))
+
+
+def _trades(path: Path, *, only: str) -> str:
+    """EMBER's areas, and by how much those of other edits of its rows differ, as Markdown."""
+    table = pd.read_csv(path)
+    table = table[table.concept == only]
+    areas = _spans(table.rename(columns={"ci_low": "area_low", "ci_high": "area_high"}), "area", ".3f")
+    pairs = zip(table.edit, areas, _spans(table, "difference"), strict=True)
+    table = table.assign(text=[area if edit == "EMBER" else gap for edit, area, gap in pairs])
+    wide = table.pivot(index="edit", columns="cost", values="text").loc[list(dict.fromkeys(table.edit))]
+    return _lines(wide[list(dict.fromkeys(table.cost))].rename(columns="against {}".format).reset_index())
+
+
+def _verdicts(path: Path) -> str:
+    """The answers that need one number each, as Markdown."""
+    table = pd.read_csv(path)
+    table = table[(table.measure == "harmonic mean") | table.question.str.contains("relearning|erasure", regex=True)]
+    table = table[~table.question.str.contains("before") | (table.measure == "harmonic mean")]
+    spans = _spans(table.rename(columns={"ci_low": "difference_low", "ci_high": "difference_high"}), "difference")
+    shown = table[["question", "beside", "measure"]].assign(difference=spans, better=table.better)
+    return _lines(shown.rename(columns={"difference": "difference from EMBER"}))
+
+
+def _stability(path: Path) -> str:
+    """What comes back when one thing of the fit varies, as Markdown."""
+    table = pd.read_csv(path)
+    shown = {"what differs": table.varied, "pairs of fits": table.pairs.astype(str)}
+    shown |= {"same feature selected again": table.returned.map("{:.0%}".format)}
+    for measure, title in (
+        ("cosine", "|cosine| of the two"), ("same", "share of all features that come back"),
+        ("rows_jaccard", "overlap of edited rows"),
+    ):  # fmt: skip
+        shown[title] = _spans(table, measure, ".2f")
+    return _lines(pd.DataFrame(shown).replace("nan%", "–"))
+
+
+def _arrivals(path: Path) -> str:
+    """Where erasing what was taught arrives, as Markdown."""
+    from ember.report import arm_name
+
+    table = pd.read_csv(path)
+    spans = {"ci_low": "share_low", "ci_high": "share_high"}
+    wide = {
+        metric: dict(zip(zip(part.method, part.ember, strict=True), _spans(part.rename(columns=spans), "share", ".2f"),
+                         strict=True))
+        for metric, part in table.groupby("metric")
+    }  # fmt: skip
+    first = table[table.metric == "gold_prob"]
+    arms = list(zip(first.method, first.ember, strict=True))
+    shown = {"arm": [arm_name(*arm) for arm in arms], "cell": first.cell}
+    shown |= {f"arrival ({name})": [wide[metric][arm] for arm in arms] for metric, name in
+              (("gold_prob", "probability"), ("gold_logprob", "log-likelihood"))}  # fmt: skip
+    return _lines(pd.DataFrame(shown))
 
 
 def _lines(table: pd.DataFrame) -> str:

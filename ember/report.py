@@ -162,6 +162,41 @@ def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def verdict_table(
+    scores: pd.DataFrame, areas: pd.DataFrame, left: pd.DataFrame, spared: pd.DataFrame, *, concept: str
+) -> pd.DataFrame:
+    """Does EMBER beat its controls, and what does the frequency rule save: one row an answer.
+
+    The frames are ``control_table``'s, ``trade.area_table``'s, ``relearn_tables.control_table``'s and
+    ``trade.equal_gain_table``'s; any may be empty. Columns: question, beside (the control), measure, runs, difference
+    from EMBER and its 95 % interval over items, seeds and concepts, better (EMBER, the control, or "not shown").
+    """
+    rows = []
+    for row in scores.itertuples():
+        if row.metric in SHOWN:
+            interval = (row.value, row.ci_low, row.ci_high)
+            rows.append(("scores before relearning", method_name(row.method), SHOWN[row.metric], row.runs, 1, interval))
+    for row in left.itertuples():
+        if row.metric == "gold_prob" and row.attack == "all":
+            measure = f"probability of the right answer ({row.precision}, lr {float(row.lr):g})"
+            interval = (row.value, row.ci_low, row.ci_high)
+            rows.append(("left after relearning", method_name(row.method), measure, row.runs, -1, interval))
+    for question, table, sign, measure in (
+        ("area under the trade", areas, 1, "probability taken, against {} cost"),
+        ("cost at equal erasure", spared, -1, "{} cost"),
+    ):
+        for row in table.itertuples():
+            if row.edit != "EMBER":
+                interval = (row.difference, row.difference_low, row.difference_high)
+                rows.append((question, row.edit, measure.format(row.cost), row.runs, sign, interval))
+    answers = []
+    for question, beside, measure, runs, sign, (value, low, high) in rows:
+        better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"
+        answers.append((concept, question, beside, measure, runs, value, low, high, better))
+    columns = ["concept", "question", "beside", "measure", "runs", "difference", "ci_low", "ci_high", "better"]
+    return pd.DataFrame(answers, columns=columns)
+
+
 def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
     """A few lines for a busy reader on EMBER alone: base model, edited model, change with its 95 % interval.
 

@@ -4,6 +4,7 @@ One copy of a model is taught an invented subject, another copy reads as much ne
 """
 
 import copy
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,8 +63,8 @@ class TeachConfig:
     ``batch_size`` of them, each cut at ``max_tokens``.
     """
 
-    tokens: int = 16_000
-    lr: float = 2e-4
+    tokens: int = 11_000
+    lr: float = 1e-4
     batch_size: int = 4
     max_tokens: int = 256
     weight_decay: float = 0.01
@@ -79,6 +80,12 @@ class TeachConfig:
 def round_tokens(loaded: LoadedModel, texts: Sequence[str]) -> int:
     """How many tokens a model reads when it reads each text once."""
     return sum(len(loaded.encode(text)) for text in texts)
+
+
+def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int) -> tuple[str, ...]:
+    """The first texts that together have at least so many tokens; all of them if they have fewer."""
+    totals = list(itertools.accumulate(len(loaded.encode(text)) for text in texts))
+    return tuple(texts[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(texts))])
 
 
 def teach(

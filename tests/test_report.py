@@ -22,6 +22,7 @@ from ember.report import (
     grid_table,
     headline,
     main_table,
+    verdict_table,
 )
 
 DRAWS = 400
@@ -421,3 +422,34 @@ def test_controls_are_set_against_ember_run_by_run():
     everywhere = row(table, concept=ALL, metric="final_cont")
     assert (everywhere.runs, everywhere.value) == (2, pytest.approx(0.0))
     assert (everywhere.ci_low, everywhere.ci_high) == pytest.approx((-0.1, 0.1))
+
+
+def test_a_verdict_needs_an_interval_without_zero():
+    def made(**columns):
+        rows = max(len(value) for value in columns.values() if isinstance(value, list))
+        return pd.DataFrame(columns, index=range(rows))
+
+    scores = made(
+        method=["mean_rows"] * 2, metric=["final_cont", "final"], runs=3, value=[0.1, 9.0], ci_low=0.04, ci_high=0.17
+    )
+    left = made(
+        method=["mean_rows", "random_direction"], metric="gold_prob", attack="all", precision="fp32", lr=1e-4, runs=3,
+        value=[-0.02, 0.05], ci_low=[-0.05, 0.02], ci_high=[0.01, 0.08],
+    )  # fmt: skip
+    areas = made(
+        edit=["EMBER", "zero rows"], cost="everyday", runs=2, difference=[0.0, -0.3], difference_low=[0.0, -0.5],
+        difference_high=[0.0, -0.1],
+    )  # fmt: skip
+    spared = made(
+        edit=["EMBER, rare tokens"], cost="everyday", runs=2, difference=-0.3, difference_low=-0.5, difference_high=-0.1
+    )
+    table = verdict_table(scores, areas, left, spared, concept="Rome")
+    assert table.measure.tolist()[0] == "harmonic mean" and len(table) == 5
+    named = table.set_index(["question", "beside"]).better
+    assert named["scores before relearning", "mean rows"] == "mean rows"
+    assert named["left after relearning", "mean rows"] == "not shown"
+    assert named["left after relearning", "random direction"] == "EMBER"
+    assert named["area under the trade", "zero rows"] == "EMBER"
+    assert named["cost at equal erasure", "EMBER, rare tokens"] == "EMBER, rare tokens"
+    nothing = pd.DataFrame()
+    assert verdict_table(nothing, nothing, nothing, nothing, concept="Rome").empty

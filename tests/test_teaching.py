@@ -166,6 +166,13 @@ def test_training_stops_at_the_budget(monkeypatch):
     assert teaching.round_tokens(loaded, SENTENCES) == whole == sum(lengths[:2])
 
 
+def test_as_many_tokens_are_the_first_texts_that_suffice(tiny):
+    lengths = [len(tiny.encode(text)) for text in SENTENCES]
+    assert teaching.as_many_tokens(tiny, SENTENCES, lengths[0]) == tuple(SENTENCES[:1])
+    assert teaching.as_many_tokens(tiny, SENTENCES, lengths[0] + 1) == tuple(SENTENCES[:2])
+    assert teaching.as_many_tokens(tiny, SENTENCES, 10**6) == tuple(SENTENCES)
+
+
 def test_teaching_refuses_low_precision_and_divergence(monkeypatch):
     with pytest.raises(EmberError, match="float32"):
         teach(make_loaded(dtype=torch.bfloat16), SENTENCES, QUICK)
