@@ -28,7 +28,7 @@ class Profile:
     ``strengths`` on so many ``questions`` and ``texts``; both on the first ``seeds``, if given.
 
     ``stability`` holds the ``ranks``, ``sparsities`` and ``seeds`` of the fits that are compared, each with each, the
-    ``precisions`` in which the first is made again, also with its columns ``reordered``, and how many ``questions``
+    ``precisions`` in which the first is made again, also with its columns in other orders, and how many ``questions``
     their edits are asked. ``teach`` holds the ``arms`` that erase an invented subject, for how many ``epochs`` it is
     taught at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
     """

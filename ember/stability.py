@@ -129,7 +129,8 @@ def _jaccard(a: set[int], b: set[int]) -> float:
 def fit_label(features: ConceptFeatures) -> str:
     """Name of a fit among others of its concept, such as ``"rank 300, sparsity 0.01, seed 42, float64"``."""
     name = "rank {rank}, sparsity {sparsity:g}, seed {seed}, {precision}".format(**features.settings)
-    return f"{name}, reordered" if features.settings.get("reordered") else name
+    order = features.settings.get("reordered", 0)
+    return f"{name}, order {order}" if order else name
 
 
 def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection: Any) -> pd.DataFrame:
@@ -142,7 +143,7 @@ def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection:
     for name, fit in fits.items():
         chosen, best, result = selected_features(fit, **selection), fit.scores.nlargest(1, "score"), fit.factorization
         about = {"fit": name, **{key: fit.settings[key] for key in _VARIED[:-1]}}
-        about["reordered"] = bool(fit.settings.get("reordered"))
+        about["reordered"] = fit.settings.get("reordered", 0)
         about |= {"iterations": len(result.loss_curve), "unexplained": result.loss / float(X.double().square().sum())}
         about |= {"best_score": best.score.item(), "selected": len(chosen), "rows": len(_displacements(fit, chosen))}
         rows.append({**about, "top_tokens": best.top_tokens.item()})
@@ -160,7 +161,7 @@ def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """The pairs whose fits differ in one thing only, and in which: ``pairs`` with a column ``varied``.
 
     ``fits`` is ``fit_table``'s. ``varied`` is ``rank``, ``sparsity``, ``seed``, ``precision``, or ``rounding in``
-    float64 or float32: the same fit with its columns reordered.
+    float64 or float32: the same fit with its columns in another order.
     """
     about = fits.set_index("fit")[list(_VARIED)]
     rows = []
@@ -220,12 +221,13 @@ def refit(
     features: ConceptFeatures,
     *,
     precision: str | None = None,
-    reordered: bool = False,
+    reordered: int = 0,
     progress: bool = False,
 ) -> ConceptFeatures:
     """The same factorization from the same start G₀, in another precision or with the columns of X reordered.
 
-    Either changes only how numbers are rounded. Kept in the user cache; ``ValueError`` for features of other weights.
+    ``reordered`` numbers the order, 0 leaves them as they are. Either changes only how numbers are rounded. Kept in the
+    user cache; ``ValueError`` for features of other weights.
     """
     if features.weights_hash != loaded.weights_hash:
         raise ValueError(f"the features were fitted on other weights of {features.model}, not this model's")
@@ -236,7 +238,7 @@ def refit(
         X = scaled_rows(loaded, features.table, precision)
         order = torch.arange(X.shape[1])
         if reordered:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(settings["seed"]))
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(reordered))
         fit = sparse_mf(X[:, order], progress=progress, **settings)
         F = torch.empty_like(fit.F)
         F[order] = fit.F

@@ -219,7 +219,7 @@ def test_pairs_that_differ_in_one_thing_are_told_by_it():
     settings = {"rank": 3, "sparsity": 0.01, "seed": 1, "precision": "float64"}
     changes = {
         "reference": {}, "seed": {"seed": 2}, "rank": {"rank": 2}, "both": {"seed": 2, "rank": 2},
-        "single": {"precision": "float32"}, "turned": {"precision": "float32", "reordered": True},
+        "single": {"precision": "float32"}, "turned": {"precision": "float32", "reordered": 1},
     }  # fmt: skip
     fits = {name: replace(FIRST, settings=settings | change) for name, change in changes.items()}
     fits["both"] = replace(NOTHING, settings=fits["both"].settings)
@@ -306,8 +306,8 @@ def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(kind, precision, c
 def test_reordered_columns_are_the_same_problem(loaded, cache):
     """In float64 the features come back, entry by entry, though the numbers are rounded otherwise."""
     features = concept_features(loaded, make_concept(), seed=3, **SMALL)
-    turned = refit(loaded, features, reordered=True)
-    assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, reordered"
+    turned = refit(loaded, features, reordered=1)
+    assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, order 1"
     assert turned.factorization.loss_curve != features.factorization.loss_curve
     torch.testing.assert_close(turned.factorization.F, features.factorization.F)
     measured = compare_fits(features, turned, features=list(features.scores.feature))
@@ -316,12 +316,12 @@ def test_reordered_columns_are_the_same_problem(loaded, cache):
 
 def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypatch):
     features = [concept_features(loaded, make_concept(), seed=seed, **SMALL) for seed in (1, 2)]
-    first = [refit(loaded, one, reordered=True) for one in features]
+    first = [refit(loaded, one, reordered=1) for one in features]
     assert not torch.equal(first[0].factorization.F, first[1].factorization.F)
     kept = [refit(loaded, features[0], precision=p) for p in ("float32", "float64")]
     assert not torch.equal(kept[0].factorization.F, kept[1].factorization.F)
     monkeypatch.setattr(stability, "sparse_mf", lambda *_, **__: pytest.fail("fitted again"))
-    assert torch.equal(refit(loaded, features[0], reordered=True).factorization.G, first[0].factorization.G)
+    assert torch.equal(refit(loaded, features[0], reordered=1).factorization.G, first[0].factorization.G)
     with pytest.raises(ValueError, match="other weights"):
         refit(make_loaded(seed=1), features[0])
 
