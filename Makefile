@@ -1,6 +1,7 @@
 # make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
 # make test        set up everything and run all tests
 # make lab         open the notebooks in JupyterLab
+# make bench       time the fast paths beside plain versions of the same work (about N minutes)
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
@@ -9,7 +10,7 @@ READY := .venv/.ready
 # The tests run the notebooks as they stand, with the smoke profile's loop lengths and results in a scratch folder.
 QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
 
-.PHONY: setup reproduce test lint unit nbval lab notebooks readme data lock clean
+.PHONY: setup reproduce test bench lint unit nbval lab notebooks readme data lock clean
 
 reproduce: $(READY)
 	$(BIN)/python -m ember reproduce --profile $(PROFILE)
@@ -37,6 +38,9 @@ unit: $(READY)
 
 nbval: unit
 	$(QUICK) $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 notebooks
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -1,0 +1,255 @@
+"""``make bench``: how fast the companion is beside a plain version of the same work, in paired ratios of one run.
+
+Times drift on shared machines, so both sides of a row are timed in turns and the ratio of the medians is what counts.
+Each row also checks that both sides computed the same thing.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks import reference
+from ember import METHODS, load_concept, load_model, load_suite
+from ember.activations import Site, collect
+from ember.attacks import ATTACKS
+from ember.evaluation import PROMPT, Sizes, question_scores
+from ember.factorization import Factorization, semi_nmf, sparse_mf
+from ember.files import write_text
+from ember.models import LoadedModel, weights_hash
+from ember.paths import results_root
+from ember.plots import PALETTE, use_theme
+from ember.progress import bar
+from ember.relearning import RelearnConfig, relearn, training_plan
+from ember.scoring import option_logprobs
+
+COLUMNS = ["work", "compared_with", "ours", "theirs", "unit", "ratio", "target", "met", "repeats", "check"]
+
+
+def timed(*sides: Callable[[], Any], repeats: int) -> tuple[list[list[float]], list[Any]]:
+    """Seconds of each side, run in turns, and what each returned last."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    results: list[Any] = [None] * len(sides)
+    for _ in range(repeats):
+        for k, side in enumerate(sides):
+            started = time.perf_counter()
+            results[k] = side()
+            seconds[k].append(time.perf_counter() - started)
+    return seconds, results
+
+
+def row(work: str, beside: str, seconds: list[list[float]], target: float, check: str) -> dict[str, Any]:
+    ours, theirs = map(median, seconds)
+    ratio = theirs / ours
+    return dict(zip(COLUMNS, (work, beside, ours, theirs, "s", ratio, target, ratio >= target, len(seconds[0]), check),
+                    strict=True))  # fmt: skip
+
+
+def embedding_like(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """X [n, d] in float32 with the token embeddings' own structure: rows of the embedded model's E, turned into d
+    dimensions by a random map, and noise of a tenth of their size."""
+    E = load_model("smollm2-135m").embedding.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    rows = E[torch.randperm(len(E), generator=generator)[:n]]
+    turned = rows @ torch.randn(E.shape[1], d, generator=generator) / d**0.5
+    return turned + 0.1 * turned.std() * torch.randn(n, d, generator=generator)
+
+
+def factorizations(repeats: int) -> Iterator[dict[str, Any]]:
+    for name, d, rank in (("Gemma's", 2304, 100), ("Llama's", 4096, 200)):
+        X = embedding_like(5500, d)
+        yield _factorized(f"sparse_mf, X of {name} shape (5,500 × {d:,}, rank {rank})", sparse_mf, X, rank, repeats)
+    loaded, about = load_model("smollm2-135m"), load_concept("Ancient Rome")
+    site = Site("neurons", 15)
+    states, _ = collect(loaded, (*about.sentences, *about.neutral, *about.paragraphs), [site])
+    X = states[site].float()[:12_000]
+    yield _factorized(f"semi_nmf, MLP activations ({len(X):,} × {X.shape[1]:,}, rank 100)", semi_nmf, X, 100, repeats)
+
+
+def _factorized(
+    work: str, ours: Callable[..., Factorization], X: torch.Tensor, rank: int, repeats: int
+) -> dict[str, Any]:
+    plain = getattr(reference, ours.__name__)
+    seconds, (found, (_, _, curve)) = timed(lambda: ours(X, rank), lambda: plain(X, rank), repeats=repeats)
+    loss = float((X.double() - found.G.double() @ found.F.double().T).square().sum())
+    assert loss <= min(curve) * 1.001, f"{work}: loss {loss}, the reference's {min(curve)}"
+    iterations = f"{len(found.loss_curve)} iterations beside {len(curve)}"
+    check = f"loss ÷ reference's: {loss / min(curve):.5f} ({iterations})"
+    return row(work, "the plain iteration with its stopping rule", seconds, 5, check)
+
+
+def scoring(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
+    questions = load_suite(load_concept("Ancient Rome"), {"test": Sizes(questions=100)}).questions["concept"]["test"]
+    prompts = [PROMPT.format(question=q.question) for q in questions]
+    options = [[f" {option}" for option in q.options] for q in questions]
+    seconds, (scores, totals, letters, apart) = timed(
+        lambda: question_scores(loaded, questions),
+        lambda: option_logprobs(loaded, prompts, options),
+        lambda: reference.generated_letters(loaded, questions),
+        lambda: reference.separate_sequences(loaded, PROMPT, questions),
+        repeats=repeats,
+    )
+    assert len(scores) == 3 * len(questions) == 3 * len(letters)
+    answered = np.mean([letter.strip()[:1] in "ABCD" and bool(letter.strip()) for letter in letters])
+    work = f"scoring {len(questions)} four-option questions"
+    yield row(work, "one generate call a question, four new tokens", [seconds[0], seconds[2]], 8,
+              f"both answer all {len(questions)}; a letter comes first in {answered:.0%}")  # fmt: skip
+    gap = max(float(np.abs(a - np.array(b)).max()) for a, b in zip(totals, apart, strict=True))
+    assert gap < 1e-3, f"log-likelihoods differ by {gap}"
+    yield row(work, "four separate full sequences a question", [seconds[1], seconds[3]], 2,
+              f"log-likelihoods agree to {gap:.1e} nats")  # fmt: skip
+
+
+def relearning(loaded: LoadedModel, repeats: int) -> dict[str, Any]:
+    """Training as notebook 04 does it beside one padded paragraph a step: the same paragraphs in the same order."""
+    texts = load_concept("Ancient Rome").paragraphs[:12]
+    config = RelearnConfig((sum(len(loaded.encode(text)) for text in texts),))
+    sequences = [ids for step in training_plan(loaded, texts, config, seed=0) for ids in step]
+    nothing = pd.DataFrame({"set": [], "item": [], "metric": [], "value": []})
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        found = relearn(loaded, None, texts, ATTACKS["all"], config, lambda tokens: nothing, seed=0)
+        times[0].append(found.seconds)
+        model = copy.deepcopy(loaded.model).requires_grad_(True)
+        started = time.perf_counter()
+        losses = reference.train_padded(model, sequences, loaded.pad_id, lr=config.lr)
+        times[1].append(time.perf_counter() - started)
+    gap = max(abs(step["loss"] - loss) for step, loss in zip(found.steps, losses, strict=True))
+    assert gap < 0.02, f"the losses of a step differ by {gap}"
+    speed = found.tokens / median(times[0])
+    check = f"losses of {len(losses)} steps agree to {gap:.1e} nats; {speed:.0f} tokens per second"
+    work = f"relearning, {found.tokens:,} tokens"
+    return row(work, "one paragraph a step, padded to 256, AdamW as released", times, 3, check)
+
+
+def editing(loaded: LoadedModel, repeats: int) -> dict[str, Any]:
+    edit = METHODS["ember"].run(loaded, load_concept("Ancient Rome"), METHODS["ember"].config())
+    before = loaded.weights_hash
+
+    def applied() -> None:
+        with edit.applied(loaded):
+            pass
+
+    def copied() -> None:
+        kept = loaded.embedding.detach().clone()
+        loaded.embedding.detach().copy_(kept)
+
+    applied()
+    seconds, _ = timed(applied, copied, repeats=20 * repeats)
+    assert weights_hash(loaded.model) == before
+    rows = len(edit.changed())
+    kept = sum(change.values.numel() * change.values.element_size() for change in edit.tensors.values())
+    share = kept / (loaded.embedding.numel() * loaded.embedding.element_size())
+    check = f"restored to the bit; it holds {rows} rows, {share:.2%} of the matrix"
+    return row("applying and undoing an EMBER edit", "copying the embedding matrix there and back", seconds, 20, check)
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory of notebook 03 in a process of its own."""
+    code = (
+        "from ember.notebooks import run_notebook\n"
+        "common = {'profile': 'laptop', 'model': 'smollm2-135m', 'concept': 'Ancient Rome', 'seed': 42}\n"
+        "print(run_notebook('03_erase_concept', common | {'method': 'ember', 'ember': False}))\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"EMBER_RESULTS": scratch},
+                             capture_output=True, text=True, check=True)  # fmt: skip
+        about = json.loads(Path(run.stdout.strip().splitlines()[-1]).read_text(encoding="utf-8"))
+    peak = about["peak_memory_mb"] / 1024
+    values = ("peak memory of 03_erase_concept", "–", peak, np.nan, "GB", np.nan, 3, peak <= 3, 1,
+              f"whole grid of EMBER, {about['wall_seconds']:.0f} s")  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def growth(loaded: LoadedModel) -> pd.DataFrame:
+    """Seconds against size, one size varied at a time: work, varied, size, seconds."""
+    rows, settings = [], {"max_iter": 20}
+    base = {"n": 4000, "d": 1024, "rank": 100}
+    for varied, sizes in (
+        ("n", (1000, 2000, 4000, 8000)),
+        ("d", (256, 512, 1024, 2048, 4096)),
+        ("rank", (25, 50, 100, 200, 400)),
+    ):
+        for size in sizes:
+            shape = base | {varied: size}
+            X = torch.randn(shape["n"], shape["d"], generator=torch.Generator().manual_seed(0))
+            seconds, _ = timed(lambda X=X, shape=shape: sparse_mf(X, shape["rank"], **settings), repeats=3)
+            rows.append(("sparse_mf, 20 iterations", varied, size, median(seconds[0])))
+    questions = load_suite(load_concept("Ancient Rome"), {"test": Sizes(questions=100)}).questions["concept"]["test"]
+    for count in (10, 20, 40, 80):
+        seconds, _ = timed(lambda count=count: question_scores(loaded, questions[:count]), repeats=2)
+        rows.append(("scoring questions", "questions", count, median(seconds[0])))
+    for words in (50, 100, 200, 400):
+        prompt = "word " * words + PROMPT
+        seconds, _ = timed(lambda prompt=prompt: question_scores(loaded, questions[:10], prompt=prompt), repeats=2)
+        rows.append(("scoring questions", "tokens before the question", words, median(seconds[0])))
+    table = pd.DataFrame(rows, columns=["work", "varied", "size", "seconds"])
+    table["exponent"] = np.nan
+    for _, part in table.groupby(["work", "varied"]):
+        table.loc[part.index, "exponent"] = np.polyfit(np.log(part["size"]), np.log(part.seconds), 1)[0]
+    return table
+
+
+def growth_figure(table: pd.DataFrame) -> plt.Figure:
+    use_theme()
+    groups = list(table.groupby(["work", "varied"], sort=False))
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.0 * len(groups), 3.2), layout="constrained")
+    for ax, ((work, varied), part) in zip(axes, groups, strict=True):
+        ax.loglog(part["size"], part.seconds, "o-", color=PALETTE["concept"])
+        ax.set(xlabel=varied, ylabel="seconds", title=f"{work}\nexponent {part.exponent.iloc[0]:.2f}")
+        ax.title.set_fontsize(9)
+        ax.set_xticks(part["size"], part["size"].astype(str))
+        ax.minorticks_off()
+    return figure
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default 3)")
+    repeats = parser.parse_args().repeats
+    parts: list[Callable[[], Any]] = []
+    with threads(os.cpu_count() or 1):
+        loaded = load_model("smollm2-135m")
+        parts = [
+            lambda: editing(loaded, repeats), lambda: list(scoring(loaded, repeats)), memory,
+            lambda: relearning(loaded, repeats), lambda: list(factorizations(repeats)),
+        ]  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for part in bar(parts, show=True, desc="benchmarks"):
+            found = part()
+            rows += found if isinstance(found, list) else [found]
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        grown = growth(loaded)
+    write_text(results_root() / "benchmarks.csv", table.to_csv(index=False, float_format="%.4g"))
+    write_text(results_root() / "benchmark_growth.csv", grown.to_csv(index=False, float_format="%.4g"))
+    growth_figure(grown).savefig(results_root() / "benchmark_growth.png", dpi=120)
+    print(table.to_string(index=False, max_colwidth=70, float_format="%.3g"))
+    missed = table[~table.met.astype(bool)]
+    if len(missed):
+        print(f"missed: {', '.join(missed.work)}")
+
+
+if __name__ == "__main__":
+    main()
