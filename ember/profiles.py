@@ -29,8 +29,8 @@ class Profile:
 
     ``stability`` holds the ``ranks``, ``sparsities`` and ``seeds`` of the fits that are compared, each with each, the
     ``precisions`` in which the first is made again, also with its columns in other orders, and how many ``questions``
-    their edits are asked. ``teach`` holds the ``arms`` that erase an invented subject, for how many ``epochs`` it is
-    taught at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
+    their edits are asked. ``teach`` holds the ``arms`` that erase an invented subject, the ``tokens`` on which it is
+    taught, at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
     """
 
     name: str
@@ -156,7 +156,7 @@ def _read(name: str) -> dict[str, Any]:
     _check_relearn(path, raw["relearn"])
     numbers = {"questions": int, "texts": int}
     fits = {"ranks": int, "sparsities": float, "seeds": int, "precisions": str}
-    teaching = numbers | {"epochs": int, "lr": float, "batch_size": int}
+    teaching = numbers | {"tokens": int, "lr": float, "batch_size": int}
     _check_lists(path, "localize", raw["localize"], {"arms": str}, {"texts": int})
     _check_lists(path, "trade", raw["trade"], {"edits": str, "strengths": (int, float)}, numbers)
     _check_lists(path, "stability", raw["stability"], fits, {"questions": int})

@@ -33,7 +33,7 @@ GOOD = {
     "localize": {"arms": ["ember", "ember+other"], "texts": 3},
     "trade": {"edits": ["EMBER"], "strengths": [1.0], "questions": 3, "texts": 3, "seeds": 1},
     "stability": {"ranks": [8], "sparsities": [0.1], "seeds": [3], "precisions": ["float32"], "questions": 3},
-    "teach": {"arms": ["other"], "epochs": 1, "lr": 0.1, "batch_size": 2, "questions": 3, "texts": 3, "seeds": 1},
+    "teach": {"arms": ["other"], "tokens": 9, "lr": 0.1, "batch_size": 2, "questions": 3, "texts": 3, "seeds": 1},
 }
 
 
@@ -277,7 +277,7 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"stability": GOOD["stability"] | {"seeds": 2}},
         {"stability": GOOD["stability"] | {"precisions": [64]}},
         {"teach": GOOD["teach"] | {"lr": "1e-4"}},
-        {"teach": {key: value for key, value in GOOD["teach"].items() if key != "epochs"}},
+        {"teach": {key: value for key, value in GOOD["teach"].items() if key != "tokens"}},
         {"fit": GOOD["fit"] | {"precision": 64}},
     ],
     ids=repr,
@@ -324,7 +324,7 @@ def test_sizes_come_from_the_other_profile_and_nothing_else(params, monkeypatch)
     short_parts = {
         "grids": grids, "sizes": sizes, "relearn": {"settings": {"points": [3]}, "sweeps": []},
         "localize": {"arms": [], "texts": 1}, "trade": GOOD["trade"] | {"texts": 1},
-        "stability": GOOD["stability"] | {"seeds": []}, "teach": GOOD["teach"] | {"epochs": 9},
+        "stability": GOOD["stability"] | {"seeds": []}, "teach": GOOD["teach"] | {"tokens": 99},
     }  # fmt: skip
     write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}} | short_parts, "other")
     plain = load_profile("mine")
