@@ -57,7 +57,8 @@ def variation_points(varied: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         if mine.empty:
             ax.text(0.01, k, "nothing selected", va="center", fontsize=8, color=PALETTE["base"])
             continue
-        ax.barh(k, mine.sibling.max() - mine.sibling.min(), 0.7, mine.sibling.min(), color=PALETTE["base"], alpha=0.25)
+        width = max(mine.sibling.max() - mine.sibling.min(), 0.004)  # one sibling alone is to be seen too
+        ax.barh(k, width, 0.7, mine.sibling.min(), color=PALETTE["base"], alpha=0.25)
         y = k + np.linspace(-0.25, 0.25, len(mine)) if len(mine) > 1 else np.array([float(k)])
         faces = [PALETTE["concept"] if share == 1 else "white" for share in mine.mate_selected]
         ax.scatter(mine.cosine, y, c=faces, edgecolors=PALETTE["concept"], s=32, zorder=3)
