@@ -9,6 +9,7 @@ import sys
 from json import dumps
 
 from ember.files import digest, sha256_of
+from ember.judge_config import deciding
 from ember.notebooks import code_hash
 from ember.paths import data_dir, results_dir
 from ember.planning import FRAMES, plan
@@ -42,6 +43,11 @@ def method_of(wildcards):
 THREADS = max(1, (workflow.cores or 1) // 2)
 # Whatever the texts are, a change of one of them changes the results.
 DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
+FETCH = f"{shlex.quote(sys.executable)} -m ember fetch-data --shared && "
+if PROFILE.source == "ours":
+    FETCH = ""
+else:
+    DATA = digest(DATA, PROFILE.source)
 RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
 
 
@@ -56,7 +62,7 @@ rule fetch_model:
     params:
         model=PROFILE.model,
     shell:
-        f"{shlex.quote(sys.executable)} -m ember fetch-model {{params.model:q}} --record {{output:q}}"
+        f"{FETCH}{shlex.quote(sys.executable)} -m ember fetch-model {{params.model:q}} --record {{output:q}}"
 
 
 rule factorize_embeddings:
@@ -101,7 +107,9 @@ rule erase_concept:
     params:
         notebook="03_erase_concept",
         settings=settings("03_erase_concept"),
-        grid=lambda wildcards: dumps([PROFILE.cells(method_of(wildcards)), PROFILE.sizes], sort_keys=True),
+        grid=lambda wildcards: dumps(
+            [PROFILE.cells(method_of(wildcards)), PROFILE.sizes, deciding(PROFILE.judge)], sort_keys=True
+        ),
         code=code_hash("03_erase_concept"),
         data=DATA,
     threads: THREADS

@@ -12,6 +12,7 @@ from ember.errors import EmberError
 
 def _reproduce(options: argparse.Namespace) -> int:
     from ember.batch import describe, write_run_times
+    from ember.chat import open_judge
     from ember.paths import REPOSITORY, results_dir, results_root
     from ember.profiles import load_profile
 
@@ -27,6 +28,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     results_root().mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         return subprocess.run([*command, "--dry-run", "--quiet", "rules"], check=False).returncode
+    open_judge(profile.judge)  # a required one that does not answer stops the run here
     code = subprocess.run([*command, "--quiet", "rules"], check=False).returncode
     if code:
         print(f"stopped; what finished is kept. Run the same command again to go on (exit {code}).", file=sys.stderr)
@@ -95,6 +97,29 @@ def _erase(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import_features(options: argparse.Namespace) -> int:
+    from ember.data import load_concept
+    from ember.models import load_model
+    from ember.published import CLASSES, import_published
+
+    fields = {}
+    for pair in options.field:
+        role, equals, name = pair.partition("=")
+        if not equals:
+            raise EmberError(f"--field needs ROLE=NAME, got {pair!r}")
+        fields[role] = name
+    concept = load_concept(options.concept, folder=options.folder, source=options.source)
+    loaded = load_model(options.model)
+    classes = (*CLASSES, *options.classes)
+    features = import_published(options.file, loaded, concept, fields=fields, classes=classes)
+    folder = features.save(options.output)
+    imported = features.settings["imported"]
+    print(features.scores.head(10).to_string(index=False, float_format="%.2f"))
+    print(f"{features.settings['rank']} features of {len(features.table)} tokens; saved in {folder}")
+    print(f"they explain {imported['explained']:.0%} of the rows; {len(imported['unseen'])} tokens not in the texts")
+    return 0
+
+
 def _check_data(options: argparse.Namespace) -> int:
     from ember.batch import check_data, check_table
     from ember.models import load_model
@@ -115,11 +140,17 @@ def _check_data(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _fetch_data(_: argparse.Namespace) -> int:
+def _fetch_data(options: argparse.Namespace) -> int:
     from ember.released import COMMIT, fetch_released, list_released
 
     folder = fetch_released()
     print(f"released data at {COMMIT[:7]}: {', '.join(list_released(folder))}")
+    if options.shared:
+        from ember.shared_sets import fetch_shared_sets
+
+        asked = {"mmlu": options.mmlu, "alpaca": options.alpaca}
+        _, commits = fetch_shared_sets({name: revision for name, revision in asked.items() if revision})
+        print("; ".join(f"{name} at {commit}" for name, commit in commits.items()))
     return 0
 
 
@@ -166,6 +197,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=42)
         if name == "erase":
             command.add_argument("--output", required=True, help="folder for the edit")
+    command = add("import-features", _import_features, "turn a published factorization (a pickle) into safetensors")
+    command.add_argument("file")
+    command.add_argument("--model", required=True)
+    command.add_argument("--concept", required=True)
+    command.add_argument("--source", default="released", help="whose texts of the concept: released (default) or ours")
+    command.add_argument("--folder", help="where these texts are, if not fetched")
+    command.add_argument(
+        "--field", action="append", default=[], metavar="ROLE=NAME", help="which field is F, G or tokens (repeatable)"
+    )
+    command.add_argument(
+        "--class", dest="classes", action="append", default=[], metavar="NAME",
+        help="full name of a class whose attributes may be read (repeatable); it is not imported",
+    )  # fmt: skip
+    command.add_argument("--output", required=True, help="folder for features.safetensors and features.json")
     command = add("check-data", _check_data, "check all concepts, or one folder, for leaks, sizes and format")
     command.add_argument("folder", nargs="?", help="a folder with your own concept")
     command.add_argument(
@@ -174,7 +219,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", default="smollm2-135m", help="for the guesses after an empty question")
     command.add_argument("--no-model", action="store_true", help="leave out the checks that need a model")
     command.add_argument("--all", action="store_true", help="print every finding")
-    add("fetch-data", _fetch_data, "download the data that the paper's authors released")
+    command = add("fetch-data", _fetch_data, "download the data that the paper's authors released")
+    command.add_argument("--shared", action="store_true", help="and MMLU and AlpacaEval, which they choose rows from")
+    command.add_argument("--mmlu", metavar="REVISION", help="branch, tag or commit of cais/mmlu (default main)")
+    command.add_argument("--alpaca", metavar="REVISION", help="the same of tatsu-lab/alpaca_eval")
     command = add("fetch-model", _fetch_model, "download and convert a model")
     command.add_argument("model", nargs="?", default="smollm2-135m")
     command.add_argument("--force", action="store_true", help="discard what is cached")

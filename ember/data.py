@@ -7,7 +7,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,16 @@ class Concept:
 
 @dataclass(frozen=True)
 class SharedData:
-    """General-knowledge questions, held-out neutral sentences by split, instructions, neutral sentences of the fit."""
+    """General-knowledge questions, held-out neutral sentences by split, instructions, neutral sentences of the fit.
+
+    ``revisions`` pairs data sets that are no part of this project with their commits.
+    """
 
     questions: tuple[Question, ...]
     neutral: Mapping[str, tuple[str, ...]]
     instructions: tuple[Instruction, ...]
     neutral_fit: tuple[str, ...]
+    revisions: tuple[tuple[str, str], ...] = ()
 
 
 def list_concepts() -> list[str]:
@@ -164,8 +168,21 @@ def _neutral_fit() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return texts[:NEUTRAL_IN_FIT], texts[NEUTRAL_IN_FIT:]
 
 
-def load_shared() -> SharedData:
-    """Load what all concepts share; errors as in ``load_concept``."""
+def load_shared(source: str = "ours", *, folder: str | Path | None = None) -> SharedData:
+    """Load what all concepts share; errors as in ``load_concept``.
+
+    ``source="released"`` takes questions and instructions from MMLU and AlpacaEval, the rows of the paper
+    (``ember.shared_sets``; from ``folder`` or fetched once). Neutral sentences stay ours: none were released beside
+    those of the fit.
+    """
+    if source not in SOURCES:
+        raise UnknownNameError("source", source, SOURCES)
+    if source == "released":
+        from ember.shared_sets import load_shared_sets
+
+        sets = load_shared_sets(folder)
+        revisions = tuple(sets.revisions.items())
+        return replace(load_shared(), questions=sets.questions, instructions=sets.instructions, revisions=revisions)
     root = data_dir() / "shared"
     neutral: dict[str, list[str]] = {split: [] for split in SPLITS}
     for row in _rows(root / "neutral_heldout.jsonl", {"text", "subject", "split"}):

@@ -1,6 +1,7 @@
 """Question sets and texts → one tidy frame of per-item scores.
 
-Options are scored by likelihood, not by generated letters: small models answer "A" to every letter question.
+Options are scored by likelihood, and by generated letters only where asked for: small models answer "A" to every
+letter question.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import pandas as pd
 
 from ember.data import QUESTION_SETS, SPLITS, Concept, Instruction, Question, load_shared
 from ember.editing import Edit
+from ember.letters import letter_scores
 from ember.models import LoadedModel
 from ember.scoring import generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
@@ -25,7 +27,9 @@ class Sizes:
 
     ``texts`` counts neutral texts, ``other_texts`` those in another sense and (a quarter as many) paragraphs. With
     ``generations`` or ``other_texts`` 0 these are left out, and with ``divergence`` False the divergence from the base
-    model is: a grid needs none of them.
+    model is: a grid needs none of them. With ``letters`` questions are also answered by letter. ``open_answers``
+    questions of the concept and of the similar domain each, answered in the model's own words, and with ``judge`` the
+    generations are for a judge (``ember.judging``); ``evaluate`` leaves both alone.
     """
 
     questions: int | None = None
@@ -35,14 +39,28 @@ class Sizes:
     generations: int | None = 12
     new_tokens: int = 40
     divergence: bool = True
+    letters: bool = False
+    judge: bool = False
+    open_answers: int | None = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("other_texts", "generations", "divergence") else 1
+            if name in ("divergence", "letters", "judge"):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} must be true or false, got {value!r}")
+                continue
+            least = 0 if name in ("other_texts", "generations", "open_answers") else 1
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.judge and self.generations == 0:
+            raise ValueError("judge grades generations, of which there are 0")
         if self.other_texts is not None and 0 < self.other_texts < 5:
             raise ValueError(f"other_texts must be 0 or at least 5 (two paragraphs), got {self.other_texts}")
+
+    @property
+    def judged(self) -> bool:
+        """Whether anything is left to a judge."""
+        return self.judge or self.open_answers != 0
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,15 @@ class Suite:
     sizes: Mapping[str, Sizes]
 
 
-def load_suite(concept: Concept, sizes: Mapping[str, Sizes] | None = None) -> Suite:
+def load_suite(concept: Concept, sizes: Mapping[str, Sizes] | None = None, *, source: str = "ours") -> Suite:
     """Collect a concept's questions and texts with the shared ones; ``sizes`` maps a split to its limits.
+
+    ``source`` says whose shared questions and instructions these are (``load_shared``). Released concepts have no
+    texts in another sense: that set is empty then, and nothing is scored on it.
 
     Texts of the concept are split by turns: even positions are train, odd ones test.
     """
-    shared = load_shared()
+    shared = load_shared(source)
     sizes = {split: (sizes or {}).get(split, Sizes()) for split in SPLITS}
     questions = {
         name: {
@@ -106,9 +127,10 @@ def evaluate(
     """Score the model, with ``edit`` applied if given, on one split of the suite.
 
     Per item of a question set: ``correct`` (the right option has the highest log-likelihood per character),
-    ``gold_prob`` and ``gold_logprob`` (see ``question_scores``). Per text: ``loss`` (nats per token) and ``kl`` from
-    the model as loaded (nats per token). Per generation: ``gen_loss``, the text's loss under the model as loaded,
-    and ``distinct``, the share of its word trigrams that are not repeats. The model is left as it was.
+    ``gold_prob`` and ``gold_logprob`` (see ``question_scores``), and where the sizes ask for letters ``letter_correct``
+    and ``letter_valid`` (``ember.letters``). Per text: ``loss`` (nats per token) and ``kl`` from the model as loaded
+    (nats per token). Per generation: ``gen_loss``, the text's loss under the model as loaded, and ``distinct``, the
+    share of its word trigrams that are not repeats. The model is left as it was.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -121,6 +143,9 @@ def evaluate(
         questions = [q for chosen in suite.questions.values() for q in chosen[split]]
         scored = question_scores(loaded, questions, progress=progress)
         frames = [scored.assign(set=np.repeat([q.set for q in questions], len(scored) // len(questions)))]
+        if size.letters:
+            lettered = letter_scores(loaded, questions, progress=progress)
+            frames.append(lettered.assign(set=np.repeat([q.set for q in questions], 2)))
         if not size.divergence:
             frames += [
                 _loss_rows(names, sequence_losses(loaded, texts, starts, progress=progress)).assign(set=name)

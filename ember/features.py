@@ -163,7 +163,7 @@ def concept_features(
     factorization = replace(found, F=found.F.float(), G=found.G.float())
     scores = score_features(table, factorization.G)
     features = ConceptFeatures(
-        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, chosen | _about(loaded)
+        concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, chosen | about_model(loaded)
     )
     if cache:
         features.save(folder)
@@ -176,7 +176,7 @@ def scaled_rows(loaded: LoadedModel, table: pd.DataFrame, precision: str = "floa
     return rows.to(getattr(torch, precision)) * loaded.embedding_scale
 
 
-def _about(loaded: LoadedModel) -> dict[str, Any]:
+def about_model(loaded: LoadedModel) -> dict[str, Any]:
     """What a factorization's record needs to know of the model."""
     return {"spec": asdict(loaded.spec), "dtype": loaded.dtype, "embedding_scale": loaded.embedding_scale}
 

@@ -177,10 +177,14 @@ def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mappi
     """How much everyday text an edit of the rows ``marked`` touches.
 
     One row for each set of ``texts``: how many, the ``share`` with a marked token with Wilson's interval, and marked
-    tokens ``per_thousand`` tokens. One row, ``general English``, holds ``expected_per_thousand``.
+    tokens ``per_thousand`` tokens; NaN for a set without texts. One row, ``general English``, holds
+    ``expected_per_thousand``.
     """
     rows = []
     for name, chosen in texts.items():
+        if not chosen:
+            rows.append((name, 0, *[float("nan")] * 4))
+            continue
         encoded = [loaded.encode(text, bos=False) for text in chosen]
         hits = [sum(i in marked for i in ids) for ids in encoded]
         touched = sum(hit > 0 for hit in hits)

@@ -14,6 +14,7 @@ from scipy import stats
 
 CHANCE = 0.25
 QUESTION_METRICS = {"correct": "accuracy", "gold_prob": "gold_prob", "gold_logprob": "gold_logprob"}
+PROPORTIONS = ("accuracy", "letter_correct", "letter_valid", "open_correct")
 
 
 def harmonic_mean(*terms: np.ndarray | float) -> np.ndarray:
@@ -70,7 +71,13 @@ def compare(
       1: below chance is not more erased);
     - ``coherence`` = HM(``instruction``, ``fluency``, ``neutral``), each in 0..1: exp(−rise in loss per token) of
       reference responses and of held-out text, and for greedy text exp(−rise of its loss under the base model)
-      times its share of unrepeated trigrams relative to the base model's (left out where nothing was generated).
+      times its share of unrepeated trigrams relative to the base model's (left out where nothing was generated);
+    - where such rows exist (``ember.letters``, ``ember.judging``), the paper's own variants: ``efficacy_letter``,
+      ``specificity_letter``, ``harmonic_letter`` on letter answers; ``efficacy_open``, ``specificity_open``,
+      ``harmonic_open`` on open answers, of which a share min(1, accuracy/base accuracy) is left (general questions
+      have no open form: by letter, or else by likelihood); ``coherence_judged`` = HM(``instruction_judged``,
+      ``fluency_judged``), each min(1, score/base score); and with it ``final_judged``, ``final_letter``,
+      ``final_open``. A judged score whose verdicts are all missing is NaN, and so is all that needs it.
 
     The same ``seed`` draws the same items, so the draws of two comparisons with one base are paired.
 
@@ -109,8 +116,8 @@ def compare(
     rows = []
     for k, (set_, metric) in enumerate(names):
         interval = (low[k], high[k])
-        if metric == "accuracy":
-            interval = wilson(point[k] * sizes[set_], sizes[set_], confidence)
+        if metric in PROPORTIONS:
+            interval = _proportion_interval(wide, set_, metric, confidence)
         n = sizes.get(set_, sum(sizes.values()))
         rows.append((set_, metric, point[k], *interval, _effect_size(wide, set_, metric), n))
     columns = ["set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
@@ -192,17 +199,73 @@ def _composites(means: Mapping[tuple[str, str], Pair]) -> dict[str, np.ndarray]:
             variety = np.minimum(1.0, distinct_after / distinct_before)
         out["fluency"] = np.nan_to_num(loss_ratio("generation", "gen_loss") * variety)
     out["coherence"] = harmonic_mean(*out.values())
-    for metric, clip, tag in (("correct", True, ""), ("gold_prob", False, "_cont")):
+    for metric, clip, tag in (
+        ("correct", True, ""),
+        ("gold_prob", False, "_cont"),
+        ("letter_correct", True, "_letter"),
+    ):
+        if tag == "_letter" and ("concept", metric) not in means:
+            continue
         efficacy = 1 - left("concept", metric, clip)
         specificity = harmonic_mean(left("general", metric, clip), left("simdom", metric, clip))
         capped = np.minimum(efficacy, 1.0)
         out[f"efficacy{tag}"] = efficacy
         out[f"specificity{tag}"] = specificity
         out[f"harmonic{tag}"] = harmonic_mean(capped, specificity)
-        out[f"final{tag}"] = harmonic_mean(capped, specificity, out["coherence"])
+        if tag != "_letter":
+            out[f"final{tag}"] = harmonic_mean(capped, specificity, out["coherence"])
+    out |= _judged_composites(means, out)
     lost = {name: means[name, "gold_logprob"][0] - means[name, "gold_logprob"][1] for name in ("concept", "simdom")}
     out["selectivity"] = lost["concept"] - lost["simdom"]
     return out
+
+
+def _judged_composites(
+    means: Mapping[tuple[str, str], Pair], scores: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The paper's scores that need a judge, as far as its verdicts are there; ``scores`` are the judge-free ones."""
+
+    def share(set_: str, metric: str) -> np.ndarray:
+        before, after = means[set_, metric]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(before > 0, np.minimum(1.0, after / before), np.nan)
+
+    out: dict[str, np.ndarray] = {}
+    if ("generation", "judge_instruction") in means:
+        out = {f"{name}_judged": share("generation", f"judge_{name}") for name in ("instruction", "fluency")}
+        out["coherence_judged"] = _measured_mean(*out.values())
+    if ("concept_open", "open_correct") in means:
+        out["efficacy_open"] = 1 - share("concept_open", "open_correct")
+        metric = "letter_correct" if ("general", "letter_correct") in means else "correct"
+        before, after = means["general", metric]
+        simdom = share("simdom_open", "open_correct")
+        # A general set at chance makes the mean 0, as everywhere; a missing verdict makes it missing.
+        specificity = harmonic_mean(retained(after, before, clip=True), simdom)
+        out["specificity_open"] = np.where(np.isfinite(simdom), specificity, np.nan)
+        out["harmonic_open"] = _measured_mean(out["efficacy_open"], out["specificity_open"])
+    if "coherence_judged" in out:
+        known = {**scores, **out}
+        for tag, name in (("", "judged"), ("_letter", "letter"), ("_open", "open")):
+            if f"efficacy{tag}" in known:
+                terms = (known[f"efficacy{tag}"], known[f"specificity{tag}"])
+                combined = harmonic_mean(*terms, out["coherence_judged"])
+                missing = np.isnan(out["coherence_judged"]) | np.isnan(known[f"harmonic{tag}"])
+                out[f"final_{name}"] = np.where(missing, np.nan, combined)
+    return out
+
+
+def _measured_mean(*terms: np.ndarray) -> np.ndarray:
+    """Harmonic mean of judged scores; NaN where one is missing."""
+    return np.where(np.isnan(terms).any(axis=0), np.nan, harmonic_mean(*terms))
+
+
+def _proportion_interval(
+    wide: Mapping[tuple[str, str], Pair], set_: str, name: str, confidence: float
+) -> tuple[float, float]:
+    """Wilson's interval over the items that have a score."""
+    after = wide[set_, "correct" if name == "accuracy" else name][1]
+    present = after[np.isfinite(after)]
+    return wilson(present.sum(), len(present), confidence) if len(present) else (float("nan"), float("nan"))
 
 
 def _effect_size(wide: Mapping[tuple[str, str], Pair], set_: str, metric: str) -> float:

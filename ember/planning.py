@@ -14,7 +14,7 @@ STABILITY, TEACH = "09_factor_stability", "10_teach_and_erase"
 FRAMES = {
     FACTORIZE: ("loss",),
     SELECT: ("scores", "preview"),
-    ERASE: ("records", "cells", "items", "samples", "selected", "autoencoders", "lexical"),
+    ERASE: ("records", "cells", "items", "samples", "selected", "autoencoders", "lexical", "verdicts"),
     RELEARN: ("records", "curve", "items", "moved"),
     LOCALIZE: ("records", "tokens", "everyday", "samples"),
     CONTROL: ("records", "items", "rows"),

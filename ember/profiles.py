@@ -4,13 +4,15 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ember.data import SOURCES
 from ember.errors import DataError, UnknownNameError
+from ember.judge_config import JudgeConfig
 from ember.paths import notebooks_dir, results_dir, slug
 
 
@@ -18,23 +20,27 @@ from ember.paths import notebooks_dir, results_dir, slug
 class Profile:
     """One batch run.
 
-    ``controls`` are edits of EMBER's rows, run alone. ``fit`` holds the settings of EMBER's factorization, theirs too;
-    ``grids`` for each method the settings that all its cells share and, as lists, those that are searched (the
-    gentlest value first); ``sizes`` the number of questions, texts, instructions and generations of each split;
-    ``relearn`` the ``settings`` of every relearning and the ``sweeps``, each of which says which ``arms`` meet which
-    ``attacks`` at which ``precisions`` and learning rates ``lrs``, for how many times the settings' tokens
-    (``budgets``), on the first ``seeds`` of the profile's; ``localize`` the ``arms`` whose damage is traced token by
-    token and how many ``texts`` of each kind; ``trade`` the ``edits`` of EMBER's rows that are compared over their
-    ``strengths`` on so many ``questions`` and ``texts``; both on the first ``seeds``, if given.
+    ``source`` says whose data on the concepts it uses, one of ``ember.data.SOURCES``. ``controls`` are edits of
+    EMBER's rows, run alone. ``fit`` holds the settings of EMBER's factorization, theirs too; ``grids`` for each
+    method the settings that all its cells share and, as lists, those that are searched (the gentlest value first);
+    ``sizes`` the number of questions, texts, instructions and generations of each split; ``relearn`` the
+    ``settings`` of every relearning and the ``sweeps``, each of which says which ``arms`` meet which ``attacks`` at
+    which ``precisions`` and learning rates ``lrs``, for how many times the settings' tokens (``budgets``), on the
+    first ``seeds`` of the profile's; ``localize`` the ``arms`` whose damage is traced token by token and how many
+    ``texts`` of each kind; ``trade`` the ``edits`` of EMBER's rows that are compared over their ``strengths`` on so
+    many ``questions`` and ``texts``; both on the first ``seeds``, if given.
 
     ``stability`` holds the ``ranks``, ``sparsities`` and ``seeds`` of the fits that are compared, each with each, the
     ``precisions`` in which the first is made again, also with its columns in other orders, and how many ``questions``
     their edits are asked. ``teach`` holds the ``arms`` that erase an invented subject, the ``tokens`` on which it is
     taught, at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
+
+    ``judge`` is the language model that grades what the sizes leave to it (the fields of ``JudgeConfig``), or nothing.
     """
 
     name: str
     model: str
+    source: str
     concepts: tuple[str, ...]
     methods: tuple[str, ...]
     controls: tuple[str, ...]
@@ -47,6 +53,7 @@ class Profile:
     trade: Mapping[str, Any]
     stability: Mapping[str, Any]
     teach: Mapping[str, Any]
+    judge: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def factorizing(self) -> tuple[str, ...]:
@@ -71,7 +78,7 @@ class Profile:
         return cells
 
 
-_LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach")
+_LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach", "judge")
 _ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "budget", "rank", "sparsity", "seed")
 
 
@@ -130,6 +137,8 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key {key!r}")
         raise UnknownNameError(f"key in {path.name}", key, known)
     _checked(path, "model", raw["model"], str)
+    if _checked(path, "source", raw["source"], str) not in SOURCES:
+        raise UnknownNameError(f"source in {path.name}", raw["source"], SOURCES)
     for key, kind in (("concepts", str), ("methods", str), ("controls", str), ("seeds", int)):
         raw[key] = tuple(_checked(path, key, value, kind) for value in _checked(path, key, raw[key], list))
     _checked(path, "grids", raw["grids"], dict)
@@ -149,9 +158,10 @@ def _read(name: str) -> dict[str, Any]:
             raise DataError(f"{path}: missing key 'fit.{key}'")
     for split, entries in _checked(path, "sizes", raw["sizes"], dict).items():
         for key, value in _checked(path, f"sizes.{split}", entries, dict).items():
-            if key == "divergence" and not isinstance(value, bool):
+            switch = key in ("divergence", "letters", "judge")
+            if switch and not isinstance(value, bool):
                 raise DataError(f"{path}, key 'sizes.{split}.{key}': {value!r} is neither true nor false")
-            if key != "divergence":
+            if not switch:
                 _checked(path, f"sizes.{split}.{key}", value, int)
     _check_relearn(path, raw["relearn"])
     numbers = {"questions": int, "texts": int}
@@ -161,7 +171,23 @@ def _read(name: str) -> dict[str, Any]:
     _check_lists(path, "trade", raw["trade"], {"edits": str, "strengths": (int, float)}, numbers)
     _check_lists(path, "stability", raw["stability"], fits, {"questions": int})
     _check_lists(path, "teach", raw["teach"], {"arms": str}, teaching)
+    _check_judge(path, raw["judge"])
     return dict(raw)
+
+
+def _check_judge(path: Path, judge: Any) -> None:
+    known = {f.name for f in fields(JudgeConfig)}
+    for key in sorted(_checked(path, "judge", judge, dict).keys() - known):
+        raise UnknownNameError(f"key in judge of {path.name}", key, known)
+    if not judge:
+        return
+    for key in ("base_url", "model"):
+        if key not in judge:
+            raise DataError(f"{path}: missing key 'judge.{key}'")
+    try:
+        JudgeConfig(**judge)
+    except ValueError as error:
+        raise DataError(f"{path}, key 'judge': {error}") from None
 
 
 def _check_lists(

@@ -27,6 +27,8 @@ SENTENCES, NEUTRAL, CHOICE, OPEN, PARAGRAPHS = FILES = (
     "open_questions.json",
     "relearn_paragraphs.json",
 )
+INDICES = tuple(f"{name}_{split}_indices.json" for name in ("mmlu", "alpaca") for split in ("train", "test"))
+FETCHED = (*FILES, *INDICES)
 _SETS = {
     "QA_train": ("concept", "train"),
     "QA_test": ("concept", "test"),
@@ -114,13 +116,13 @@ def fetch_released(*, repository: str = REPOSITORY, commit: str = COMMIT) -> Pat
         with tempfile.TemporaryDirectory() as clone, atomic_dir(folder) as target:
             _git(clone, "init", "--quiet")
             _git(clone, "fetch", "--quiet", "--depth=1", repository, commit)
-            for name in FILES:
+            for name in FETCHED:
                 (target / name).write_bytes(_git(clone, "show", f"{commit}:data/{name}"))
-            hashes = {name: sha256_of(target / name) for name in FILES}
+            hashes = {name: sha256_of(target / name) for name in FETCHED}
             (target / "ember.json").write_text(json.dumps({"commit": commit, "sha256": hashes}, indent=1))
     try:
         recorded = json.loads((folder / "ember.json").read_text(encoding="utf-8"))["sha256"]
-        intact = all(sha256_of(folder / name) == recorded[name] for name in FILES)
+        intact = all(sha256_of(folder / name) == recorded[name] for name in FETCHED)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"the released data in {folder} is incomplete ({error}). Delete the folder") from error
     if not intact:

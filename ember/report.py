@@ -215,6 +215,8 @@ def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
             ("neutral text, loss (nats/token)", "neutral", "loss"),
             ("other-sense text, loss (nats/token)", "other_sense", "loss"),
         ):
+            if not len(arm[arm.set == set_]):
+                continue  # released concepts have no texts in another sense
             before = _row(base[base.concept == concept], set_, metric)
             after, change = _row(arm, set_, metric), _row(arm, set_, f"delta_{metric}")
             lines.append(

@@ -61,9 +61,13 @@ class Probe:
 
 
 def make_probe(loaded: LoadedModel, suite: Suite, split: str = "test", *, progress: bool = False) -> Probe:
-    """The suite's questions on concept and neighbour and its texts, scored by the unedited model."""
+    """The suite's questions on concept and neighbour and its texts, scored by the unedited model.
+
+    Sets without texts are left out: released concepts have none in another sense.
+    """
     questions = {name: suite.questions[name][split] for name in ("concept", "simdom")}
     texts = {name: suite.texts[name][split] for name in ("other_sense", "neutral")}
+    texts = {name: chosen for name, chosen in texts.items() if chosen}
     frames = [question_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in questions.items()]
     frames += [text_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in texts.items()]
     return Probe(questions, texts, pd.concat(frames, ignore_index=True))
@@ -104,7 +108,7 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool 
 def _occurrences(loaded: LoadedModel, probe: Probe, items: pd.DataFrame, marked: Collection[int]) -> pd.DataFrame:
     kl = items[(items.set == "other_sense") & (items.metric == "kl")].set_index("item").edited
     rows = []
-    for i, text in enumerate(probe.texts["other_sense"]):
+    for i, text in enumerate(probe.texts.get("other_sense", ())):
         ids = loaded.encode(text)[:-1]  # nothing is predicted after the last token
         rows.append(("other_sense", str(i), "kl_sum", 0.0, kl[str(i)] * len(ids)))
         rows.append(("other_sense", str(i), "occurrences", 0.0, float(sum(token in marked for token in ids))))
@@ -183,13 +187,16 @@ class Curves:
 
 
 def curves(items: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> Curves:
-    """The curves of one run from its item scores (edit, delta, set, item, metric, base, edited)."""
+    """The curves of one run from its item scores (edit, delta, set, item, metric, base, edited).
+
+    A cost is left out where no text tells it.
+    """
     strengths = tuple(sorted(items.delta.unique()))
     mean = partial(_mean_changes, items, strengths, n_resamples, seed)
     gain = {edit: -change for edit, change in mean(*GAIN).items()}
     neighbour = {edit: -change for edit, change in mean("simdom", "gold_logprob").items()}
     costs = {"other sense": mean("other_sense", "kl"), "neighbour": neighbour, "everyday": _everyday(items, mean)}
-    return Curves(strengths, gain, costs)
+    return Curves(strengths, gain, {name: by_edit for name, by_edit in costs.items() if by_edit})
 
 
 def _everyday(items: pd.DataFrame, mean: Callable[[str, str], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -197,11 +204,13 @@ def _everyday(items: pd.DataFrame, mean: Callable[[str, str], dict[str, np.ndarr
 
     Edited input embeddings are so rare there that a few hundred texts hold none. So: how many a thousand words bring,
     by word frequencies, times the KL that follows one of them where it does occur, in other-sense texts. Edits of
-    output embeddings act everywhere: for them, KL on neutral text per thousand tokens.
+    output embeddings act everywhere: for them, KL on neutral text per thousand tokens. Empty without such texts.
     """
     everyday = {edit: 1000 * kl for edit, kl in mean("neutral", "kl").items()}
     totals, occurrences = mean("other_sense", "kl_sum"), mean("other_sense", "occurrences")
     english = items[items.set == "general English"].groupby("edit").edited.first()
+    if len(english) and not occurrences:
+        return {}
     for edit, per_thousand in english.items():
         count = occurrences[str(edit)]
         everyday[str(edit)] = per_thousand * np.divide(
@@ -298,7 +307,7 @@ def equal_gain_table(runs: Mapping[Run, Curves], edit: str, *, reference: str = 
     found = [costs_at_equal_gain(curves_, edit, reference=reference) for curves_ in runs.values()]
     groups = [concept for concept, _ in runs]
     rows = []
-    for cost in COSTS:
+    for cost in found[0]:
         theirs, own = (np.stack([pair[cost][side] for pair in found]) for side in (0, 1))
         gaps = [(float(gap[0]), gap[1:]) for gap in own - theirs]
         rows.append((cost, edit, len(runs), theirs[:, 0].mean(), own[:, 0].mean(), *pooled(gaps, groups=groups)))

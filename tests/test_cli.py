@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_loaded
 from test_checks import write_sound
 from test_data import write_concept, write_shared
@@ -16,12 +18,17 @@ from test_released import make_repository, write_released
 
 from ember import released
 from ember.__main__ import main
-from ember.data import list_concepts
+from ember.data import list_concepts, load_concept
+from ember.features import ConceptFeatures, concept_features
+from ember.models import load_model
 from ember.planning import plan
 from ember.profiles import list_profiles, load_profile
 from ember.specs import MODELS
 
-COMMANDS = ["reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "run-notebook", "update-readme"]
+COMMANDS = [
+    "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
+    "update-readme",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -262,6 +269,26 @@ def test_fetch_data_that_cannot_be_fetched_is_an_error(run, upstream):
     assert_one_line(errors, "git could not fetch it", "--folder")
 
 
+def test_fetch_data_with_the_shared_sets_tells_their_commits(run, upstream, tmp_path, monkeypatch):
+    commit = "c0ffee" + "0" * 34
+    asked = []
+
+    def download(repository, file, *, repo_type, revision):
+        asked.append((repository, revision))
+        path = tmp_path / "hub" / repository / "snapshots" / commit / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("rows")
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    status, out, _ = run("fetch-data", "--shared", "--mmlu", "v2")
+    assert status == 0 and f"mmlu at {commit}; alpaca at {commit}" in out
+    assert asked == [("cais/mmlu", "v2"), ("tatsu-lab/alpaca_eval", "main")]
+    status, _, errors = run("fetch-data", "--shared", "--mmlu", "v3")
+    assert status == 1 and len(asked) == 2
+    assert_one_line(errors, "holds v2", "not v3")
+
+
 def test_check_data_names_file_line_and_field(run, concept):
     path = concept / "questions.jsonl"
     path.write_text(path.read_text().replace('"split": "test"', '"split": "dev"', 1))
@@ -333,3 +360,27 @@ def test_a_closed_edit_folder_is_an_error(run, model, concept, tmp_path):
     )
     assert status == 1
     assert_one_line(errors, "file")
+
+
+def test_import_features(run, model, concept, tmp_path):
+    """A pickle of arrays becomes safetensors; one that calls something, or lacks a field, is one line of error."""
+    loaded, about = load_model(str(model)), load_concept(folder=concept)
+    fit = concept_features(loaded, about, rank=5, sparsity=0.1, max_iter=20, cache=False)
+    ids = fit.table.token_id.tolist()
+    path = tmp_path / "theirs.pkl"
+    path.write_bytes(pickle.dumps({"left": fit.factorization.F, "G": fit.factorization.G, "ids": ids}))
+    folder = tmp_path / "imported"
+    command = [
+        "import-features", path, "--model", model, "--concept", about.name, "--source", "ours", "--folder", concept,
+        "--output", folder,
+    ]  # fmt: skip
+    status, _, errors = run(*command)
+    assert status == 1 and not folder.exists()
+    assert_one_line(errors, "no field F_", "'left'", "--field")
+    status, out, _ = run(*command, "--field", "F=left")
+    assert status == 0 and f"5 features of {len(ids)} tokens" in out
+    again = ConceptFeatures.load(folder)
+    assert torch.equal(again.factorization.F, fit.factorization.F) and again.scores.equals(fit.scores)
+    assert_one_line(run(*command, "--field", "left")[2], "ROLE=NAME", "'left'")
+    path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert_one_line(run(*command, "--field", "F=left")[2], "'os.system'", "not admitted")

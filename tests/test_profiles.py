@@ -19,6 +19,7 @@ from ember.profiles import Profile, frame_path, list_profiles, load_profile, man
 PROFILES = list_profiles()
 GOOD = {
     "model": "tiny",
+    "source": "released",
     "concepts": ["Rome", "Greece"],
     "methods": ["ember", "other"],
     "controls": ["aside"],
@@ -34,6 +35,7 @@ GOOD = {
     "trade": {"edits": ["EMBER"], "strengths": [1.0], "questions": 3, "texts": 3, "seeds": 1},
     "stability": {"ranks": [8], "sparsities": [0.1], "seeds": [3], "precisions": ["float32"], "questions": 3},
     "teach": {"arms": ["other"], "tokens": 9, "lr": 0.1, "batch_size": 2, "questions": 3, "texts": 3, "seeds": 1},
+    "judge": {"base_url": "http://localhost:1/v1", "model": "m", "key_variable": "SOME_KEY", "max_calls": 9},
 }
 
 
@@ -67,7 +69,7 @@ def with_grid(**grid) -> Profile:
     fit = {"rank": 8, "sparsity": 0.1}
     grids = dict.fromkeys(("ember", "other", "aside"), grid)
     rest = ({"settings": {}, "sweeps": []}, {"arms": []}, {"edits": []}, {"seeds": []}, {"arms": []})
-    return Profile("mine", "tiny", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, *rest)
+    return Profile("mine", "tiny", "ours", ("Rome",), ("ember", "other"), ("aside",), (1,), fit, grids, {}, *rest)
 
 
 # Our profiles
@@ -140,8 +142,14 @@ def test_smoke_and_laptop_share_one_factorization():
     assert (smoke.model, smoke.concepts, smoke.seeds) == (laptop.model, laptop.concepts, laptop.seeds)
 
 
+def test_an_unknown_source_is_an_error(params):
+    write(params, GOOD | {"source": "theirs"})
+    with pytest.raises(UnknownNameError, match=r"source in mine\.yaml 'theirs'; known: ours, released"):
+        load_profile("mine")
+
+
 def test_a_profile_is_read_to_the_letter(profile):
-    assert (profile.name, profile.model) == ("mine", "tiny")
+    assert (profile.name, profile.model, profile.source) == ("mine", "tiny", "released")
     assert (profile.concepts, profile.seeds, profile.methods) == (("Rome", "Greece"), (1, 2), ("ember", "other"))
     assert (profile.fit, profile.grids, profile.sizes) == (GOOD["fit"], GOOD["grids"], GOOD["sizes"])
 
@@ -260,6 +268,7 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"grids": {"ember": {}, "other": [0.1]}},
         {"seeds": None},
         {"model": 5},
+        {"source": 5},
         {"fit": [1]},
         {"fit": {"rank": 8}},
         {"sizes": {"train": 4}},
@@ -279,6 +288,13 @@ def test_wrong_type_names_file_and_key(params, good, bad, key):
         {"teach": GOOD["teach"] | {"lr": "1e-4"}},
         {"teach": {key: value for key, value in GOOD["teach"].items() if key != "tokens"}},
         {"fit": GOOD["fit"] | {"precision": 64}},
+        {"judge": None},
+        {"judge": {"model": "m"}},
+        {"judge": GOOD["judge"] | {"url": "x"}},
+        {"judge": GOOD["judge"] | {"max_calls": 0}},
+        {"judge": GOOD["judge"] | {"timeout": "1e1"}},
+        {"sizes": {"train": {"letters": 1}}},
+        {"sizes": {"train": {"open_answers": True}}},
     ],
     ids=repr,
 )
@@ -325,6 +341,7 @@ def test_sizes_come_from_the_other_profile_and_nothing_else(params, monkeypatch)
         "grids": grids, "sizes": sizes, "relearn": {"settings": {"points": [3]}, "sweeps": []},
         "localize": {"arms": [], "texts": 1}, "trade": GOOD["trade"] | {"texts": 1},
         "stability": GOOD["stability"] | {"seeds": []}, "teach": GOOD["teach"] | {"tokens": 99},
+        "judge": {},
     }  # fmt: skip
     write(params, other | {"fit": {"rank": 3, "sparsity": 0.5}} | short_parts, "other")
     plain = load_profile("mine")

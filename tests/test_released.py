@@ -13,7 +13,9 @@ from ember.errors import DamagedFileError, DataError, DownloadError, UnknownName
 from ember.paths import REPOSITORY
 from ember.released import (
     CHOICE,
+    FETCHED,
     FILES,
+    INDICES,
     NEUTRAL,
     OPEN,
     PARAGRAPHS,
@@ -50,7 +52,7 @@ def tables(name: str) -> tuple[dict, dict]:
 
 
 def released_files() -> dict:
-    """The content of the five files: two invented concepts."""
+    """The content of the released files: two invented concepts."""
     names = ("Jar Town", "Élan")
     return {
         SENTENCES: [
@@ -62,6 +64,7 @@ def released_files() -> dict:
         CHOICE: {name: tables(name)[0] for name in names},
         OPEN: {name: tables(name)[1] for name in names},
         PARAGRAPHS: {name: {"RelearnParagraphs": [f"{name} is a town. Its jars are known."]} for name in names},
+        **{name: [3 * k, 3 * k + 1] for k, name in enumerate(INDICES)},
     }
 
 
@@ -421,9 +424,9 @@ def left_over(cache: Path) -> list[Path]:
 def test_fetched_files_are_those_of_the_commit(repository, cache):
     fetched = again(repository)
     assert cache in fetched.parents
-    for name in FILES:
+    for name in FETCHED:
         assert (fetched / name).read_bytes() == (repository[0] / "data" / name).read_bytes()
-    assert {path.name for path in fetched.iterdir()} == {*FILES, "ember.json"}
+    assert {path.name for path in fetched.iterdir()} == {*FETCHED, "ember.json"}
     assert list_released(fetched) == ["Jar Town", "Élan"]
     assert list(fetched.parent.iterdir()) == [fetched]
 
@@ -463,7 +466,7 @@ def test_unreachable_repository(repository, cache, tmp_path):
     assert left_over(cache) == []
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", FETCHED)
 def test_a_commit_that_lacks_a_file(repository, cache, file):
     folder, _ = repository
     (folder / "data" / file).unlink()
@@ -495,7 +498,7 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [damage, Path.unlink, lambda path: path.write_bytes(b"")], ids=["byte", "gone", "empty"]
 )
-@pytest.mark.parametrize("file", [*FILES, "ember.json"])
+@pytest.mark.parametrize("file", [*FETCHED, "ember.json"])
 def test_a_damaged_file_is_noticed(repository, fetched, file, spoil):
     spoil(fetched / file)
     with pytest.raises(DamagedFileError, match=str(fetched)) as caught:

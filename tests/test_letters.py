@@ -1,0 +1,180 @@
+"""Letter answers: what counts as one, in which order options stand, and batches against one at a time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import make_concept, make_loaded
+from test_evaluation import blank, shared_data, suite_of, talkative, values_of
+
+from ember.data import Question
+from ember.evaluation import Sizes, evaluate
+from ember.letters import NEW_TOKENS, letter_answers, letter_prompt, letter_scores, read_letter
+from ember.models import weights_hash
+from ember.paths import REPOSITORY
+
+QUESTIONS = list(make_concept().questions)
+
+
+def answering(monkeypatch, *texts: str) -> list[list[list[int]]]:
+    """The model answers with these texts in turn, for ever; the prompts of each call."""
+    seen: list[list[list[int]]] = []
+    loaded = make_loaded()
+
+    def generate(loaded_, prompts, *, max_new_tokens, **_):
+        assert max_new_tokens == NEW_TOKENS <= 4
+        seen.append([list(p) for p in prompts])
+        return [loaded.encode(texts[k % len(texts)], bos=False) for k in range(len(prompts))]
+
+    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"), ("B.", "B"), (" C)", "C"), ("(D)", "D"), ("**B**", "B"), ("b", "B"), ("\nC\n", "C"),
+        ("A.\nThe", "A"),
+        ("Answer: D", "D"), ("The answer is C", "C"), ("answer is **A**", "A"), ("B. Tiber", "B"), ("C The Tiber", "C"),
+        ("A: Rome", "A"), ("Option B", "B"),
+        ("", ""), ("E", ""), ("A Roman army", ""), ("A legion", ""), ("Because", ""), ("Caesar", ""), ("Dates", ""),
+        ("D'Artagnan", ""), ("The Tiber", ""), ("I think", ""), ("Rome, B", ""), ("AB", ""), ("bread", ""), ("1", ""),
+        ("B is a", ""),
+    ],
+)  # fmt: skip
+def test_what_is_a_letter(text, letter):
+    assert read_letter(text) == letter
+
+
+def test_the_prompt_has_every_option_once_under_its_letter():
+    for question in QUESTIONS:
+        lines = letter_prompt(question).splitlines()
+        assert lines[0] == question.question
+        assert lines[2:6] == [f"{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True)]
+        assert sorted(line[3:] for line in lines[2:6]) == sorted([question.answer, *question.distractors])
+
+
+def test_the_order_is_the_question_s_own_in_every_process():
+    here = [letter_prompt(q) for q in QUESTIONS]
+    code = (
+        "import json; from conftest import make_concept; from ember.letters import letter_prompt\n"
+        "print(json.dumps([letter_prompt(q) for q in make_concept().questions]))"
+    )
+    for seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "PATH": ""}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        assert json.loads(done.stdout) == here
+    assert len({q.gold for q in QUESTIONS}) > 1
+
+
+def test_right_wrong_and_no_letter(monkeypatch):
+    """All questions are equally long here, so they are asked in order."""
+    gold = replace(QUESTIONS[0])
+    same = [replace(gold, set=f"{k}") for k in range(3)]
+    right, wrong = "ABCD"[gold.gold], "ABCD"[gold.gold - 1]
+    answering(monkeypatch, right, wrong, "The Tiber")
+    scores = letter_scores(make_loaded(), same)
+    assert scores.metric.tolist() == ["letter_correct", "letter_valid"] * 3
+    assert scores.value.tolist() == [1, 1, 0, 1, 0, 0]
+    assert set(scores.item) == {gold.id}
+
+
+def test_every_question_keeps_its_own_answer(monkeypatch):
+    """Whatever the order in which they are asked."""
+    loaded = make_loaded()
+    questions = [replace(q, question=q.question * (1 + k % 3)) for k, q in enumerate(QUESTIONS)]
+    table = {tuple(loaded.encode_chat(letter_prompt(q))): "ABCD"[k % 4] for k, q in enumerate(questions)}
+    generate = lambda _, prompts, **__: [loaded.encode(table[tuple(p)], bos=False) for p in prompts]  # noqa: E731
+    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    assert letter_answers(loaded, questions) == ["ABCD"[k % 4] for k in range(len(questions))]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_chat_template_brings_the_only_bos(monkeypatch, bos):
+    seen = answering(monkeypatch, "A")
+    letter_answers(make_loaded(bos=bos), QUESTIONS[:3])
+    assert all(ids.count(1) == 1 and ids[0] == 1 for ids in seen[0])
+
+
+def lettering(loaded):
+    """A model whose answers are letters, different ones to different questions."""
+    loaded = talkative(loaded)
+    letters = [loaded.encode(letter, bos=False)[0] for letter in "ABCD"]
+    others = torch.ones(loaded.model.lm_head.weight.shape[0], dtype=torch.bool)
+    others[letters] = False
+    with torch.no_grad():
+        loaded.model.lm_head.weight[others] = 0
+    return type(loaded)(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
+
+
+def test_batches_and_one_at_a_time_agree(tiny):
+    loaded = lettering(tiny)
+    questions = [replace(q, question=q.question + " Rome" * (k % 3)) for k, q in enumerate(QUESTIONS[:5])]
+    alone, together = (letter_answers(loaded, questions, batch_size=size) for size in (1, 4))
+    assert alone == together
+
+
+def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
+    loaded, seen = make_loaded(), []
+    edit = blank(loaded, " Romans")
+    (row,) = edit.tensors[loaded.embedding_name].rows.tolist()
+
+    def generate(loaded, prompts, **_):
+        seen.append(float(loaded.embedding[row].detach().abs().sum()))
+        return [[]] * len(prompts)
+
+    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    for chosen in (edit, None):
+        assert letter_answers(loaded, QUESTIONS[:2], chosen) == ["", ""]
+    assert seen[0] == 0 < seen[1]
+    assert weights_hash(loaded.model) == loaded.weights_hash
+
+
+# In an evaluation
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    data = shared_data()
+    monkeypatch.setattr("ember.evaluation.load_shared", lambda *_, **__: data)
+
+
+def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(shared, monkeypatch):
+    answering(monkeypatch, "A")
+    loaded = make_loaded()
+    plain = evaluate(loaded, suite_of(), "test")
+    found = evaluate(loaded, suite_of(letters=True), "test")
+    extra = found.items[found.items.metric.str.startswith("letter_")]
+    pd.testing.assert_frame_equal(found.items.drop(extra.index).reset_index(drop=True), plain.items)
+    for name in ("concept", "simdom", "general"):
+        assert (values_of(found, name, "letter_valid") == 1).all()
+        asked = suite_of().questions[name]["test"]
+        wanted = {q.id: float(q.gold == 0) for q in asked}
+        assert values_of(found, name, "letter_correct").to_dict() == wanted
+
+
+def test_the_embedded_model_answers_in_the_format(embedded):
+    """At chance, but with letters: the prompt is one that a small chat model follows."""
+    questions = [
+        Question(f"q{k}", "general", "test", f"What is the capital of {country}?", city, ("Lima", "Oslo", "Cairo"))
+        for k, (country, city) in enumerate([("France", "Paris"), ("Japan", "Tokyo"), ("Italy", "Rome")])
+    ]
+    scores = letter_scores(embedded, questions)
+    assert scores[scores.metric == "letter_valid"].value.mean() >= 2 / 3
+
+
+@pytest.mark.parametrize("name", ["letters", "judge", "divergence"])
+def test_switches_are_true_or_false(name):
+    with pytest.raises(ValueError, match=f"{name} must be true or false, got 1"):
+        Sizes(**{name: 1})
+
+
+def test_sizes_know_whether_a_judge_is_asked():
+    assert not Sizes().judged and not Sizes(letters=True).judged
+    assert Sizes(judge=True).judged and Sizes(open_answers=3).judged and Sizes(open_answers=None).judged
+    with pytest.raises(ValueError, match="judge grades generations"):
+        Sizes(judge=True, generations=0)

@@ -1,0 +1,609 @@
+"""Published pickles: what is read, what is refused without running, and what is imported."""
+
+import collections
+import copyreg
+import functools
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_concept, make_loaded
+from torch import nn
+
+from ember import published
+from ember.errors import DataError
+from ember.factorization import sparse_mf
+from ember.features import ConceptFeatures, concept_features
+from ember.methods.ember import EmberConfig, edit_from_features
+from ember.published import CLASSES, import_published, read_published
+from ember.tokens import token_table
+from ember.unpickling import unpickle
+
+
+class Factorizer(nn.Module):
+    """Like the published class: factors as parameters, a transposed view, plain settings."""
+
+    def __init__(self, F: torch.Tensor, G: torch.Tensor) -> None:
+        super().__init__()
+        self.F_, self.G_ = nn.Parameter(F), nn.Parameter(G)
+        self.rank, self.fitting_device = F.shape[1], "cuda"
+        self.W, self.H = self.G_.detach().clone(), self.F_.T
+
+
+class Slotted:
+    __slots__ = ("F", "name")
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    """The factorizer under the name that the published files give it."""
+    module = types.ModuleType("factorization.seminmf")
+    module.NMFSemiNMF = type("NMFSemiNMF", (Factorizer,), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, "factorization", types.ModuleType("factorization"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.NMFSemiNMF
+
+
+def written(folder: Path, content, *, protocol: int = 4) -> Path:
+    """A file with this content: bytes as they are, anything else pickled."""
+    path = folder / "file.pkl"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol=protocol))
+    return path
+
+
+def refusal(path: Path, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        unpickle(path, **options)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# What is read
+
+
+def contents() -> dict:
+    matrix = torch.arange(12.0).reshape(3, 4)
+    return {
+        "plain": matrix, "view": matrix[1:, 1:3], "turned": matrix.T, "parameter": nn.Parameter(matrix * 2),
+        "half": matrix.to(torch.bfloat16), "whole": torch.tensor([[1, 2]]), "empty": torch.empty(0, 3),
+        "numpy": np.arange(6, dtype="f8").reshape(2, 3), "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "foreign": np.arange(3, dtype=">i4"), "flags": np.array([True, False]),
+    }  # fmt: skip
+
+
+def assert_contents(found: dict) -> None:
+    for name, value in contents().items():
+        wanted = (
+            value.detach()
+            if isinstance(value, torch.Tensor)
+            else torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        )
+        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles_give_the_same_arrays(tmp_path, protocol):
+    assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)))
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_files_of_torch_save_give_the_same_arrays(tmp_path, archive):
+    torch.save(contents(), tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
+    assert_contents(unpickle(tmp_path / "file.pt"))
+
+
+def test_fields_are_named_by_their_path(tmp_path):
+    content = {
+        "words": np.array(["Rome", "Tiber"]), "number": np.float32(0.5), "ids": [3, 5], "pair": (1, "a"),
+        "rows": {"Rome": 0, "Tiber": 1}, "layers": [{"F": torch.ones(2)}, collections.OrderedDict(F=torch.zeros(1))],
+        "nothing": None, "bare": {}, "kinds": {"b", "a"}, "dtype": torch.float16, 7: "seven",
+        "device": torch.device("cuda", 1), "shape": torch.Size([2, 3]),
+    }  # fmt: skip
+    found = unpickle(written(tmp_path, content))
+    assert torch.equal(found.pop("layers.0.F"), torch.ones(2)) and found.pop("layers.1.F").tolist() == [0]
+    assert found == {
+        "words": ["Rome", "Tiber"], "number": 0.5, "ids": [3, 5], "pair": [1, "a"], "rows": {"Rome": 0, "Tiber": 1},
+        "kinds": ["a", "b"], "dtype": "torch.float16", "7": "seven", "device": "cuda:1", "shape": [2, 3],
+    }  # fmt: skip
+
+
+def test_tensors_do_not_share_memory_with_anything(tmp_path):
+    base = torch.zeros(1000)
+    torch.save({"whole": base, "one": base[:1]}, tmp_path / "file.pt")
+    found = unpickle(tmp_path / "file.pt")
+    found["one"][0] = 1
+    assert found["whole"][0] == 0 and found["one"].untyped_storage().nbytes() == 4
+
+
+def test_an_object_of_a_named_class_is_its_attributes(tmp_path, theirs, monkeypatch):
+    """Its class is not needed, and none of its code runs."""
+    path = written(tmp_path, {"nmf": theirs(torch.ones(4, 2), torch.ones(3, 2)), "vprime_token_ids": [1, 2, 3]})
+    for name in ("__setstate__", "__init__"):
+        monkeypatch.setattr(theirs, name, lambda *_: pytest.fail("code of the class ran"))
+    monkeypatch.delitem(sys.modules, "factorization.seminmf")
+    found = read_published(path)
+    assert torch.equal(found["nmf._parameters.F_"], torch.ones(4, 2)) and found["nmf.rank"] == 2
+    assert found["nmf.H"].shape == (2, 4) and found["vprime_token_ids"] == [1, 2, 3]
+    assert "'factorization.seminmf.NMFSemiNMF'" in refusal(path)
+
+
+def test_slots_and_constructor_arguments_are_attributes_too(tmp_path):
+    item = Slotted()
+    item.F, item.name = torch.ones(1), "x"
+    Pair = collections.namedtuple("Pair", "F G")
+    sys.modules[__name__].Pair = Pair
+    Pair.__module__ = Slotted.__module__
+    names = [f"{Slotted.__module__}.{name}" for name in ("Slotted", "Pair")]
+    found = unpickle(written(tmp_path, {"a": item, "b": Pair(torch.zeros(2), [1])}), classes=names)
+    assert found["a.F"].tolist() == [1] and found["a.name"] == "x"
+    assert found["b.0"].tolist() == [0, 0] and found["b.1"] == [1]
+
+
+# What is refused
+
+
+class Calls:
+    """Pickles as the call of a function with arguments."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def attacks(marker: Path) -> dict:
+    """Objects that call something as they are read; those in RUNS leave the marker."""
+    shell = f"touch {marker}"
+    python = f"open({str(marker)!r}, 'w')"
+    inner = pickle.dumps(Calls(os.system, shell))
+    legacy = io.BytesIO()
+    torch.save(Calls(os.system, shell), legacy, _use_new_zipfile_serialization=False)
+    hidden = np.empty(1, dtype=object)
+    hidden[0] = Calls(os.system, shell)
+    return {
+        "system": Calls(os.system, shell),
+        "eval": Calls(eval, python),
+        "exec": Calls(exec, python),
+        "nested": {"F": [torch.ones(1), ({"x": Calls(os.system, shell)},)]},
+        "partial": Calls(functools.partial(os.system, shell)),
+        "map": Calls(list, Calls(map, os.system, [shell])),
+        "getattr": Calls(getattr, Path, "touch"),
+        "loads": Calls(pickle.loads, inner),
+        "torch bytes": Calls(torch.storage._load_from_bytes, legacy.getvalue()),
+        "torch load": Calls(torch.load, str(marker)),
+        "object array": hidden,
+        "object in a dict of arrays": {"G": np.array([Calls(eval, python), None], dtype=object)},
+        "extension": Calls(copyreg.add_extension, "os", "system", 77),
+        "reconstructor": Calls(copyreg._reconstructor, Path, object, None),
+        "numpy": Calls(np.load, str(marker)),
+        "import": Calls(__import__, "os"),
+        "method": Calls(marker.touch),
+    }
+
+
+NAMES = list(attacks(Path("x")))
+RUNS = ["system", "eval", "exec", "nested", "map", "loads", "torch bytes", "object array", "method"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_ordinary_reader_runs_the_attacks(tmp_path, name):
+    """The control: these are real."""
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(attacks(marker)[name]))  # noqa: S301
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_that_calls_anything_is_refused_and_runs_nothing(tmp_path, name, protocol):
+    marker = tmp_path / "marker"
+    content = pickle.dumps(attacks(marker)[name], protocol=protocol)
+    before = dict(copyreg._extension_registry)
+    refusal(written(tmp_path, content), classes=CLASSES)
+    assert not marker.exists() and copyreg._extension_registry == before
+
+
+@pytest.mark.parametrize("name", ["system", "nested", "loads", "torch bytes", "object array"])
+@pytest.mark.parametrize("archive", [True, False])
+def test_the_same_within_a_file_of_torch_save(tmp_path, name, archive):
+    marker = tmp_path / "marker"
+    torch.save(attacks(marker)[name], tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
+    refusal(tmp_path / "file.pt")
+    assert not marker.exists()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def name_of(module: str, name: str) -> bytes:
+    return text(module) + text(name) + b"\x93"
+
+
+ARRAY = name_of("numpy._core.multiarray", "_reconstruct")
+STORAGE = name_of("torch.storage", "_load_from_bytes")
+TENSOR = name_of("torch._utils", "_rebuild_tensor_v2")
+DTYPE = name_of("numpy", "dtype")
+RAW = {
+    "dotted name": name_of("os", "path.join"),
+    "dotted name behind an admitted one": name_of("numpy", "dtype.__class__"),
+    "dots in a module": name_of("torch._utils._rebuild_tensor_v2", "__globals__"),
+    "part of an admitted function": name_of("collections", "OrderedDict.fromkeys"),
+    "module without a name": name_of("", "eval"),
+    "plain system": b"cos\nsystem\n(S'true'\ntR",
+    "instance": b"(S'true'\nios\nsystem\n",
+    "object": b"(cos\nsystem\nS'true'\no",
+    "registered extension": b"\x82\x4d",
+    "pickled names of a Python 2": b"c__builtin__\neval\n(S'1'\ntR",
+    "calls what is no function": text("os.system") + b")R",
+    "calls a constant": name_of("numpy", "ndarray") + b")R",
+    "makes an object of an admitted function": DTYPE + text("f4") + b"\x85\x81",
+    "sets state of an admitted function": DTYPE + b"N}" + text("function") + text("x") + b"s\x86b",
+    "sets attributes of a constant": name_of("torch", "FloatStorage") + b"}" + text("value") + text("x") + b"sb",
+    "sets attributes of a text": text("a") + b"}" + text("b") + text("c") + b"sb",
+    "appends to an array": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87RNa",
+    "sets items of an array": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87RNNs",
+    "array of another class": ARRAY + text("list") + b"K\x00\x85C\x01b\x87R",
+    "array without content": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R",
+    "objects by type": DTYPE + text("O8") + b"\x85R",
+    "pointers by type": DTYPE + text("V8") + b"\x85R",
+    "a type from a list": DTYPE + b"]\x85R",
+    "a type from a mapping": DTYPE + text("f4,O") + b"\x85R",
+    "bytes of nothing": STORAGE + b"C\x00\x85R",
+    "bytes of no storage": STORAGE + b"C\x03K\x01.\x85R",
+    "storage of a tuple": TENSOR + b"(NK\x00K\x01\x85K\x01\x85\x89}tR",
+    "ordered dict of pairs": name_of("collections", "OrderedDict") + b"]\x85R",
+    "another encoding": name_of("_codecs", "encode") + text("a") + text("zlib") + b"\x86R",
+    "something outside": text("key") + b"Q",
+    "something outside, by text": b"Pkey\n",
+    "endless room": b"]r\xff\xff\xff\x7f",
+    "endless room, by text": b"]p2000000000\n",
+    "more bytes than there are": b"\x8e" + struct.pack("<Q", 1 << 50) + b"x",
+    "a longer frame than there is": b"\x95" + struct.pack("<Q", 1 << 50) + b"K\x01",
+    "buffers from elsewhere": b"\x97",
+    "nothing on the stack": b"0",
+    "an unknown instruction": b"\xff",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_instructions_that_no_honest_file_holds_are_refused(tmp_path, name):
+    before = dict(vars(unpickle)), published.NAMES
+    refusal(written(tmp_path, b"\x80\x04" + RAW[name] + b"."))
+    assert (dict(vars(unpickle)), published.NAMES) == before
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 60, -1])
+def test_truncated_or_followed_by_something(tmp_path, cut):
+    whole = pickle.dumps(contents())
+    refusal(written(tmp_path, whole[:cut]))
+    refusal(written(tmp_path, whole + b"K\x01."))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match="missing"):
+        unpickle(tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize("state", ["N}\x94", "items", "class"])
+def test_a_stand_in_cannot_be_given_behaviour(tmp_path, state):
+    """State reaches the object, not its class, and nothing that Python would call."""
+    thing = name_of("a", "Thing")
+    bodies = {
+        "N}\x94": thing + b")\x81N}" + text("__class__") + text("x") + b"s\x86b",
+        "items": thing + b")\x81Na",
+        "class": thing + b"}" + text("__setstate__") + text("x") + b"sb",
+    }
+    path = written(tmp_path, b"\x80\x04" + bodies[state] + b".")
+    if state.startswith("N"):
+        assert unpickle(path, classes=["a.Thing"]) == {"__class__": "x"}
+    else:
+        refusal(path, classes=["a.Thing"])
+
+
+# What a file claims
+
+
+def edited(content: bytes, old: bytes, new: bytes) -> bytes:
+    assert content.count(old) >= 1
+    return content.replace(old, new)
+
+
+def test_an_array_larger_than_its_bytes(tmp_path):
+    content = pickle.dumps(np.zeros((2, 3)), protocol=3)
+    for shape in (
+        b"K\x02K\x04\x86",
+        b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86",
+        b"J\xff\xff\xff\xffK\x06\x86",
+        b"K\x02N\x86",
+    ):
+        assert "shape" in refusal(written(tmp_path, edited(content, b"K\x02K\x03\x86", shape)))
+
+
+def tensor_archive(path: Path, *, numel: int = 6, size=(2, 3), stride=(3, 1), offset=0, **changes) -> Path:
+    """A file of torch.save with one tensor of six values, as the arguments describe it."""
+    parts = (numel, offset, *size, *stride)
+    assert all(0 <= n < 1 << 31 for n in parts)
+    number = [b"J" + struct.pack("<i", n) for n in parts]
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number[0] + b"tQ"
+    body = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number[1]
+    body += number[2] + number[3] + b"\x86" + number[4] + number[5] + b"\x86\x89ccollections\nOrderedDict\n)RtR."
+    with zipfile.ZipFile(path, "w", changes.get("compression", zipfile.ZIP_STORED)) as archive:
+        for name in changes.get("pickles", ["file/data.pkl"]):
+            archive.writestr(name, body)
+        archive.writestr("file/version", "3\n")
+        archive.writestr("file/byteorder", changes.get("byteorder", "little"))
+        archive.writestr("file/data/0", changes.get("data", np.arange(6, dtype="f4").tobytes()))
+    return path
+
+
+def test_the_hand_made_archive_is_one(tmp_path):
+    path = tensor_archive(tmp_path / "file.pt")
+    wanted = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(unpickle(path)["value"], wanted) and torch.equal(torch.load(path, weights_only=True), wanted)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"numel": 7}, {"numel": 5}, {"numel": 2_000_000_000}, {"size": (3, 3)}, {"offset": 1}, {"stride": (4, 1)},
+        {"size": (2_000_000_000, 2), "stride": (0, 0)}, {"size": (2, 2_000_000_000)}, {"data": b""},
+        {"data": bytes(28)}, {"byteorder": "big"}, {"compression": zipfile.ZIP_DEFLATED}, {"pickles": []},
+        {"pickles": ["a/data.pkl", "b/data.pkl"]},
+    ],
+)  # fmt: skip
+def test_an_archive_that_claims_what_it_does_not_hold(tmp_path, changes):
+    refusal(tensor_archive(tmp_path / "file.pt", **changes))
+
+
+def test_a_storage_that_is_not_in_the_archive(tmp_path):
+    path = tensor_archive(tmp_path / "file.pt")
+    path.write_bytes(path.read_bytes().replace(b"file/data/0", b"file/data/1"))
+    refusal(path)
+
+
+def test_many_arrays_of_the_same_bytes(tmp_path):
+    """A few bytes for each further copy; together they would fill the memory."""
+    raw = b"B" + struct.pack("<I", 800_000) + bytes(800_000) + b"q\x01"
+    dtype = DTYPE + text("f8") + b"\x85Rq\x00"
+    array = ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    array += b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85h\x00\x89h\x01tb"
+    few, many = (b"\x80\x04" + dtype + b"0" + raw + b"0(" + array * count + b"l." for count in (2, 40))
+    assert len(unpickle(written(tmp_path, few))["1"]) == 100_000
+    assert "as large" in refusal(written(tmp_path, many))
+
+
+def test_nesting_takes_no_memory_beyond_the_file(tmp_path):
+    """Each list holds the one before twice: read out naively, 2¹⁸ entries."""
+    item = {"x": [1, "a"]}
+    for _ in range(18):
+        item = [item, item]
+    assert unpickle(written(tmp_path, item)) == {".".join("0" * 18) + ".x": [1, "a"]}
+    assert "deep" in refusal(written(tmp_path, b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b"."))
+
+
+def test_a_list_of_itself(tmp_path):
+    item: list = [{}]
+    item.append(item)
+    assert unpickle(written(tmp_path, item)) == {}
+
+
+# Import
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def loaded(request):
+    return make_loaded(request.param)
+
+
+@pytest.fixture
+def fit(loaded):
+    """F, G, and the ids of G's rows, fitted to the scaled rows as the published files are."""
+    concept = make_concept()
+    ids = token_table(loaded, concept.sentences, concept.neutral).token_id.tolist()
+    X = loaded.embedding.detach()[ids] * loaded.embedding_scale
+    found = sparse_mf(X, 8, sparsity=0.1, max_iter=30, seed=0)
+    return found.F, found.G, ids
+
+
+def taken(path: Path, loaded, **options) -> ConceptFeatures:
+    return import_published(path, loaded, make_concept(), **options)
+
+
+def not_taken(path: Path, loaded, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        taken(path, loaded, **options)
+    return str(caught.value)
+
+
+def test_the_published_layout_becomes_features_of_ours(tmp_path, loaded, fit, theirs):
+    """What the file gives is what fitting here would have given: factors, table and scores."""
+    F, G, ids = fit
+    path = written(tmp_path, {"nmf": theirs(F, G), "vprime_token_ids": ids})
+    found = taken(path, loaded)
+    assert torch.equal(found.factorization.F, F) and torch.equal(found.factorization.G, G)
+    own = concept_features(
+        loaded, make_concept(), rank=8, sparsity=0.1, max_iter=30, seed=0, precision="float32", cache=False
+    )
+    assert found.table.equals(own.table[found.table.columns]) and found.scores.equals(own.scores)
+    assert found.factorization.loss == pytest.approx(own.factorization.loss, rel=1e-4)
+    about = found.settings["imported"]
+    assert about["fields"] == {"F": "nmf._parameters.F_", "G": "nmf._parameters.G_", "tokens": "vprime_token_ids"}
+    assert 0 < about["explained"] < 1 and about["unseen"] == [] and len(about["sha256"]) == 64
+    assert (found.model, found.weights_hash, found.concept) == (loaded.name, loaded.weights_hash, "Tiny Rome")
+
+
+def test_features_survive_saving_and_make_the_same_edit(tmp_path, loaded, fit, theirs):
+    F, G, ids = fit
+    found = taken(written(tmp_path, {"nmf": theirs(F, G), "vprime_token_ids": ids}), loaded)
+    again = ConceptFeatures.load(found.save(tmp_path / "features"))
+    assert again.settings == found.settings and torch.equal(again.factorization.F, F)
+    active = [k for k in range(8) if int(found.scores.set_index("feature").rows[k]) > 0][:2]
+    config = EmberConfig(rank=8, features=tuple(active))
+    edits = [edit_from_features(loaded, features, config) for features in (found, again)]
+    assert len(edits[0].changed()) > 0 and edits[0].changed().equals(edits[1].changed())
+
+
+def test_rows_are_matched_by_id_not_by_place(tmp_path, loaded, fit):
+    F, G, ids = fit
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    shuffled = [ids[k] for k in order]
+    whole = taken(written(tmp_path, {"F": F, "G": G, "ids": ids}), loaded)
+    mixed = taken(written(tmp_path, {"F": F, "G": G[order], "ids": torch.tensor(shuffled)}), loaded)
+    assert mixed.table.token_id.tolist() == shuffled
+    some = whole.scores[whole.scores.rows > 0].feature.tolist()[:3]
+    one, other = whole.contributions(some), mixed.contributions(some)
+    assert one.keys() == other.keys() and len(one) > 0
+    assert all(torch.allclose(one[i], other[i]) for i in one)
+
+
+@pytest.mark.parametrize(
+    ("names", "turned"),
+    [(("F", "G"), ""), (("H", "W"), "F"), (("components_", "activations"), "FG"), (("F_", "W"), "G")],
+)
+def test_names_and_orientations(tmp_path, loaded, fit, names, turned):
+    F, G, ids = fit
+    content = {
+        names[0]: F.T.contiguous().numpy() if "F" in turned else F,
+        names[1]: G.T.contiguous() if "G" in turned else G.numpy(),
+        "token_ids": np.array(ids),
+    }
+    found = taken(written(tmp_path, content), loaded)
+    assert torch.equal(found.factorization.F, F) and torch.equal(found.factorization.G, G)
+
+
+def test_the_caller_may_name_the_fields(tmp_path, loaded, fit):
+    F, G, ids = fit
+    path = written(tmp_path, {"best": {"left": F, "right": G, "F": F[:, :2]}, "which": ids})
+    fields = {"F": "best.left", "G": "best.right", "tokens": "which"}
+    assert torch.equal(taken(path, loaded, fields=fields).factorization.F, F)
+    said = not_taken(path, loaded)
+    assert "'best.right'" in said and f"[{len(ids)}, 8] float32" in said and "'which'" in said
+    assert "'nope'" in not_taken(path, loaded, fields={"F": "nope"})
+    assert "'x'" in not_taken(path, loaded, fields={"x": "best.left"})
+
+
+def test_two_candidates_are_not_guessed_between(tmp_path, loaded, fit):
+    F, G, ids = fit
+    said = not_taken(written(tmp_path, {"a": {"F": F}, "b": {"F": F}, "G": G, "ids": ids}), loaded)
+    assert "'a.F' or 'b.F'" in said
+
+
+# Tokens
+
+
+def as_strings(loaded, ids, form: str) -> list[str]:
+    return [loaded.tokenizer.convert_ids_to_tokens(i) if form == "entry" else loaded.tokenizer.decode([i]) for i in ids]
+
+
+@pytest.mark.parametrize("form", ["entry", "decoded"])
+def test_strings_are_matched_exactly(tmp_path, loaded, fit, form):
+    F, G, ids = fit
+    strings = as_strings(loaded, ids, form)
+    for tokens in (strings, np.array(strings), dict(zip(strings, range(len(ids)), strict=True))):
+        assert taken(written(tmp_path, {"F": F, "G": G, "tokens": tokens}), loaded).table.token_id.tolist() == ids
+    assert taken(written(tmp_path, {"F": F, "G": G}), loaded, tokens=strings).table.token_id.tolist() == ids
+
+
+def test_cleaned_strings_are_refused(tmp_path, loaded, fit):
+    F, G, ids = fit
+    strings = [string.strip() for string in as_strings(loaded, ids, "decoded")]
+    not_taken(written(tmp_path, {"F": F, "G": G, "tokens": strings}), loaded)
+
+
+def test_a_string_of_several_tokens_is_refused(tmp_path, loaded, fit):
+    F, G, ids = fit
+    broken = [i for i in range(3, 256) if loaded.tokenizer.decode([i]) == "�"][:1]
+    assert broken, "the byte-level vocabulary holds bytes that are no text"
+    strings = as_strings(loaded, [*broken, *ids[1:]], "decoded")
+    assert "several tokens: ['�']" in not_taken(written(tmp_path, {"F": F, "G": G, "tokens": strings}), loaded)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda ids: [ids[1], *ids[1:]], "twice"),
+        (lambda ids: [10**6, *ids[1:]], "1000000"),
+        (lambda ids: [-1, *ids[1:]], "-1"),
+        (lambda ids: [1, *ids[1:]], "content tokens"),
+        (lambda ids: ids[1:], "number of tokens"),
+        (lambda ids: ["a", *ids[1:]], "all strings"),
+        (lambda ids: [True, *ids[1:]], "ids"),
+        (lambda ids: [], "none of|no field|G's rows"),
+        (lambda ids: 5, "G's rows"),
+        (lambda ids: {"a": 0, "b": 2}, "G's rows"),
+        (lambda ids: ["no such token", *["x"] * (len(ids) - 1)], "no such token"),
+    ],
+)
+def test_tokens_that_do_not_fit(tmp_path, loaded, fit, change, word):
+    F, G, ids = fit
+    with pytest.raises(DataError, match=word):
+        taken(written(tmp_path, {"F": F, "G": G, "tokens": change(ids)}), loaded)
+
+
+def test_tokens_of_other_texts(tmp_path, loaded, fit, monkeypatch):
+    """A few count as neutral, which no edit touches; many mean that the texts are others."""
+    F, G, ids = fit
+    other = next(i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids)
+    content = {"F": F, "G": torch.cat([G[1:], torch.zeros(1, 8)]), "tokens": [*ids[1:], other]}
+    found = taken(written(tmp_path, content), loaded)
+    assert found.settings["imported"]["unseen"] == [other]
+    assert found.table.role.iloc[-1] == "neutral" and not found.table.isna().all(axis=1).any()
+    monkeypatch.setattr(published, "UNSEEN", 0.0)
+    assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(written(tmp_path, content), loaded)
+
+
+# Shapes and scale
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda F, G: (torch.cat([F, F]), G), ["F has shape [64, 8]", "d_model is 32"]),
+        (lambda F, G: (F[:, :7], G), ["F has 7 features", "G 8"]),
+        (lambda F, G: (F[:, 0], G), ["field 'F'", "matrix"]),
+        (lambda F, G: (F.long(), G), ["field 'F'", "int64"]),
+        (lambda F, G: (F, G.log()), ["field 'G'", "finite"]),
+        (lambda F, G: ([1.0, 2.0], G), ["field 'F'", "2 entries"]),
+    ],
+)
+def test_shapes_that_do_not_fit(tmp_path, loaded, fit, change, words):
+    F, G = change(*fit[:2])
+    said = not_taken(written(tmp_path, {"F": F, "G": G, "ids": fit[2]}), loaded)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda F, G: (F, G.roll(1, dims=0)),
+        lambda F, G: (F.flip(0), G),
+        lambda F, G: (-F, G),
+        lambda F, G: (F * 3, G),
+        lambda F, G: (F / 3, G),
+        lambda F, G: (F * 0, G),
+    ],
+    ids=["rows", "directions", "sign", "larger", "smaller", "zero"],
+)
+def test_factors_that_are_none_of_these_rows(tmp_path, loaded, fit, change):
+    """The control is ``test_names_and_orientations``, where the same factors are taken."""
+    F, G = change(*fit[:2])
+    assert "no approximation" in not_taken(written(tmp_path, {"F": F, "G": G, "ids": fit[2]}), loaded)
+
+
+def test_gemma_features_are_those_of_scaled_rows(tmp_path):
+    loaded = make_loaded("gemma2")
+    concept = make_concept()
+    ids = token_table(loaded, concept.sentences, concept.neutral).token_id.tolist()
+    unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
+    said = not_taken(written(tmp_path, {"F": unscaled.F, "G": unscaled.G, "ids": ids}), loaded)
+    assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said

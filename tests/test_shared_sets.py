@@ -1,0 +1,359 @@
+"""MMLU and AlpacaEval by row number: reading, fetching at a recorded commit, and evaluating with them."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pandas as pd
+import pytest
+from conftest import make_concept, make_loaded
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+from test_released import PAPER_DATA, released_files, write_released
+
+from ember.data import SPLITS, Concept, load_concept, load_shared
+from ember.editing import Edit
+from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
+from ember.evaluation import Sizes, evaluate, load_suite
+from ember.localization import by_exposure, everyday_exposure, token_changes
+from ember.methods import METHODS
+from ember.metrics import compare
+from ember.released import INDICES
+from ember.report import headline
+from ember.shared_sets import SETS, fetch_shared_sets, index_file, load_shared_sets
+from ember.trade import area_table, curves, equal_gain_table, make_probe, point_table, probe_edit
+
+ROWS = 14  # enough for the row numbers of ``released_files``
+COMMIT = "c0ffee" + "0" * 34
+MMLU, ALPACA = (Path(file).name for _, file in SETS.values())
+
+
+def write_sets(folder: Path, rows: int = ROWS) -> Path:
+    """The released files, and the two data sets with so many invented rows."""
+    write_released(folder)
+    table = {
+        "question": [f"Which jar holds {k}?" for k in range(rows)],
+        "subject": "jars",
+        "choices": [[f"red {k}", f"blue {k}", f"grey {k}", f"white {k}"] for k in range(rows)],
+        "answer": [k % 4 for k in range(rows)],
+    }
+    pd.DataFrame(table).to_parquet(folder / MMLU)
+    entries = [
+        {"instruction": f"Name jar {k}.", "output": f"Jar {k}.", "generator": "x", "dataset": "y"} for k in range(rows)
+    ]
+    (folder / ALPACA).write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_sets(tmp_path / "sets")
+
+
+# Reading
+
+
+def test_rows_are_those_of_the_released_numbers(folder):
+    sets = load_shared_sets(folder)
+    content = released_files()
+    for name, items in (("mmlu", sets.questions), ("alpaca", sets.instructions)):
+        wanted = [(f"{name}[{row}]", split) for split in SPLITS for row in content[index_file(name, split)]]
+        assert [(item.id, item.split) for item in items] == wanted
+    for question in sets.questions:
+        row = int(question.id.removeprefix("mmlu[").removesuffix("]"))
+        assert question.set == "general" and question.question == f"Which jar holds {row}?"
+        assert question.answer == f"{('red', 'blue', 'grey', 'white')[row % 4]} {row}"
+        assert len({question.answer, *question.distractors}) == 4 and question.options[question.gold] == question.answer
+    row = content[index_file("alpaca", "train")][0]
+    assert (sets.instructions[0].instruction, sets.instructions[0].response) == (f"Name jar {row}.", f"Jar {row}.")
+
+
+def test_the_order_of_the_numbers_is_kept(folder):
+    (folder / INDICES[0]).write_text("[9, 2, 5]")
+    assert [q.id for q in load_shared_sets(folder).questions][:3] == ["mmlu[9]", "mmlu[2]", "mmlu[5]"]
+
+
+def test_the_files_are_recorded(folder):
+    before = load_shared_sets(folder).revisions
+    assert before == load_shared_sets(folder).revisions and before.keys() == SETS.keys()
+    (folder / ALPACA).write_text((folder / ALPACA).read_text() + " ")
+    after = load_shared_sets(folder).revisions
+    assert after["mmlu"] == before["mmlu"] and after["alpaca"] != before["alpaca"]
+
+
+def test_an_option_may_occur_twice(folder):
+    """As in MMLU itself: leaving such rows out would change the paper's sample."""
+    change_mmlu(folder, 0, "choices", ["same", "same", "other", "third"])
+    assert load_shared_sets(folder).questions[0].options.count("same") == 2
+
+
+def change_mmlu(folder: Path, row: int, column: str, value) -> None:
+    table = pd.read_parquet(folder / MMLU)
+    table[column] = [value if k == row else old for k, old in enumerate(table[column])]
+    table.to_parquet(folder / MMLU)
+
+
+def broken(folder: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        load_shared_sets(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", [*INDICES, MMLU, ALPACA])
+def test_missing_file(folder, file):
+    (folder / file).unlink()
+    assert broken(folder) == f"{folder / file}: the file is missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1, 2", "line 1: not JSON"), ("{}", "expected a list"), ("[]", "expected a list"), ("[1, -1]", "entry 1"),
+        ("[1.5]", "entry 0"), ('["1"]', "entry 0"), ("[true]", "entry 0"), ("[3, 4, 3]", "row 3 occurs twice"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("file", INDICES)
+def test_bad_numbers(folder, file, content, words):
+    (folder / file).write_text(content)
+    said = broken(folder)
+    assert said.startswith(str(folder / file)) and words in said
+
+
+@pytest.mark.parametrize("file", INDICES)
+def test_a_number_beyond_the_data(folder, file):
+    (folder / file).write_text(f"[13, {ROWS}]")
+    assert broken(folder) == f"{folder / file}, entry 1: row {ROWS}, but the data set has {ROWS} rows"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_row_in_both_splits(folder, name):
+    (folder / index_file(name, "test")).write_text((folder / index_file(name, "train")).read_text())
+    said = broken(folder)
+    assert said.startswith(str(folder / index_file(name, "test"))) and "train rows too" in said
+
+
+@pytest.mark.parametrize("column", ["question", "choices", "answer"])
+def test_missing_column(folder, column):
+    pd.read_parquet(folder / MMLU).drop(columns=column).to_parquet(folder / MMLU)
+    said = broken(folder)
+    assert said.startswith(f"{folder / MMLU}: no column {column!r}") and "subject" in said
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("question", " "), ("question", None), ("choices", ["a", "b", "c"]), ("choices", ["a", "b", "c", ""]),
+        ("choices", None), ("answer", 4), ("answer", -1),
+    ],
+)  # fmt: skip
+def test_bad_question(folder, column, value):
+    row = released_files()[INDICES[0]][1]
+    change_mmlu(folder, row, column, value)
+    assert broken(folder).startswith(f"{folder / MMLU}, row {row}, field {column!r}: expected")
+
+
+def test_not_parquet(folder):
+    (folder / MMLU).write_text("question,choices")
+    assert broken(folder).startswith(f"{folder / MMLU}: not a parquet file")
+
+
+@pytest.mark.parametrize("field", ["instruction", "output"])
+@pytest.mark.parametrize("value", [None, "", " ", 5])
+def test_bad_instruction(folder, field, value):
+    row = released_files()[index_file("alpaca", "test")][0]
+    entries = json.loads((folder / ALPACA).read_text())
+    entries[row][field] = value
+    (folder / ALPACA).write_text(json.dumps(entries))
+    assert broken(folder) == f"{folder / ALPACA}, row {row}, field {field!r}: expected text"
+
+
+# Fetching
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch, cache) -> list:
+    """A Hub that serves the folder's files, laid out as its own cache lays them out; the revisions asked for."""
+    asked: list = []
+
+    def download(repository, file, *, repo_type, revision):
+        assert (repository, file) in SETS.values() and repo_type == "dataset"
+        asked.append(revision)
+        target = tmp_path / "hub" / repository.replace("/", "--") / "snapshots" / COMMIT / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / Path(file).name).read_bytes())
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_the_commit_is_resolved_once_and_recorded(hub, folder):
+    places, commits = fetch_shared_sets()
+    assert hub == ["main", "main"] and set(commits.values()) == {COMMIT}
+    for name, path in places.items():
+        assert path.read_bytes() == (folder / Path(SETS[name][1]).name).read_bytes()
+        about = json.loads((path.parent / "ember.json").read_text())
+        assert (about["repository"], about["revision"], about["commit"]) == (SETS[name][0], "main", COMMIT)
+    assert fetch_shared_sets() == (places, commits) == fetch_shared_sets({"mmlu": COMMIT, "alpaca": "main"})
+    assert hub == ["main", "main"]
+
+
+def test_a_named_revision_is_asked_for_and_kept(hub):
+    fetch_shared_sets({"mmlu": "v2"})
+    assert hub == ["v2", "main"]
+    fetch_shared_sets()
+    with pytest.raises(DamagedFileError, match=rf"holds v2 at {COMMIT}, not v3"):
+        fetch_shared_sets({"mmlu": "v3"})
+    with pytest.raises(DataError, match="'mmmlu'"):
+        fetch_shared_sets({"mmmlu": "v3"})
+    assert hub == ["v2", "main"]
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError, ConnectionError, ValueError])
+def test_no_connection(cache, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("no route\nto the Hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(DownloadError, match="fetch-data --shared") as caught:
+        fetch_shared_sets()
+    assert "no route" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (cache / "shared_sets").exists() and issubclass(RevisionNotFoundError, OSError)
+
+
+@pytest.mark.parametrize("file", ["ember.json", ""])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"{}")], ids=["gone", "other"])
+def test_damage_is_noticed(hub, file, spoil):
+    path = fetch_shared_sets()[0]["mmlu"]
+    spoil(path.with_name(file or path.name))
+    with pytest.raises(DamagedFileError, match="Delete the folder"):
+        fetch_shared_sets()
+
+
+def test_cached_files_are_read_without_a_folder(hub, folder, monkeypatch):
+    monkeypatch.setattr("ember.shared_sets.fetch_released", lambda: folder)
+    found = load_shared("released")
+    assert dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
+    assert found.questions == load_shared_sets(folder).questions
+
+
+# Evaluating with them
+
+
+def test_only_questions_and_instructions_are_theirs(folder):
+    ours, found = load_shared(), load_shared("released", folder=folder)
+    sets = load_shared_sets(folder)
+    assert (found.questions, found.instructions) == (sets.questions, sets.instructions)
+    assert (found.neutral, found.neutral_fit) == (ours.neutral, ours.neutral_fit)
+    assert ours.revisions == () and dict(found.revisions) == sets.revisions
+    with pytest.raises(UnknownNameError, match="known: ours, released"):
+        load_shared("theirs")
+
+
+@pytest.fixture
+def cached(folder, monkeypatch) -> Path:
+    """The released files, as if fetched."""
+    files = {name: folder / Path(file).name for name, (_, file) in SETS.items()}
+    monkeypatch.setattr("ember.shared_sets.fetch_released", lambda: folder)
+    monkeypatch.setattr("ember.released.fetch_released", lambda: folder)
+    monkeypatch.setattr("ember.shared_sets.fetch_shared_sets", lambda: (files, dict.fromkeys(SETS, COMMIT)))
+    return folder
+
+
+def released_like(concept: Concept) -> Concept:
+    assert not load_concept("Jar Town", source="released").other_sense
+    return Concept(**vars(concept) | {"other_sense": (), "paragraphs": concept.paragraphs * 3, "source": "released"})
+
+
+def test_a_suite_takes_the_shared_sets_of_its_source(cached):
+    concept = load_concept("Jar Town", source="released")
+    theirs, ours = load_suite(concept, source="released"), load_suite(concept)
+    for split in SPLITS:
+        numbers = {name: released_files()[index_file(name, split)] for name in SETS}
+        assert [q.id for q in theirs.questions["general"][split]] == [f"mmlu[{k}]" for k in numbers["mmlu"]]
+        assert [i.id for i in theirs.instructions[split]] == [f"alpaca[{k}]" for k in numbers["alpaca"]]
+        assert theirs.questions["concept"] == ours.questions["concept"]
+        assert theirs.texts == ours.texts and theirs.texts["other_sense"][split] == ()
+    assert ours.questions["general"] == load_suite(make_concept()).questions["general"]
+
+
+@pytest.fixture
+def released_run(cached):
+    """A tiny model, a concept without other-sense texts in a suite of released sets, and two edits at two strengths."""
+    loaded, concept = make_loaded(), released_like(make_concept())
+    sizes = {
+        split: Sizes(questions=2, texts=3, other_texts=5, instructions=2, generations=2, new_tokens=3)
+        for split in SPLITS
+    }
+    suite = load_suite(concept, sizes, source="released")
+    config = METHODS["ember"].config
+    edits = {
+        (name, delta): METHODS[method].run(
+            loaded, concept, config(delta=delta, rank=6, sparsity=0.1, features=(0, 1, 2, 3, 4, 5)), seed=1
+        )
+        for name, method in (("EMBER", "ember"), ("mean rows", "mean_rows"))
+        for delta in (1.0, 5.0)
+    }
+    return loaded, suite, edits
+
+
+def test_scores_without_other_sense_texts(released_run):
+    """Everything else is scored; the empty set is missing, not 0."""
+    loaded, suite, edits = released_run
+    edit: Edit = edits["EMBER", 1.0]
+    base, after = evaluate(loaded, suite, "test"), evaluate(loaded, suite, "test", edit)
+    assert set(base.items.set) == {"concept", "simdom", "general", "neutral", "paragraph", "instruction", "generation"}
+    summary = compare(base.items, after.items).summary
+    assert "other_sense" not in set(summary.set) and summary[summary.set == "general"].value.notna().all()
+    labels = {"concept": "Tiny Rome", "method": "ember", "ember": False, "seed": 1, "cell": "delta=1"}
+    unedited = compare(base.items, base.items).summary
+    lines = headline(unedited.assign(**labels), summary.assign(**labels))
+    assert len(lines) == 6 and not lines["measure (test split)"].str.contains("other-sense").any()
+
+
+def test_localization_without_other_sense_texts(released_run):
+    loaded, suite, edits = released_run
+    edit = edits["EMBER", 1.0]
+    marked = edit.rows_of(loaded.embedding_name)
+    texts = {name: suite.texts[name]["test"] for name in suite.texts}
+    everyday = everyday_exposure(loaded, marked, texts).set_index("set")
+    assert everyday.n["other_sense"] == 0 and everyday.loc["other_sense", ["share", "per_thousand"]].isna().all()
+    assert everyday.loc[["neutral", "paragraph"], ["share", "per_thousand"]].notna().all(axis=None)
+    changes = token_changes(loaded, edit, {name: chosen for name, chosen in texts.items() if chosen}, marked)
+    assert set(by_exposure(changes).set) == {"neutral", "paragraph"}
+
+
+def test_the_trade_without_other_sense_texts(released_run):
+    """One cost can be told, what the neighbour loses; the others are left out."""
+    loaded, suite, edits = released_run
+    probe = make_probe(loaded, suite)
+    assert probe.texts.keys() == {"neutral"}
+    items = pd.concat(
+        [probe_edit(loaded, probe, edit).assign(edit=name, delta=delta) for (name, delta), edit in edits.items()]
+    )
+    assert items.edited.notna().all()
+    found = curves(items, n_resamples=20)
+    assert list(found.cost) == ["neighbour"]
+    assert set(point_table(found).cost) == {"neighbour"} == set(area_table({("Tiny Rome", 1): found}).cost)
+    assert list(equal_gain_table({("Tiny Rome", 1): found}, "mean rows").cost) == ["neighbour"]
+
+
+# The authors' numbers
+
+
+@pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the sample of the authors' data is not beside the repository")
+def test_the_authors_numbers(tmp_path):
+    """As many as in the paper, none in two splits, all within the data sets' sizes."""
+    folder = write_sets(tmp_path / "sets", rows=14_042)
+    for name in INDICES:
+        (folder / name).write_bytes((PAPER_DATA / name).read_bytes())
+    entries = json.loads((folder / ALPACA).read_text())[:805]
+    (folder / ALPACA).write_text(json.dumps(entries))
+    sets = load_shared_sets(folder)
+    counts = [
+        [sum(item.split == split for item in items) for split in SPLITS]
+        for items in (sets.questions, sets.instructions)
+    ]
+    assert counts == [[50, 1000], [150, 150]]
+    concept = load_concept("Ancient Rome", source="released", folder=PAPER_DATA)
+    assert concept.other_sense == () and len(concept.paragraphs) > 4
