@@ -131,7 +131,9 @@ def readme_tables() -> dict[str, str]:
     from ember.report import ALL
 
     profile = load_profile("laptop")
-    tables, full, attacks = (REPOSITORY / "results" / name / "tables" for name in (profile.name, "full", "attacks"))
+    tables, full, attacks, controls = (
+        REPOSITORY / "results" / name / "tables" for name in (profile.name, "full", "attacks", "controls")
+    )
     runs = pd.read_csv(tables / "run_times.csv")
     times = runs.groupby("notebook").agg(
         runs=("run", "size"), wall_seconds=("wall_seconds", "max"), peak_memory_mb=("peak_memory_mb", "max")
@@ -166,10 +168,11 @@ def readme_tables() -> dict[str, str]:
         ),
         "precision": _precisions(attacks / "precision.csv", only=ALL),
         "localization": _localized(tables / "localization.csv"),
-        "trade": _trades(attacks / "trade.csv", only=ALL),
-        "verdicts": _verdicts(attacks / "verdicts.csv"),
+        "trade": _trades(controls / "trade.csv", only=ALL),
+        "verdicts": _verdicts(controls / "verdicts.csv"),
         "stability": _stability(tables / "stability.csv"),
         "arrival": _arrivals(tables / "arrival.csv"),
+        "controls_hours": f"{busy_seconds(pd.read_csv(controls / 'run_times.csv')) / 3600:.1f} hours",
         "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
         "total": f"{busy_seconds(runs) / 60:.0f} minutes",
