@@ -22,7 +22,7 @@ def sparse_mf(X: torch.Tensor, rank: int, **settings: float) -> tuple[torch.Tens
         F, G = F * norms, G / norms
         return F, _largest(_regress(X, F), kept)
 
-    return _iterate(X, step, _noise(len(X), rank), settings)
+    return _iterate(X, step, _noise(X, rank), settings)
 
 
 def semi_nmf(X: torch.Tensor, rank: int, **settings: float) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
@@ -38,7 +38,7 @@ def semi_nmf(X: torch.Tensor, rank: int, **settings: float) -> tuple[torch.Tenso
         down = (-P).clamp(min=0) + G @ Q.clamp(min=0)
         return F, G * torch.sqrt(up / down.clamp(min=1e-12))
 
-    return _iterate(X, step, _noise(len(X), rank).abs(), settings)
+    return _iterate(X, step, _noise(X, rank).abs(), settings)
 
 
 def _regress(target: torch.Tensor, regressors: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
@@ -51,8 +51,8 @@ def _largest(M: torch.Tensor, kept: int) -> torch.Tensor:
     return torch.zeros_like(M).scatter(0, top, M.gather(0, top))
 
 
-def _noise(n: int, rank: int) -> torch.Tensor:
-    return torch.randn(n, rank, generator=torch.Generator().manual_seed(42))
+def _noise(X: torch.Tensor, rank: int) -> torch.Tensor:
+    return torch.randn(len(X), rank, generator=torch.Generator().manual_seed(42)).to(X)
 
 
 def _iterate(

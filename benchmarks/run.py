@@ -197,8 +197,12 @@ def growth(loaded: LoadedModel) -> pd.DataFrame:
         prompt = "word " * words + PROMPT
         seconds, _ = timed(lambda prompt=prompt: question_scores(loaded, questions[:10], prompt=prompt), repeats=2)
         rows.append(("scoring questions", "tokens before the question", words, median(seconds[0])))
-    table = pd.DataFrame(rows, columns=["work", "varied", "size", "seconds"])
-    table["exponent"] = np.nan
+    return with_exponents(pd.DataFrame(rows, columns=["work", "varied", "size", "seconds"]))
+
+
+def with_exponents(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` and the exponent p of seconds ∝ sizeᵖ, least squares on logarithms, of each work and varied size."""
+    table = table.assign(exponent=np.nan)
     for _, part in table.groupby(["work", "varied"]):
         table.loc[part.index, "exponent"] = np.polyfit(np.log(part["size"]), np.log(part.seconds), 1)[0]
     return table
