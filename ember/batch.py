@@ -220,11 +220,11 @@ def _precisions(path: Path, *, only: str) -> str:
 
 
 def _spans(table: pd.DataFrame, name: str, form: str = "+.3f") -> list[str]:
-    """Values with intervals from columns NAME, NAME_low and NAME_high; the ending may stand elsewhere: ``a{}_b``."""
+    """Values and intervals, if any, from columns NAME, NAME_low, NAME_high; the ending may be inside: ``a{}_b``."""
     name = name if "{}" in name else f"{name}{{}}"
     columns = (table[name.format(end)] for end in ("", "_low", "_high"))
     return [
-        f"{value:{form}} [{low:{form}}, {high:{form}}]" if value == value else "–"
+        "–" if pd.isna(value) else f"{value:{form}}" + ("" if pd.isna(low) else f" [{low:{form}}, {high:{form}}]")
         for value, low, high in zip(*columns, strict=True)
     ]
 

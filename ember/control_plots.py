@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ember.plots import LABELS, PALETTE
 
@@ -139,6 +140,9 @@ def trade_curves(points: pd.DataFrame, *, axes: Sequence[Axes] | None = None) ->
             ax.errorbar(last.x, last.y, bars[1], bars[0], color=colour, lw=0.8, alpha=0.5, capsize=2)
         ax.plot(0, 0, "s", color=PALETTE["base"], label="base model", ms=6)
         ax.set(xlabel=_COST_NAMES.get(str(cost), str(cost)), title=f"against {cost}")
+        if cost == "everyday":  # random rows cost a hundred times what rows of rare tokens do
+            ax.set_xscale("symlog", linthresh=1.0)
+            ax.set_xlim(left=-0.1)
     np.atleast_1d(grid)[0].set_ylabel("concept questions: fall in probability\nof the right answer")
     handles, labels = np.atleast_1d(grid)[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(6, len(labels)))
@@ -160,5 +164,6 @@ def area_differences(table: pd.DataFrame) -> Figure:
         ax.axvline(0, color=PALETTE["base"], lw=1)
         ax.set_yticks(y, edits)
         ax.set(title=f"against {cost}", xlabel="area − EMBER's\n(probability)")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     np.atleast_1d(grid)[0].invert_yaxis()
     return figure

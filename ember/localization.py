@@ -104,7 +104,8 @@ def share_table(
     """Of each set and value of column ``group``: how many tokens, how much they change, and their share of all KL.
 
     Columns: set, group, tokens, share_of_tokens, change (mean rise in loss, nats), kl (mean, nats), share_of_kl, the
-    last three with 95 % intervals ``…_low`` and ``…_high`` from resampled texts. Groups without a token are left out.
+    last three with 95 % intervals ``…_low`` and ``…_high`` from resampled texts, NaN where a single text bears it all.
+    Groups without a token are left out.
     """
     rows = []
     for name, part in changes.groupby("set", sort=False):
@@ -153,12 +154,12 @@ def _smallest(kl: np.ndarray, share: float) -> float:
 
 
 def _ratio(name: str, above: np.ndarray, below: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
-    """Ratio of two sums over texts with a bootstrap interval; NaN where there is nothing to divide by."""
+    """Ratio of two sums over texts with a bootstrap interval; NaN where there is nothing to divide by, or one text."""
     if not below.sum() > 0:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
     divided = below[chosen].sum(1)
     draws = above[chosen].sum(1) / np.where(divided > 0, divided, np.nan)
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [2.5, 97.5]) if (below > 0).sum() > 1 else (np.nan, np.nan)
     return {name: float(above.sum() / below.sum()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 

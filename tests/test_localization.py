@@ -121,6 +121,14 @@ def test_the_interval_of_a_share_comes_from_texts_not_tokens():
     assert row.kl_low < row.kl == 2 < row.kl_high
 
 
+def test_one_text_alone_has_a_value_and_no_interval():
+    table = by_exposure(made([0, 2, 0, 0], [0, 1, 0, 0], [math.nan, 1, math.nan, math.nan], [0, 0, 1, 1]))
+    rows = table.set_index("group")
+    assert rows.kl["1"] == 2
+    assert rows.loc["1", ["kl_low", "kl_high", "change_low", "change_high"]].isna().all()
+    assert rows.kl_high["none"] == 0  # two texts, both unchanged
+
+
 def test_an_edit_that_changes_nothing_has_no_shares():
     still = made([0.0, 0.0], [0, 0], [math.nan, math.nan], [0, 1])
     assert by_exposure(still).share_of_kl.isna().all()
