@@ -57,12 +57,27 @@ def _run_notebook(options: argparse.Namespace) -> int:
 
 def _fetch_model(options: argparse.Namespace) -> int:
     from ember.download import fetch_model
-    from ember.files import write_text
 
-    folder = fetch_model(options.model, force=options.force)
+    fetch_model(options.model, force=options.force)
     print(f"{options.model}: ready")
-    if options.record:
-        write_text(Path(options.record), json.dumps({"model": options.model, "folder": folder.name}) + "\n")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from ember.prefetch import prefetch
+    from ember.profiles import load_profile
+
+    profile = load_profile(options.profile)
+    prefetch(profile, Path(options.record) if options.record else None, progress=sys.stderr.isatty())
+    print(f"{profile.name}: {profile.model} and data are ready; the runs need no connection")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ember.expected import describe_expected
+    from ember.profiles import load_profile
+
+    print(describe_expected(load_profile(options.profile), options.gpu))
     return 0
 
 
@@ -182,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
     command = add("reproduce", _reproduce, "run a profile's notebooks and write its tables and figures")
     command.add_argument("--profile", default="laptop")
     command.add_argument("--dry-run", action="store_true", help="only list what would run")
+    command = add("plan", _plan, "list a profile's runs, what each asks a cluster for, and the hours expected")
+    command.add_argument("--profile", default="laptop")
+    command.add_argument("--gpu", default="a100", help="kind of GPU that the hours are computed for (default a100)")
+    command = add("fetch", _fetch, "fetch all that a profile reads, so that its runs need no connection")
+    command.add_argument("profile")
+    command.add_argument("--record", help=argparse.SUPPRESS)
     for name, run, help_ in (
         ("erase", _erase, "make an EMBER edit and save it"),
         ("preview", _preview, "list the embedding rows that an EMBER edit would change"),
@@ -226,7 +247,6 @@ def _parser() -> argparse.ArgumentParser:
     command = add("fetch-model", _fetch_model, "download and convert a model")
     command.add_argument("model", nargs="?", default="smollm2-135m")
     command.add_argument("--force", action="store_true", help="discard what is cached")
-    command.add_argument("--record", help=argparse.SUPPRESS)
     command = add("run-notebook", _run_notebook, "run one notebook as a batch job")
     command.add_argument("notebook")
     command.add_argument("parameters", nargs="?", default="{}", help="JSON object of parameters")
