@@ -67,18 +67,30 @@ def say(text: str) -> None:
 
 
 def call(*command: str, **options) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+    done = subprocess.run(command, check=False, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 class Slurm:
     """One node on the loopback interface, in a scratch folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.kept = folder, None
+        self.folder = folder
 
     def __enter__(self) -> "Slurm":
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def start(self) -> None:
         if LINK.exists() and not LINK.is_symlink():
             sys.exit(f"{LINK} is there: this machine belongs to a cluster already")
+        self.folder.chmod(0o755)  # munged asks for it
         for name in ("run", "spool", "state", "log"):
             (self.folder / name).mkdir()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
@@ -99,7 +111,7 @@ class Slurm:
             state = subprocess.run(["sinfo", "-ho", "%t"], capture_output=True, text=True, check=False).stdout.strip()
             if state == "idle":
                 say(f"Slurm is up: {call('sinfo', '--version').strip()}, {facts['cpus']} cores")
-                return self
+                return
             time.sleep(0.1)
         raise RuntimeError(f"the node did not become idle; see {log}")
 
