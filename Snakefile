@@ -53,7 +53,8 @@ def asked(notebook):
 
 
 # Two notebooks at a time: while one starts up, or waits on a single thread, the other computes.
-THREADS = max(1, (workflow.cores or 1) // 2)
+# A cluster has no number of cores; there the profile sets the threads.
+THREADS = max(1, (workflow.resource_settings.cores or 1) // 2)
 # Whatever the texts are, a change of one of them changes the results.
 DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
 if PROFILE.source != "ours":

@@ -120,7 +120,8 @@ class Slurm:
             path = self.folder / "run" / f"{name}.pid"
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
-        LINK.unlink(missing_ok=True)
+        if LINK.is_symlink() and LINK.readlink() == self.folder / "slurm.conf":
+            LINK.unlink()
         say("the daemons were told to stop")
 
 
@@ -144,7 +145,7 @@ def start(log: Path, environment: dict[str, str], folder: Path, *options: str) -
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def cancel_one(process: subprocess.Popen) -> dict[str, str]:
+def cancel_one(process: subprocess.Popen, log: Path) -> dict[str, str]:
     """Cancel an erasure a few seconds after it began."""
     while process.poll() is None:
         found = [j for j in jobs() if j["JobState"] == "RUNNING" and CANCELLED in j.get("Comment", "")]
@@ -154,7 +155,7 @@ def cancel_one(process: subprocess.Popen) -> dict[str, str]:
             say(f"scancel {found[0]['JobId']}: {found[0]['Comment']}")
             return found[0]
         time.sleep(0.5)
-    raise RuntimeError("Snakemake ended before an erasure ran")
+    raise RuntimeError(f"Snakemake ended before an erasure ran:\n{log.read_text()[-3000:]}")
 
 
 def check(condition: bool, text: str) -> None:
@@ -200,7 +201,7 @@ def run(scratch: Path) -> None:
     begun = time.time()
     log = scratch / "first.log"
     process = start(log, environment, folder, "--retries", "0")
-    cancelled = cancel_one(process)
+    cancelled = cancel_one(process, log)
     code = process.wait()
     done = sum(path.exists() for path in manifests)
     say(f"the first call ended with {code} after {time.time() - begun:.0f} s; {done} of {len(names)} manifests")
