@@ -33,6 +33,7 @@ LAYERS = [
     {"checks"},
     {"profiles"},
     {"planning"},
+    {"expected", "prefetch"},
     {"results"},
     {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
