@@ -10,7 +10,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from ember import expected
 from ember.errors import UnknownNameError
 from ember.expected import GPUS, SHAPES, Work, expected_seconds, expected_table, formula_seconds, request, work
-from ember.models import untie
 from ember.planning import plan
 from ember.profiles import load_profile
 
