@@ -14,6 +14,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from ember.batch import describe, write_run_times
     from ember.chat import open_judge
     from ember.paths import REPOSITORY, results_dir, results_root
+    from ember.preflight import require_ready
     from ember.profiles import load_profile
 
     profile = load_profile(options.profile)
@@ -28,6 +29,9 @@ def _reproduce(options: argparse.Namespace) -> int:
     results_root().mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         return subprocess.run([*command, "--dry-run", "--quiet", "rules"], check=False).returncode
+    if not options.no_preflight:
+        for finding in require_ready(profile):
+            print(finding, flush=True)
     open_judge(profile.judge)  # a required one that does not answer stops the run here
     code = subprocess.run([*command, "--quiet", "rules"], check=False).returncode
     if code:
@@ -36,6 +40,25 @@ def _reproduce(options: argparse.Namespace) -> int:
     write_run_times(profile)
     print(f"tables and figures: {os.path.relpath(results_dir(profile.name))}")
     return 0
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from ember.memory import model_shape, needs
+    from ember.preflight import preflight
+    from ember.profiles import load_profile
+
+    profile = load_profile(options.profile)
+    shape = model_shape(profile.model)
+    if shape:
+        print("GB, about, where the model is on a GPU (GPU + host) or on the CPU:")
+        for need in needs(profile, shape):
+            print(f"  {need.stage:<50} {need.device:>6.1f} + {need.host:<6.1f} {need.cpu:>6.1f}")
+    found = preflight(profile)
+    for finding in found:
+        print(finding)
+    obstacles = sum(finding.fatal for finding in found)
+    print(f"{obstacles} missing (marked !)" if obstacles else f"profile {profile.name}: ready to run here")
+    return int(obstacles > 0)
 
 
 def _run_notebook(options: argparse.Namespace) -> int:
@@ -197,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add("reproduce", _reproduce, "run a profile's notebooks and write its tables and figures")
     command.add_argument("--profile", default="laptop")
     command.add_argument("--dry-run", action="store_true", help="only list what would run")
+    command.add_argument("--no-preflight", action="store_true", help="where the notebooks run on other machines")
+    command = add("preflight", _preflight, "tell what a profile's run would miss here, and the memory it takes")
+    command.add_argument("--profile", default="laptop")
     command = add("plan", _plan, "list a profile's runs, what each asks a cluster for, and the hours expected")
     command.add_argument("--profile", default="laptop")
     command.add_argument("--gpu", default="a100", help="kind of GPU that the hours are computed for (default a100)")

@@ -18,33 +18,12 @@ from typing import Any
 
 import pandas as pd
 
-from ember.errors import UnknownNameError
+from ember.errors import EmberError, UnknownNameError
 from ember.judge_config import JudgeConfig
 from ember.paths import REPOSITORY, results_dir
 from ember.planning import CONTROL, ERASE, FACTORIZE, LOCALIZE, RELEARN, STABILITY, TEACH, Job, plan
 from ember.profiles import Profile, list_profiles, load_profile
-from ember.specs import find_spec
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Weights of a model whose input and output embeddings are apart: all, those of one embedding, and d_model."""
-
-    weights: float
-    embeddings: float
-    d_model: int
-
-    @property
-    def met(self) -> float:
-        """N, the weights that a token is multiplied with."""
-        return self.weights - self.embeddings
-
-
-# From the models' published configurations.
-SHAPES = {
-    "gemma-2-2b-it": Shape(3.204e9, 0.590e9, 2304),  # 2.614e9 before the output embeddings are untied
-    "llama-3.1-8b-instruct": Shape(8.030e9, 0.525e9, 4096),
-}
+from ember.specs import Shape, find_spec
 
 
 @dataclass(frozen=True)
@@ -130,7 +109,7 @@ def expected_seconds(profile: Profile, job: Job, gpu: str = DEFAULT_GPU) -> tupl
     own = _measured(profile.name)
     if job.name in own.index:
         return float(own.wall_seconds[job.name]), "measured"
-    if profile.model in SHAPES:
+    if _shape(profile):
         return formula_seconds(profile, job, GPUS[gpu]), "formula"
     alike = _alike(profile.model)
     if job.notebook in alike.index:
@@ -179,7 +158,7 @@ def request(profile: Profile, job: Job, *, attempt: int = 1) -> Request:
     seconds, _ = expected_seconds(profile, job)
     minutes = UNKNOWN_MINUTES if math.isnan(seconds) else max(LEAST_MINUTES, math.ceil(TIME_MARGIN * seconds / 60))
     alike = _alike(profile.model)
-    if profile.model in SHAPES and loads:
+    if _shape(profile) and loads:
         memory = 2 * _bytes(profile) / 1e6 + HOST_MEMORY
     else:
         known = job.notebook in alike.index
@@ -188,12 +167,13 @@ def request(profile: Profile, job: Job, *, attempt: int = 1) -> Request:
 
 
 def formula_seconds(profile: Profile, job: Job, gpu: Gpu) -> float:
-    """The formula of this module for one run of a model in ``SHAPES``."""
+    """The formula of this module for one run; the model must be one of a known shape."""
     if "model" not in job.parameters:
         return START_SECONDS
-    shape, done = SHAPES[profile.model], work(profile, job)
+    shape, done = _known_shape(profile), work(profile, job)
     bf16, fp32 = SUSTAINED * gpu.bf16, SUSTAINED * gpu.fp32
-    seconds = shape.met * (2 * done.scored / bf16 + 2 * done.scored_fp32 / fp32 + 6 * done.trained / bf16)
+    met = shape.parameters - shape.vocab * shape.d_model
+    seconds = met * (2 * done.scored / bf16 + 2 * done.scored_fp32 / fp32 + 6 * done.trained / bf16)
     seconds += (_bytes(profile) * done.decoding_steps + done.moved_bytes) / (SUSTAINED_BANDWIDTH * gpu.bandwidth)
     # X Fᵀ-like products of an iteration: three of 2 n d K operations each.
     products = 6 * FIT_TOKENS * shape.d_model * float(profile.fit["rank"])
@@ -207,7 +187,7 @@ def work(profile: Profile, job: Job) -> Work:
     """What a run has to do. What the unedited model scores counts in notebook 01, whose cache the others read."""
     test, train = (evaluation_work(profile.sizes[split], split) for split in ("test", "train"))
     fit = Work(iterations=float(profile.fit.get("max_iter", 20000)), scored=FIT_SENTENCES * SENTENCE)
-    shape = SHAPES[profile.model]
+    shape = _known_shape(profile)
     if job.notebook == FACTORIZE:
         return fit + test + train
     if job.notebook == ERASE:
@@ -219,7 +199,7 @@ def work(profile: Profile, job: Job) -> Work:
         tokens = job.parameters["budget"] * points[-1]
         steps = tokens / length / settings.get("batch_size", 1)
         asked = min(AVAILABLE["test"][0], profile.sizes["test"].get("questions") or AVAILABLE["test"][0])
-        moved = steps * shape.weights * STEP_BYTES[job.parameters["precision"]]
+        moved = steps * shape.parameters * STEP_BYTES[job.parameters["precision"]]
         scored = (len(points) + 1) * asked * QUESTION
         return Work(trained=tokens, moved_bytes=moved, scored_fp32=scored)
     if job.notebook == LOCALIZE:
@@ -267,9 +247,23 @@ def making_work(cell: Mapping[str, Any]) -> Work:
     return Work(trained=tokens, scored=tokens / 2) if tokens else Work(scored=FIT_SENTENCES * SENTENCE)
 
 
+def _shape(profile: Profile) -> Shape | None:
+    """The model's shape, if it is known and the model wants a GPU."""
+    spec = find_spec(profile.model)
+    return None if spec.origin == "wheel" else spec.shape
+
+
+def _known_shape(profile: Profile) -> Shape:
+    shape = _shape(profile)
+    if shape is None:
+        raise EmberError(f"the formula is for models that need a GPU and whose shape is known, not {profile.model}")
+    return shape
+
+
 def _bytes(profile: Profile) -> float:
-    width = 4 if find_spec(profile.model).dtype == "float32" else 2
-    return SHAPES[profile.model].weights * width
+    """Bytes of the weights."""
+    dtype = profile.dtype or find_spec(profile.model).dtype
+    return _known_shape(profile).parameters * (4 if dtype == "float32" else 2)
 
 
 @cache

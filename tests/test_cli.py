@@ -27,7 +27,7 @@ from ember.specs import MODELS
 
 COMMANDS = [
     "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
-    "update-readme", "plan", "fetch",
+    "update-readme", "preflight", "plan", "fetch",
 ]  # fmt: skip
 
 

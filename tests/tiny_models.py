@@ -30,7 +30,10 @@ LLAMA_TEMPLATE = (
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-LLAMA_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @cache
@@ -68,7 +71,7 @@ def gemma_tokenizer(vocab_size: int = 4000) -> GemmaTokenizerFast:
 
 
 def llama_tokenizer(vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """Llama 3's: byte-level BPE, special tokens after the vocabulary, a post-processor that puts BOS, and no padding."""
+    """Llama 3's: byte-level BPE, special tokens after the vocabulary, a post-processor that puts BOS, no padding."""
     core = Tokenizer(models.BPE(ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
