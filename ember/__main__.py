@@ -22,7 +22,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "all",
         "--config", f"profile={profile.name}", "--rerun-triggers", "mtime", "params", "input",
-        "--rerun-incomplete", "--nolock", "--keep-going",
+        "--rerun-incomplete", "--nolock", "--keep-going", "--resources", "gpu=1",
     ]  # fmt: skip
     # Snakemake's own notes stand beside the results they are about.
     command += ["--directory", str(results_root())]

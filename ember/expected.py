@@ -3,8 +3,9 @@
 Of GPUs nothing here was measured. A run's work is counted in floating-point operations and in bytes that have to be
 moved, and divided by what a kind of GPU is assumed to sustain:
 
-    seconds = start-up + factorization + (2 N · scored tokens + 6 N · trained tokens) / operations a second
-              + (weights · decoding steps + moved by the optimizer) / bytes a second + judge's replies / concurrency
+    seconds = start-up + iterations · 2 n d K / operations a second of the host
+              + (2 N · scored tokens + 6 N · trained tokens) / operations a second
+              + (weights · decoding steps + moved by the optimizer) / bytes a second + waiting for a judge
 
 N is the number of weights that a token meets (the input embeddings are only looked up): 2 N operations a token forward,
 another 4 N backward. Attention between tokens is left out, as texts are short.
@@ -55,7 +56,7 @@ LETTERS = 80  # the question again, with lettered options
 AVAILABLE = {"train": (50, 50, 50), "test": (50, 50, 1000)}
 FIT_SENTENCES, FIT_TOKENS = 600, 5000
 DECODED_TOGETHER = 8
-ITERATION_SECONDS = 1e-3  # overhead of the factorization's many small steps
+HOST = 5e10  # operations a second in float64 of the host's cores
 START_SECONDS = 60.0  # interpreter, kernel, libraries
 READ, HASHED = 1e9, 0.5e9  # bytes a second of reading weights and of hashing them, which a run does three times
 JUDGE_SECONDS = 2.0  # a reply
@@ -175,9 +176,8 @@ def formula_seconds(profile: Profile, job: Job, gpu: Gpu) -> float:
     met = shape.parameters - shape.vocab * shape.d_model
     seconds = met * (2 * done.scored / bf16 + 2 * done.scored_fp32 / fp32 + 6 * done.trained / bf16)
     seconds += (_bytes(profile) * done.decoding_steps + done.moved_bytes) / (SUSTAINED_BANDWIDTH * gpu.bandwidth)
-    # X Fᵀ-like products of an iteration: three of 2 n d K operations each.
-    products = 6 * FIT_TOKENS * shape.d_model * float(profile.fit["rank"])
-    seconds += done.iterations * (products / fp32 + ITERATION_SECONDS)
+    # The one product of full size in an iteration, X times a matrix [d, K]; the fit runs on the host in float64.
+    seconds += done.iterations * 2 * FIT_TOKENS * shape.d_model * float(profile.fit["rank"]) / HOST
     judge = JudgeConfig(**profile.judge) if profile.judge else None
     seconds += done.replies * JUDGE_SECONDS / judge.concurrency if judge else 0.0
     return START_SECONDS + _bytes(profile) * (1 / READ + 3 / HASHED) + seconds
