@@ -8,6 +8,7 @@ through `cluster/slurm`, a running job is cancelled with scancel, and the same c
 status is 0 only if every run left its manifest, and the cancelled job alone was started twice.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -120,6 +121,11 @@ class Slurm:
             path = self.folder / "run" / f"{name}.pid"
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
+        # Without cgroups a cancelled job may leave a process behind; all of ours name the scratch folder.
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(self.folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
         if LINK.is_symlink() and LINK.readlink() == self.folder / "slurm.conf":
             LINK.unlink()
         say("the daemons were told to stop")
@@ -150,7 +156,7 @@ def cancel_one(process: subprocess.Popen, log: Path) -> dict[str, str]:
     while process.poll() is None:
         found = [j for j in jobs() if j["JobState"] == "RUNNING" and CANCELLED in j.get("Comment", "")]
         if found:
-            time.sleep(8)
+            time.sleep(15)
             call("scancel", found[0]["JobId"])
             say(f"scancel {found[0]['JobId']}: {found[0]['Comment']}")
             return found[0]
