@@ -89,7 +89,7 @@ class Slurm:
         return self
 
     def start(self) -> None:
-        if LINK.exists() and not LINK.is_symlink():
+        if LINK.exists():  # a link to a scratch folder that is gone does not exist
             sys.exit(f"{LINK} is there: this machine belongs to a cluster already")
         self.folder.chmod(0o755)  # munged asks for it
         for name in ("run", "spool", "state", "log"):
