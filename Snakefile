@@ -1,13 +1,15 @@
 """Runs a profile's notebooks: `snakemake --cores 2 --config profile=laptop`.
 
 Each rule executes one notebook through papermill and is done when the run's manifest is there. A run is repeated when
-its parameters, its code (not its prose) or the runs it needs have changed.
+its parameters, its code (not its prose) or the runs it needs have changed. On a Slurm cluster each run is one job:
+`snakemake --profile cluster/slurm --config profile=paper-gemma`.
 """
 
 import shlex
 import sys
 from json import dumps
 
+from ember.expected import request
 from ember.files import digest, sha256_of
 from ember.judge_config import deciding
 from ember.notebooks import code_hash
@@ -39,16 +41,32 @@ def method_of(wildcards):
     return JOBS[f"03_erase_concept__{wildcards.run}"].parameters["method"]
 
 
+def asked(notebook):
+    """What a cluster has to reserve; more memory and time at every further attempt."""
+
+    def reserve(what):
+        return lambda wildcards, attempt: getattr(
+            request(PROFILE, JOBS["__".join([notebook, *wildcards])], attempt=attempt), what
+        )
+
+    return {name: reserve(name) for name in ("gpu", "mem_mb", "runtime")}
+
+
 # Two notebooks at a time: while one starts up, or waits on a single thread, the other computes.
-THREADS = max(1, (workflow.cores or 1) // 2)
+# A cluster has no number of cores; there the profile sets the threads.
+THREADS = max(1, (workflow.resource_settings.cores or 1) // 2)
 # Whatever the texts are, a change of one of them changes the results.
 DATA = digest(*(sha256_of(path) for path in sorted(data_dir().rglob("*")) if path.suffix in (".txt", ".json", ".jsonl")))
-FETCH = f"{shlex.quote(sys.executable)} -m ember fetch-data --shared && "
-if PROFILE.source == "ours":
-    FETCH = ""
-else:
+if PROFILE.source != "ours":
     DATA = digest(DATA, PROFILE.source)
-RUN = f"{shlex.quote(sys.executable)} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
+PYTHON = shlex.quote(sys.executable)
+# Compute nodes have no connection: whatever comes from the Hub was fetched by the one rule before.
+RUN = f"HF_HUB_OFFLINE=1 {PYTHON} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
+
+
+localrules:
+    all,
+    fetch,
 
 
 rule all:
@@ -56,13 +74,13 @@ rule all:
         [str(manifest_path(PROFILE.name, name)) for name in JOBS],
 
 
-rule fetch_model:
+rule fetch:
     output:
         MODEL,
     params:
-        model=PROFILE.model,
+        profile=PROFILE.name,
     shell:
-        f"{FETCH}{shlex.quote(sys.executable)} -m ember fetch-model {{params.model:q}} --record {{output:q}}"
+        f"{PYTHON} -m ember fetch {{params.profile:q}} --record {{output:q}}"
 
 
 rule factorize_embeddings:
@@ -78,6 +96,8 @@ rule factorize_embeddings:
         code=code_hash("01_factorize_embeddings"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("01_factorize_embeddings"),
     shell:
         RUN
 
@@ -94,6 +114,8 @@ rule select_features:
         code=code_hash("02_select_features"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("02_select_features"),
     shell:
         RUN
 
@@ -113,6 +135,8 @@ rule erase_concept:
         code=code_hash("03_erase_concept"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("03_erase_concept"),
     shell:
         RUN
 
@@ -130,6 +154,8 @@ rule relearn:
         code=code_hash("04_relearn"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("04_relearn"),
     shell:
         RUN
 
@@ -147,6 +173,8 @@ rule localize_coherence:
         code=code_hash("05_localize_coherence"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("05_localize_coherence"),
     shell:
         RUN
 
@@ -164,6 +192,8 @@ rule control_edits:
         code=code_hash("06_control_edits"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("06_control_edits"),
     shell:
         RUN
 
@@ -181,6 +211,8 @@ rule factor_stability:
         code=code_hash("09_factor_stability"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("09_factor_stability"),
     shell:
         RUN
 
@@ -197,6 +229,8 @@ rule teach_and_erase:
         code=code_hash("10_teach_and_erase"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("10_teach_and_erase"),
     shell:
         RUN
 
@@ -212,6 +246,8 @@ rule tour:
         code=code_hash("00_tour"),
         data=DATA,
     threads: THREADS
+    resources:
+        **asked("00_tour"),
     shell:
         RUN
 
@@ -226,5 +262,7 @@ rule report:
         settings=dumps(dict(JOBS["08_report"].parameters)),
         code=code_hash("08_report"),
     threads: THREADS
+    resources:
+        **asked("08_report"),
     shell:
         RUN

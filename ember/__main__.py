@@ -14,6 +14,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from ember.batch import describe, write_run_times
     from ember.chat import open_judge
     from ember.paths import REPOSITORY, results_dir, results_root
+    from ember.preflight import require_ready
     from ember.profiles import load_profile
 
     profile = load_profile(options.profile)
@@ -21,13 +22,16 @@ def _reproduce(options: argparse.Namespace) -> int:
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(REPOSITORY / "Snakefile"), "--cores", "all",
         "--config", f"profile={profile.name}", "--rerun-triggers", "mtime", "params", "input",
-        "--rerun-incomplete", "--nolock", "--keep-going",
+        "--rerun-incomplete", "--nolock", "--keep-going", "--resources", "gpu=1",
     ]  # fmt: skip
     # Snakemake's own notes stand beside the results they are about.
     command += ["--directory", str(results_root())]
     results_root().mkdir(parents=True, exist_ok=True)
     if options.dry_run:
         return subprocess.run([*command, "--dry-run", "--quiet", "rules"], check=False).returncode
+    if not options.no_preflight:
+        for finding in require_ready(profile):
+            print(finding, flush=True)
     open_judge(profile.judge)  # a required one that does not answer stops the run here
     code = subprocess.run([*command, "--quiet", "rules"], check=False).returncode
     if code:
@@ -36,6 +40,25 @@ def _reproduce(options: argparse.Namespace) -> int:
     write_run_times(profile)
     print(f"tables and figures: {os.path.relpath(results_dir(profile.name))}")
     return 0
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from ember.memory import model_shape, needs
+    from ember.preflight import preflight
+    from ember.profiles import load_profile
+
+    profile = load_profile(options.profile)
+    shape = model_shape(profile.model)
+    if shape:
+        print("GB, about, where the model is on a GPU (GPU + host) or on the CPU:")
+        for need in needs(profile, shape):
+            print(f"  {need.stage:<50} {need.device:>6.1f} + {need.host:<6.1f} {need.cpu:>6.1f}")
+    found = preflight(profile)
+    for finding in found:
+        print(finding)
+    obstacles = sum(finding.fatal for finding in found)
+    print(f"{obstacles} missing (marked !)" if obstacles else f"profile {profile.name}: ready to run here")
+    return int(obstacles > 0)
 
 
 def _run_notebook(options: argparse.Namespace) -> int:
@@ -57,12 +80,27 @@ def _run_notebook(options: argparse.Namespace) -> int:
 
 def _fetch_model(options: argparse.Namespace) -> int:
     from ember.download import fetch_model
-    from ember.files import write_text
 
-    folder = fetch_model(options.model, force=options.force)
+    fetch_model(options.model, force=options.force)
     print(f"{options.model}: ready")
-    if options.record:
-        write_text(Path(options.record), json.dumps({"model": options.model, "folder": folder.name}) + "\n")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from ember.prefetch import prefetch
+    from ember.profiles import load_profile
+
+    profile = load_profile(options.profile)
+    prefetch(profile, Path(options.record) if options.record else None, progress=sys.stderr.isatty())
+    print(f"{profile.name}: {profile.model} and data are ready; the runs need no connection")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ember.expected import describe_expected
+    from ember.profiles import load_profile
+
+    print(describe_expected(load_profile(options.profile), options.gpu))
     return 0
 
 
@@ -182,6 +220,15 @@ def _parser() -> argparse.ArgumentParser:
     command = add("reproduce", _reproduce, "run a profile's notebooks and write its tables and figures")
     command.add_argument("--profile", default="laptop")
     command.add_argument("--dry-run", action="store_true", help="only list what would run")
+    command.add_argument("--no-preflight", action="store_true", help="where the notebooks run on other machines")
+    command = add("preflight", _preflight, "tell what a profile's run would miss here, and the memory it takes")
+    command.add_argument("--profile", default="laptop")
+    command = add("plan", _plan, "list a profile's runs, what each asks a cluster for, and the hours expected")
+    command.add_argument("--profile", default="laptop")
+    command.add_argument("--gpu", default="a100", help="kind of GPU that the hours are computed for (default a100)")
+    command = add("fetch", _fetch, "fetch all that a profile reads, so that its runs need no connection")
+    command.add_argument("profile")
+    command.add_argument("--record", help=argparse.SUPPRESS)
     for name, run, help_ in (
         ("erase", _erase, "make an EMBER edit and save it"),
         ("preview", _preview, "list the embedding rows that an EMBER edit would change"),
@@ -226,7 +273,6 @@ def _parser() -> argparse.ArgumentParser:
     command = add("fetch-model", _fetch_model, "download and convert a model")
     command.add_argument("model", nargs="?", default="smollm2-135m")
     command.add_argument("--force", action="store_true", help="discard what is cached")
-    command.add_argument("--record", help=argparse.SUPPRESS)
     command = add("run-notebook", _run_notebook, "run one notebook as a batch job")
     command.add_argument("notebook")
     command.add_argument("parameters", nargs="?", default="{}", help="JSON object of parameters")

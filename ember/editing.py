@@ -165,6 +165,11 @@ class Edit:
         parts = [(name, c.rows.numpy().tobytes(), tensor_hash(c.values)) for name, c in sorted(self.tensors.items())]
         return digest(self.provenance.base_hash, *parts)
 
+    @property
+    def nbytes(self) -> int:
+        """Size in memory of its new values."""
+        return sum(change.values.nbytes for change in self.tensors.values())
+
     def rows_of(self, name: str) -> frozenset[int]:
         """Indices of the rows it sets in one parameter; none where it leaves that alone."""
         return frozenset(self.tensors[name].rows.tolist()) if name in self.tensors else frozenset()

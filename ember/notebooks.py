@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -14,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ember.errors import EmberError, NothingFoundError, UnknownNameError
 from ember.files import atomic_file, write_text
-from ember.paths import notebooks_dir, results_root
+from ember.paths import REPOSITORY, notebooks_dir, results_root
 from ember.planning import FRAMES, plan
 from ember.profiles import frame_path, list_profiles, load_profile, manifest_path, nothing_found_by, run_name
 
@@ -234,7 +233,8 @@ def code_hash(name: str) -> str:
     return running.hexdigest()[:16]
 
 
-def _imports(source: str) -> set[str]:
+@cache
+def _imports(source: str) -> frozenset[str]:
     """Dotted names of ``ember`` modules that a source imports."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -245,22 +245,21 @@ def _imports(source: str) -> set[str]:
     # ``from ember import x`` resolves lazily; the export table says where x lives.
     from ember import _EXPORTS
 
-    return found | {
+    return frozenset(found) | {
         _EXPORTS[name.split(".")[1]] for name in found if name.count(".") == 1 and name.split(".")[1] in _EXPORTS
     }
 
 
 def _module_path(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
+    # Without importing anything: what imports torch takes seconds, and every job on a cluster comes through here.
+    path = REPOSITORY.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
+@cache
 def _canonical(source: str) -> str:
     """The syntax tree without docstrings, as text."""
-    tree = copy.deepcopy(ast.parse(source))
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (

@@ -36,6 +36,8 @@ class Profile:
     taught, at which ``lr`` and ``batch_size``, and how many general ``questions`` and ``texts`` watch the damage.
 
     ``judge`` is the language model that grades what the sizes leave to it (the fields of ``JudgeConfig``), or nothing.
+
+    ``dtype`` is that of the weights, where it is not to be the model's own (``ModelSpec.dtype``); it may be left out.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Profile:
     stability: Mapping[str, Any]
     teach: Mapping[str, Any]
     judge: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
 
     @property
     def factorizing(self) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ class Profile:
         return cells
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach", "judge")
 _ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "budget", "rank", "sparsity", "seed")
 
@@ -132,11 +136,13 @@ def _read(name: str) -> dict[str, Any]:
         raise DataError(f"{path}: not YAML ({error})") from None
     known = {f.name for f in fields(Profile)} - {"name"}
     _checked(path, "the file", raw, dict)
-    for key in sorted(raw.keys() ^ known):
+    for key in sorted(({"dtype": None} | raw).keys() ^ known):
         if key in known:
             raise DataError(f"{path}: missing key {key!r}")
         raise UnknownNameError(f"key in {path.name}", key, known)
     _checked(path, "model", raw["model"], str)
+    if "dtype" in raw and _checked(path, "dtype", raw["dtype"], str) not in DTYPES:
+        raise UnknownNameError(f"dtype in {path.name}", raw["dtype"], DTYPES)
     if _checked(path, "source", raw["source"], str) not in SOURCES:
         raise UnknownNameError(f"source in {path.name}", raw["source"], SOURCES)
     for key, kind in (("concepts", str), ("methods", str), ("controls", str), ("seeds", int)):

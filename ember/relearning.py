@@ -3,19 +3,22 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ember.attacks import PRECISIONS, Attack, Trained, opened, working_copy
 from ember.editing import Edit
 from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.files import atomic_dir
 from ember.models import LoadedModel
+from ember.optimizers import OPTIMIZERS, make_optimizer, require_optimizer
 from ember.progress import bar
 
 
@@ -26,7 +29,8 @@ class RelearnConfig:
     ``points`` are numbers of training tokens after which knowledge is measured, the last one the whole budget.
     ``batch_size`` paragraphs are packed into a step without padding; the loss is the mean over paragraphs of their
     mean loss per token, so the gradient is that of one paragraph at a time, accumulated. ``precision`` is one of
-    ``ember.attacks.PRECISIONS``.
+    ``ember.attacks.PRECISIONS``, ``optimizer`` one of ``ember.optimizers.OPTIMIZERS``. ``gradient_checkpointing`` keeps
+    only each layer's input for the backward pass and computes the rest anew: less memory, the same steps.
     """
 
     points: tuple[int, ...] = (3000, 6000, 12000)
@@ -35,6 +39,8 @@ class RelearnConfig:
     batch_size: int = 1
     max_tokens: int = 256
     precision: str = "fp32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "points", tuple(self.points))
@@ -46,6 +52,8 @@ class RelearnConfig:
             raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.optimizer not in OPTIMIZERS:
+            raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
         require_at_least(self, 1, "batch_size")
 
 
@@ -108,17 +116,17 @@ def relearn(
     Raises
     ------
     EmberError
-        If there are no texts, or nothing to train.
+        If there are no texts, nothing to train, or the optimizer cannot run here.
     """
+    require_optimizer(config.optimizer, loaded.device)
     plan = training_plan(loaded, texts, config, seed)
     edited = _edited_rows(loaded, edit)
     found = _read(store) if store else None
     if found and (found.diverged or found.tokens >= config.points[-1]):
         return found
     with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
-        optimizer = torch.optim.AdamW(
-            [t.leaf for t in trained.values()], lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        leaves = [t.leaf for t in trained.values()]
+        optimizer = make_optimizer(config.optimizer, leaves, lr=config.lr, weight_decay=config.weight_decay)
         if found is None:
             found = Relearning(items=_measured(loaded, measure, 0))
         else:
@@ -126,7 +134,8 @@ def relearn(
         shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
         for step in range(len(found.steps), len(plan)):
             started, before = time.perf_counter(), found.tokens
-            loss, taken = _step(loaded, plan[step], trained, optimizer)
+            with checkpointed(loaded) if config.gradient_checkpointing else nullcontext():
+                loss, taken = _step(loaded, plan[step], trained, optimizer)
             if not taken:
                 found.diverged = f"the loss is {loss:.3g} nats per token at step {step + 1}, after {before} tokens"
                 break
@@ -172,6 +181,23 @@ def _step(
     for tensor in trained.values():
         tensor.push()
     return value, True
+
+
+@contextmanager
+def checkpointed(loaded: LoadedModel) -> Iterator[None]:
+    """Gradient checkpointing in every layer; nothing else goes into training mode, so dropout stays off."""
+    # transformers 5 has another name for it, and warns of the old one.
+    kind = "activation" if hasattr(loaded.model, "activation_checkpointing_enable") else "gradient"
+    getattr(loaded.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    layers = [m for m in loaded.model.modules() if isinstance(m, GradientCheckpointingLayer) and not m.training]
+    try:
+        for layer in layers:
+            layer.training = True  # of itself alone: checkpoints are kept in training mode only
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        getattr(loaded.model, f"{kind}_checkpointing_disable")()
 
 
 def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConfig, seed: int) -> list[list[list[int]]]:
@@ -236,7 +262,7 @@ def movement(
     are and what share of them ``changed`` at all; and for edited rows the share of their displacement by the edit
     that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
     """
-    counts = [(int((t.value() != t.start).sum()), t.start.numel()) for t in trained.values()]
+    counts = [(int((t.value().to(t.start.device) != t.start).sum()), t.start.numel()) for t in trained.values()]
     changed, values = map(sum, zip(*counts, strict=True))
     rows: list[dict[str, float | str]] = [
         {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
@@ -247,7 +273,7 @@ def movement(
         t = trained[name]
         # An attack on the edited rows alone trains just these, in this order.
         inside = torch.arange(len(where)) if t.rows is not None else where
-        start, after = (v[inside.to(v.device)].float() for v in (t.start, t.value()))
+        start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
         back = base.to(start) - start
         travelled = float(((after - start) * back).sum() / back.square().sum())
         values, share = start.numel(), float((after != start).float().mean())
@@ -268,7 +294,7 @@ def _write(
         if trained and optimizer:
             tensors: dict[str, torch.Tensor] = {}
             for name, t in trained.items():
-                state = optimizer.state[t.leaf]
+                state = {k: torch.as_tensor(v) for k, v in optimizer.state[t.leaf].items()}
                 tensors |= {f"{name}::leaf": t.leaf.detach(), **{f"{name}::{k}": v for k, v in state.items()}}
             save_file({key: value.contiguous() for key, value in tensors.items()}, target / "weights.safetensors")
         found.items.to_parquet(target / "items.parquet", index=False)
@@ -291,4 +317,7 @@ def _restore(store: Path | None, trained: Mapping[str, Trained], optimizer: torc
         t.leaf.copy_(tensors.pop(f"{name}::leaf"))
         t.push()
         for key in [key for key in tensors if key.rpartition("::")[0] == name]:
-            optimizer.state[t.leaf][key.rpartition("::")[2]] = tensors.pop(key).to(t.leaf.device)
+            value = tensors.pop(key).to(t.leaf.device)
+            # bitsandbytes counts steps with a plain number.
+            number = value.ndim == 0 and not value.is_floating_point()
+            optimizer.state[t.leaf][key.rpartition("::")[2]] = int(value) if number else value

@@ -12,6 +12,7 @@ from ember.models import LoadedModel
 from ember.progress import bar
 
 _GROUP_TOKENS = 1500  # whole distributions are held for so many: 0.3 GB at a vocabulary of 49,152
+_BATCH_TOKENS = 2048  # and made for no more at once: 2 GB at a vocabulary of 256,000
 
 
 def continuation_ids(loaded: LoadedModel, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -115,7 +116,7 @@ def sequence_losses(
 ) -> list[np.ndarray]:
     """Next-token loss (nats) of each token of sequence i from token ``starts[i]`` (at least 1) on."""
     losses: list[np.ndarray] = [np.empty(0)] * len(sequences)
-    for chunk in _batches(_scorable(sequences, starts), batch_size, progress, "texts"):
+    for chunk in _text_batches(_scorable(sequences, starts), sequences, batch_size, progress):
         ids, mask = loaded.pad([list(sequences[i]) for i in chunk])
         rows = _token_losses(_next_logprobs(loaded, ids, mask), ids)
         for row, i in zip(rows, chunk, strict=True):
@@ -166,7 +167,7 @@ def _groups(
     """Batches in groups of about ``_GROUP_TOKENS`` tokens, for which an edit is applied once."""
     group: list[list[int]] = []
     tokens = 0
-    for chunk in _batches(order, size, progress, "texts"):
+    for chunk in _text_batches(order, sequences, size, progress):
         group.append(chunk)
         tokens += len(chunk) * max(len(sequences[i]) for i in chunk)
         if tokens >= _GROUP_TOKENS:
@@ -174,6 +175,20 @@ def _groups(
             group, tokens = [], 0
     if group:
         yield group
+
+
+def _text_batches(
+    order: list[int], sequences: Sequence[Sequence[int]], size: int, progress: bool
+) -> Iterator[list[int]]:
+    """Batches of at most ``size`` sequences and, padded, ``_BATCH_TOKENS`` tokens, or of one longer sequence."""
+    for chunk in _batches(order, size, progress, "texts"):
+        part: list[int] = []
+        for i in chunk:
+            if part and (len(part) + 1) * max(len(sequences[k]) for k in (*part, i)) > _BATCH_TOKENS:
+                yield part
+                part = []
+            part.append(i)
+        yield part
 
 
 def _token_losses(logprobs: torch.Tensor, ids: torch.Tensor) -> np.ndarray:

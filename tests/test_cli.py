@@ -27,7 +27,7 @@ from ember.specs import MODELS
 
 COMMANDS = [
     "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
-    "update-readme",
+    "update-readme", "preflight", "plan", "fetch",
 ]  # fmt: skip
 
 
@@ -152,6 +152,26 @@ def test_dry_run_tells_what_would_run(run):
     assert out.startswith("Profile smoke: ")
     assert out.count("to run") == len(plan(load_profile("smoke"))) > 7
     assert not list(Path(os.environ["EMBER_RESULTS"]).rglob("*.json"))
+
+
+def test_plan_tells_time_and_needs_of_every_run(run, monkeypatch):
+    monkeypatch.setattr("ember.models.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    status, out, _ = run("plan", "--profile", "paper-gemma", "--gpu", "h100")
+    jobs = plan(load_profile("paper-gemma"))
+    assert status == 0
+    assert all(re.search(rf"^ *\d+\.\d\d h \(formula\)  [01] GPU, .* {re.escape(j.name)}$", out, re.M) for j in jobs)
+    assert re.search(rf"^{len(jobs)} runs, .* on NVIDIA H100 80 GB \(a formula, not measured\)", out, re.M)
+    status, _, errors = run("plan", "--profile", "paper-gemma", "--gpu", "abacus")
+    assert status == 1
+    assert_one_line(errors, "'abacus'", "a100")
+
+
+def test_fetch_fetches_what_the_profile_reads_and_records_it(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("ember.prefetch.fetch_model", lambda name: tmp_path / f"{name}-copy")
+    status, out, _ = run("fetch", "smoke", "--record", tmp_path / "deep" / "model.json")
+    assert status == 0 and out.startswith("smoke: smollm2-135m and data are ready")
+    recorded = json.loads((tmp_path / "deep" / "model.json").read_text())
+    assert recorded == {"model": "smollm2-135m", "folder": "smollm2-135m-copy"}
 
 
 @pytest.fixture

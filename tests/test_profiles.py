@@ -15,8 +15,16 @@ from ember.notebooks import check_parameters, read_notebook
 from ember.paths import REPOSITORY
 from ember.planning import Job, arms, plan
 from ember.profiles import Profile, frame_path, list_profiles, load_profile, manifest_path, run_name
+from ember.relearning import RelearnConfig
+from ember.specs import MODELS
 
 PROFILES = list_profiles()
+PAPERS = [name for name in PROFILES if name.startswith("paper-")]
+RELEASED = (
+    "Ancient Rome", "Artificial intelligence", "Baseball", "Cannabis", "COVID-19 pandemic", "Culture of Greece",
+    "Gambling", "Golf", "Gun", "Halloween", "Harry Potter", "Heroin", "Nazism", "Pornography", "Republic of Ireland",
+    "Uranium", "Valentine's Day", "World War II",
+)  # fmt: skip
 GOOD = {
     "model": "tiny",
     "source": "released",
@@ -82,8 +90,9 @@ def test_the_default_and_the_test_profile_are_there():
 @pytest.mark.parametrize("name", PROFILES)
 def test_profile_names_what_exists(name):
     profile = load_profile(name)
-    assert set(profile.concepts) <= set(list_concepts())
+    assert set(profile.concepts) <= set(list_concepts() if profile.source == "ours" else RELEASED)
     assert set(profile.methods) <= METHODS.keys()
+    assert profile.model in MODELS
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -140,6 +149,41 @@ def test_smoke_and_laptop_share_one_factorization():
     smoke, laptop = load_profile("smoke"), load_profile("laptop")
     assert smoke.fit == laptop.fit
     assert (smoke.model, smoke.concepts, smoke.seeds) == (laptop.model, laptop.concepts, laptop.seeds)
+
+
+def test_the_paper_s_two_models_have_a_profile_each():
+    assert {load_profile(name).model for name in PAPERS} == {"gemma-2-2b-it", "llama-3.1-8b-instruct"}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_paper_profile_is_the_paper_s_experiment(name):
+    profile = load_profile(name)
+    assert (profile.source, profile.concepts) == ("released", RELEASED)
+    assert profile.fit["rank"] == {"paper-gemma": 100, "paper-llama": 200}[name]
+    assert [cell["delta"] for cell in profile.cells("ember").values()] == [0.5, 1, 2, 5, 10, 50, 100, 200]
+    assert arms(replace(profile, controls=())) == [
+        ("ember", False), *((m, e) for m in ("snmf", "rmu", "crisp", "pisces") for e in (False, True)),
+    ]  # fmt: skip
+    first = profile.relearn["sweeps"][0]
+    assert (first["attacks"], first["precisions"], first["lrs"]) == (["all"], ["bf16"], [1e-5])
+    assert set(first["arms"]) >= {"none", *(f"{e}{m}" for m in profile.methods[1:] for e in ("", "ember+"))}
+    assert RelearnConfig(**profile.relearn["settings"]).points[-1] == 2 * 100 * 256
+    assert {split: profile.sizes[split]["questions"] for split in profile.sizes} == {"train": 50, "test": 1000}
+    # Layers exist, and released autoencoders are of this model.
+    depth = {"paper-gemma": 26, "paper-llama": 32}[name]
+    for method in ("crisp", "pisces"):
+        cells = list(profile.cells(method).values())
+        assert {cell["sae"] for cell in cells} == {name.replace("paper-", "") + "-scope"}
+        assert max(layer for cell in cells for layer in cell["layers"]) < depth
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_paper_profile_is_planned_without_a_network(name, monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
+    found = plan(load_profile(name))
+    assert {job.parameters["concept"] for job in found[:-1]} == set(RELEASED)
 
 
 def test_an_unknown_source_is_an_error(params):

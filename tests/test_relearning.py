@@ -1,7 +1,10 @@
 """Attacks on edited tiny models: what they train, what they leave, and the curves they give."""
 
 import math
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,7 +19,8 @@ from ember.evaluation import question_scores
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.models import LoadedModel, weights_hash
-from ember.relearning import RelearnConfig, packed_loss, relearn, training_plan
+from ember.optimizers import EIGHT_BIT
+from ember.relearning import RelearnConfig, checkpointed, packed_loss, relearn, training_plan
 
 SETTINGS = EmberConfig(delta=3.0, rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1))
 CONFIG = RelearnConfig(points=(30, 60, 120), lr=1e-3)
@@ -167,6 +171,11 @@ def test_benign_paragraphs_are_as_long_as_the_concept_s():
     assert " ".join(texts) == " ".join((*NEUTRAL, *NEUTRAL))
 
 
+def test_an_unknown_optimizer_lists_the_known_ones():
+    with pytest.raises(UnknownNameError, match="known: adamw, adamw_8bit, paged_adamw_8bit"):
+        RelearnConfig(optimizer="sgd")
+
+
 @pytest.mark.parametrize("change", [{"trained": "some"}, {"texts": "some"}])
 def test_unknown_choices_list_the_known_ones(change):
     with pytest.raises(UnknownNameError, match="known: "):
@@ -200,6 +209,85 @@ def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["all", "lora", "edited_rows"])
+def test_checkpointing_gives_the_same_losses_and_scores(tiny, edit, name, batch_size):
+    config = replace(CONFIG, batch_size=batch_size)
+    plain = run(tiny, edit, ATTACKS[name], config)
+    saved = run(tiny, edit, ATTACKS[name], replace(config, gradient_checkpointing=True))
+    assert saved.steps == plain.steps
+    pd.testing.assert_frame_equal(saved.items, plain.items)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_alone_and_dropout_off(tiny):
+    """So it computes each layer twice, and leaves no module in training mode."""
+    passes = []
+    down = tiny.model.get_submodule(DOWN.removesuffix(".weight"))
+    handle = down.register_forward_pre_hook(lambda *_: passes.append(down.training))
+    for context, expected in ((nullcontext(), 1), (checkpointed(tiny), 2), (nullcontext(), 1)):
+        passes.clear()
+        with context:
+            packed_loss(tiny, [tiny.encode(SENTENCES[0])]).backward()
+        assert passes == [False] * expected
+    handle.remove()
+    tiny.model.zero_grad(set_to_none=True)
+    assert not any(module.training for module in tiny.model.modules())
+
+
+class Eight(torch.optim.AdamW):
+    """In bitsandbytes' place: its steps are plain numbers."""
+
+    def step(self, closure=None):
+        for state in self.state.values():
+            state["step"] = torch.tensor(float(state["step"]))
+        super().step(closure)
+        for state in self.state.values():
+            state["step"] = int(state["step"])
+
+
+@pytest.fixture
+def eight_bits(monkeypatch):
+    """A module in bitsandbytes' place, and nobody who asks for the GPU."""
+    module = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Eight, PagedAdamW8bit=Eight))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    monkeypatch.setattr("ember.relearning.require_optimizer", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit_moments_are_an_optimizer_like_any_other(tiny, edit, tmp_path, eight_bits, name):
+    config = replace(CONFIG, optimizer=name)
+    whole = run(tiny, edit, config=config)
+    assert whole.steps == run(tiny, edit, config=CONFIG).steps
+    with pytest.raises(KeyboardInterrupt):
+        relearn(tiny, edit, SENTENCES, ATTACKS["all"], config, dying(tiny), store=tmp_path / "run")
+    assert run(tiny, edit, config=config, store=tmp_path / "run").steps == whole.steps
+
+
+def dying(loaded: LoadedModel):
+    """Scores like ``measure``, killed at the third point."""
+    calls = []
+
+    def scored(tokens: int) -> pd.DataFrame:
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(loaded)()
+
+    return scored
+
+
+@pytest.mark.parametrize(("device", "advice"), [
+    ("cpu", "needs a CUDA GPU, the model is on cpu"), ("cuda", "pip install bitsandbytes"),
+])  # fmt: skip
+def test_an_optimizer_that_cannot_run_fails_before_anything_does(tiny, edit, monkeypatch, device, advice):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(LoadedModel, "device", torch.device(device))
+    monkeypatch.setattr("ember.relearning.opened", lambda *_: pytest.fail("training began"))
+    with pytest.raises(EmberError, match=advice) as caught:
+        run(tiny, edit, config=replace(CONFIG, optimizer="adamw_8bit"))
+    assert "optimizer: adamw" in str(caught.value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
     found = run(tiny, edit, config=replace(CONFIG, batch_size=batch_size))
     first = found.items[found.items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
@@ -213,17 +301,9 @@ def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
 def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_path, name, precision):
     config = replace(CONFIG, precision=precision)
     whole = run(tiny, edit, ATTACKS[name], config)
-    calls = []
-
-    def dies_at_the_third(tokens: int) -> pd.DataFrame:
-        calls.append(tokens)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measure(tiny)()
-
     store = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        relearn(tiny, edit, SENTENCES, ATTACKS[name], config, dies_at_the_third, store=store)
+        relearn(tiny, edit, SENTENCES, ATTACKS[name], config, dying(tiny), store=store)
     steps = []
     plain = packed_loss
 
@@ -301,3 +381,20 @@ def test_a_working_copy_leaves_storage_alone(tiny):
         assert tiny.embedding.dtype == torch.bfloat16
         assert all(p.data_ptr() != pointers[n] for n, p in tiny.model.named_parameters())
     assert {n: p.data_ptr() for n, p in tiny.model.named_parameters()} == pointers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parked_parameters_take_no_room_and_come_back_to_the_bit(tiny, edit, dtype):
+    """Also for those who hold the same storage, such as an edit that is to be undone."""
+    with edit.applied(tiny):
+        pass
+    for parameter in tiny.model.parameters():
+        parameter.data = parameter.data.clone()  # hashing has had numpy look into the present storage
+    held = tiny.embedding.detach()
+    with edit.applied(tiny):
+        with working_copy(tiny.model, dtype, parked=True):
+            assert held.untyped_storage().nbytes() == 0
+            with torch.no_grad():
+                tiny.embedding.zero_()
+        assert torch.equal(held[edit.tensors[EMBED].rows], edit.tensors[EMBED].values)
+    assert weights_hash(tiny.model) == tiny.weights_hash

@@ -33,6 +33,7 @@ LAYERS = [
     {"checks"},
     {"profiles"},
     {"planning"},
+    {"expected", "prefetch"},
     {"results"},
     {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
@@ -125,6 +126,15 @@ def test_readme_tables_are_those_of_the_committed_results():
 
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert render_readme(text) == text, "run: make readme"
+
+
+def test_the_paper_page_is_that_of_the_formulas_and_profiles():
+    from ember.batch import PAPER_PAGE, render_paper_page
+
+    text = PAPER_PAGE.read_text(encoding="utf-8")
+    assert render_paper_page(text) == text, "run: make readme"
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (PAPER_PAGE.parent / path).exists(), path
 
 
 def test_readme_pictures_exist():

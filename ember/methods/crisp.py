@@ -1,6 +1,7 @@
 """CRISP: train a LoRA that lowers the concept's autoencoder features on concept text and leaves neutral text alone."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -42,6 +43,8 @@ class CrispConfig:
     batch_size: int = 4
     sae: str = "trained"
 
+    site: ClassVar[str] = "residual"  # where the autoencoders sit
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers or not 0 <= self.first_layer <= max(self.layers):
@@ -53,7 +56,7 @@ class CrispConfig:
 
 def prepare(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, progress: bool = False) -> None:
     """Have the autoencoders in the cache, made on the unedited model."""
-    load_saes(loaded, concept, "residual", config.layers, source=config.sae, progress=progress)
+    load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
 
 
 def run(
@@ -79,7 +82,7 @@ def run(
     depth = n_layers(loaded)
     if max(config.layers) >= depth:
         raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
-    saes = load_saes(loaded, concept, "residual", config.layers, source=config.sae, progress=progress)
+    saes = load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
     chosen = select_features(loaded, concept, saes, config.features, config.min_ratio, progress=progress)
     kept = {sae.site: (sae, chosen[chosen.layer == sae.site.layer].feature.tolist()) for sae in saes}
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
 """PISCES: rewrite MLP output vectors through a sparse autoencoder, with the concept's features turned against it."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -33,6 +34,8 @@ class PiscesConfig:
     ramp: int = 0
     sae: str = "trained"
 
+    site: ClassVar[str] = "mlp_out"  # where the autoencoders sit
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
@@ -45,7 +48,7 @@ class PiscesConfig:
 
 def prepare(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, progress: bool = False) -> None:
     """Have the autoencoders in the cache, made on the unedited model."""
-    load_saes(loaded, concept, "mlp_out", config.layers, source=config.sae, progress=progress)
+    load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
 
 
 def run(
@@ -61,7 +64,7 @@ def run(
     Errors are those of ``load_saes``, and ``EmberError`` if no feature of any layer carries the concept. ``seed`` only
     goes on record: nothing here is random.
     """
-    saes = load_saes(loaded, concept, "mlp_out", config.layers, source=config.sae, progress=progress)
+    saes = load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
     chosen = select_features(loaded, concept, saes, config.features, config.min_ratio, progress=progress)
     values = {}
     for sae in saes:

@@ -1,0 +1,42 @@
+"""Where a model's weights go: ``$EMBER_DEVICE``, or a GPU where there is one."""
+
+import os
+import re
+
+import torch
+
+from ember.errors import EmberError, UnknownNameError
+
+VARIABLE = "EMBER_DEVICE"
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called ``name``; by default the one ``$EMBER_DEVICE`` names, or ``auto``: a GPU where there is one.
+
+    Raises
+    ------
+    UnknownNameError
+        If the name is none of ``DEVICES``.
+    EmberError
+        If there is no such GPU.
+    """
+    wanted = name or asked_device()
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise UnknownNameError("device", wanted, DEVICES, f"Name it in {VARIABLE}.")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda else " (this PyTorch is built without CUDA: install one that is)"
+        raise EmberError(f"device {wanted!r}: PyTorch finds no GPU{build}. Set {VARIABLE}=cpu to do without")
+    device, count = torch.device(wanted), torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise EmberError(f"device {wanted!r}: the GPUs are cuda:0 to cuda:{count - 1}. Name one of them in {VARIABLE}")
+    return device
+
+
+def asked_device() -> str:
+    """What ``$EMBER_DEVICE`` says, ``auto`` if nothing."""
+    return os.environ.get(VARIABLE, "").strip() or "auto"

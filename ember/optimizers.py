@@ -1,0 +1,46 @@
+"""AdamW for relearning: PyTorch's, or with moments of eight bits, which a large model needs on one GPU."""
+
+from collections.abc import Iterable
+from importlib import import_module
+
+import torch
+
+from ember.errors import EmberError, UnknownNameError
+
+# Name → class of bitsandbytes.optim; adamw is PyTorch's. Paged moments move to the host where the GPU runs full.
+EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+OPTIMIZERS = ("adamw", *EIGHT_BIT)
+
+
+def require_optimizer(name: str, device: torch.device) -> None:
+    """Refuse an optimizer that cannot run here.
+
+    Raises
+    ------
+    UnknownNameError
+        If the name is none of ``OPTIMIZERS``.
+    EmberError
+        If it needs a GPU and the model is on none, or needs bitsandbytes and that is not installed.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimizer", name, OPTIMIZERS)
+    if name == "adamw":
+        return
+    advice = "or choose optimizer: adamw in the profile's relearn settings"
+    if device.type != "cuda":
+        raise EmberError(f"optimizer {name} needs a CUDA GPU, the model is on {device.type}: run it on one, {advice}")
+    try:
+        import_module("bitsandbytes")
+    except ImportError as error:
+        raise EmberError(f"optimizer {name} needs bitsandbytes: pip install bitsandbytes, {advice}") from error
+
+
+def make_optimizer(
+    name: str, tensors: Iterable[torch.Tensor], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer ``name`` of ``OPTIMIZERS`` over tensors; check ``require_optimizer`` first."""
+    settings = {"lr": lr, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(tensors, fused=True, **settings)  # type: ignore[arg-type]
+    made: torch.optim.Optimizer = getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)
+    return made

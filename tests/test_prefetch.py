@@ -1,0 +1,99 @@
+"""One command fetches all that a profile reads; after it a Hub model loads without a connection."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_loaded
+
+from ember import prefetch as module
+from ember.errors import DownloadError
+from ember.prefetch import prefetch
+from ember.profiles import load_profile
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path) -> list:
+    """What is fetched, in order; nothing is downloaded."""
+    done: list = []
+    monkeypatch.setattr(module, "fetch_released", lambda: done.append("released data"))
+    monkeypatch.setattr(module, "fetch_shared_sets", lambda: done.append("shared sets"))
+    monkeypatch.setattr(module, "fetch_model", lambda name: done.append(name) or tmp_path / "snapshot")
+    monkeypatch.setattr(module, "load_saes", lambda _, __, kind, layers, source: done.append((source, kind, *layers)))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "residual", "mlp_out"),
+    [
+        ("paper-gemma", "gemma-scope", [4, 8, 12, 16, 20], [3, 4, 8, 14, 18, 19, 20, 23, 24, 25]),
+        ("paper-llama", "llama-scope", [8, 12, 16, 20, 24], [10, 16, 17, 18, 19, 21, 22, 23, 26, 30]),
+    ],
+)
+def test_the_paper_s_profiles_need_model_data_and_autoencoders(fetched, tmp_path, name, source, residual, mlp_out):
+    profile = load_profile(name)
+    prefetch(profile, tmp_path / "model.json")
+    assert fetched[:3] == ["released data", "shared sets", profile.model]
+    wanted = {(source, "residual", k) for k in residual} | {(source, "mlp_out", k) for k in mlp_out}
+    assert set(fetched[3:]) == wanted and len(fetched) == 3 + len(wanted)
+    assert json.loads((tmp_path / "model.json").read_text()) == {"model": profile.model, "folder": "snapshot"}
+
+
+def test_our_own_profiles_need_the_model_alone(fetched):
+    prefetch(load_profile("laptop"))
+    assert fetched == ["smollm2-135m"]
+
+
+def test_the_record_is_written_last(fetched, monkeypatch, tmp_path):
+    """It is what the Snakefile takes for done."""
+
+    def refuse(*arguments, **options):
+        raise DownloadError("no connection")
+
+    monkeypatch.setattr(module, "load_saes", refuse)
+    with pytest.raises(DownloadError):
+        prefetch(load_profile("paper-gemma"), tmp_path / "model.json")
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_a_gated_model_names_the_licence_page(fetched, monkeypatch):
+    def refuse(name):
+        raise OSError("401 Client Error.\nmore")
+
+    monkeypatch.setattr(module, "fetch_model", refuse)
+    with pytest.raises(
+        DownloadError, match=r"google/gemma-2-2b-it: 401 Client Error\. The weights are gated: .*licence"
+    ):
+        prefetch(load_profile("paper-gemma"))
+
+
+def test_a_fetched_hub_model_loads_offline(tmp_path):
+    """As a compute node sees it: the Hub's cache as a snapshot download leaves it, and no connection."""
+    loaded = make_loaded()
+    folder = tmp_path / "hub" / "models--owner--tiny"
+    snapshot = folder / "snapshots" / COMMIT
+    loaded.model.save_pretrained(snapshot)
+    loaded.tokenizer.save_pretrained(snapshot)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    done = load_offline(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [loaded.weights_hash, str(snapshot)]
+    (folder / "refs" / "main").unlink()
+    done = load_offline(tmp_path)
+    assert done.returncode == 1 and "DownloadError" in done.stderr
+
+
+def load_offline(home: Path) -> subprocess.CompletedProcess:
+    code = (
+        "from ember.models import load_model; from ember.download import fetch_model; "
+        "print(load_model('owner/tiny', device='cpu').base_hash, fetch_model('owner/tiny'))"
+    )
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
