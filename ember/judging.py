@@ -214,6 +214,13 @@ def accepted_features(judged: Judged) -> list[int]:
     return [int(item) for item in rows.item]
 
 
+def feature_verdicts(judged: Judged) -> pd.DataFrame:
+    """Columns feature, judge_about, judge_confidence and judge_accepted of what ``judge_features`` found."""
+    wide = judged.items.pivot(index="item", columns="metric", values="value")[["about", "confidence", "accepted"]]
+    wide = wide.add_prefix("judge_").rename_axis(index="feature", columns=None).reset_index()
+    return wide.astype({"feature": int})
+
+
 def top_tokens(features: ConceptFeatures, feature: int, count: int = SHOWN_TOKENS) -> list[str]:
     """The tokens of V' on which a feature is most active, by |G|; none on which it is silent."""
     activation = features.factorization.G[:, feature].abs()

@@ -1,4 +1,4 @@
-"""Profiles: what a batch run covers, read from ``notebooks/params/PROFILE.yaml``, and where its results lie."""
+"""Profiles: what a batch run covers, read from a YAML file, and where its results lie."""
 
 import itertools
 import json
@@ -101,9 +101,15 @@ def _text(value: Any) -> str:
     return slug(value) if isinstance(value, str) else str(value)
 
 
+def profiles_dir() -> Path:
+    """Folder of the profiles: ``$EMBER_PROFILES``, else ``notebooks/params``."""
+    override = os.environ.get("EMBER_PROFILES")
+    return Path(override).expanduser() if override else notebooks_dir() / "params"
+
+
 def list_profiles() -> list[str]:
-    """Names of the profiles in ``notebooks/params``."""
-    return sorted(path.stem for path in (notebooks_dir() / "params").glob("*.yaml"))
+    """Names of the profiles in ``profiles_dir()``."""
+    return sorted(path.stem for path in profiles_dir().glob("*.yaml"))
 
 
 def load_profile(name: str) -> Profile:
@@ -129,7 +135,7 @@ def load_profile(name: str) -> Profile:
 def _read(name: str) -> dict[str, Any]:
     if name not in list_profiles():
         raise UnknownNameError("profile", name, list_profiles())
-    path = notebooks_dir() / "params" / f"{name}.yaml"
+    path = profiles_dir() / f"{name}.yaml"
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

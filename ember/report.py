@@ -1,6 +1,6 @@
 """Records → the tables of the report."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import pandas as pd
 
@@ -15,10 +15,20 @@ SCORES = [
     "efficacy", "specificity", "harmonic", "final",
 ]  # fmt: skip
 
+# Further scores, where letters were asked for or a judge was there; otherwise no table has a row or column of them.
+FURTHER = [
+    "efficacy_letter", "specificity_letter", "harmonic_letter", "final_letter",
+    "efficacy_open", "specificity_open", "harmonic_open", "final_open", "coherence_judged", "final_judged",
+]  # fmt: skip
+
 # What a reader is shown of them, and by which name.
 SHOWN = {
     "efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
     "final_cont": "harmonic mean",
+}  # fmt: skip
+SHOWN_FURTHER = {
+    "efficacy_letter": "efficacy (letters)", "efficacy_open": "efficacy (open answers)",
+    "coherence_judged": "coherence (judge)", "final_judged": "harmonic mean (judge)",
 }  # fmt: skip
 
 
@@ -66,11 +76,17 @@ def main_table(found: dict[tuple[str, str, bool, int], Comparison], cells: pd.Da
     for arm, runs in _arms(found).items():
         mine = cells[cells.chosen & (cells[ARM] == list(arm)).all(axis=1)]
         chosen = "; ".join(dict.fromkeys(mine.sort_values("seed").cell))
-        for metric in SCORES:
+        for metric in measured(runs.values()):
             parts = [(c.value(metric), c.draws[metric]) for c in runs.values()]
             interval = pooled(parts, groups=[concept for concept, _ in runs])
             rows.append((*arm, len(runs), chosen, metric, *interval))
     return pd.DataFrame(rows, columns=[*ARM, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
+
+
+def measured(comparisons: Iterable[Comparison]) -> list[str]:
+    """The scores that all of the comparisons have: ``SCORES``, and what of ``FURTHER`` was measured in each."""
+    found = list(comparisons)
+    return SCORES + [metric for metric in FURTHER if all(metric in c.draws for c in found)]
 
 
 def effect_table(found: dict[tuple[str, str, bool, int], Comparison]) -> pd.DataFrame:
@@ -105,7 +121,7 @@ def _differences(pairs: Mapping[tuple[str, str], tuple[dict[Run, Comparison], di
         common = [run for run in second if run in first]
         if not common:
             continue
-        for metric in SCORES:
+        for metric in measured(arm[run] for run in common for arm in (first, second)):
             both = [(first[run], second[run]) for run in common]
             parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in both]
             interval = pooled(parts, groups=[name for name, _ in common])
@@ -150,14 +166,18 @@ def arm_name(method: str, ember: bool) -> str:
 
 
 def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
-    """The main table as a reader wants it: one row an arm, one column a score with its interval."""
+    """The main table as a reader wants it: one row an arm, one column a score with its interval.
+
+    Letters and judged scores have a column if any arm has them, with "–" where one has not.
+    """
     rows = []
+    shown = SHOWN | {metric: title for metric, title in SHOWN_FURTHER.items() if (main.metric == metric).any()}
     for (concept, method, ember), arm in main.groupby(ARM, sort=False):
         scores = arm.set_index("metric")
         row = {"concept": concept, "method": arm_name(method, ember), "chosen on train": arm.cell.iloc[0]}
-        for metric, title in SHOWN.items():
-            s = scores.loc[metric]
-            row[title] = f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
+        for metric, title in shown.items():
+            s = scores.loc[metric] if metric in scores.index else None
+            row[title] = "–" if s is None else f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
         rows.append(row)
     return pd.DataFrame(rows)
 

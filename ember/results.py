@@ -16,6 +16,7 @@ from ember.environment import device_name, git_commit, library_versions
 from ember.errors import DamagedFileError, EmberError
 from ember.evaluation import Evaluation
 from ember.files import atomic_dir, atomic_file, digest
+from ember.memory import KEPT_EDITS
 from ember.models import LoadedModel
 from ember.paths import results_dir
 from ember.profiles import frame_path, nothing_found_by
@@ -131,6 +132,24 @@ class EvaluationCache:
             value.items.to_parquet(target / "items.parquet", index=False)
             value.samples.to_parquet(target / "samples.parquet", index=False)
         return value
+
+
+class KeptEdits:
+    """The edits of a grid by label, each made when it is asked for and kept while those kept stay small.
+
+    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same.
+    """
+
+    def __init__(self, make: Callable[[str], Edit], *, limit: float = KEPT_EDITS) -> None:
+        self._make, self._limit = make, limit
+        self._kept: dict[str, Edit] = {}
+
+    def __call__(self, label: str) -> Edit:
+        if label not in self._kept:
+            if sum(edit.nbytes for edit in self._kept.values()) > self._limit:
+                self._kept.clear()
+            self._kept[label] = self._make(label)
+        return self._kept[label]
 
 
 def saved_edit(profile: str, run: str) -> Edit:

@@ -23,6 +23,7 @@ from ember.features import concept_features
 from ember.judge_config import JudgeConfig, deciding
 from ember.judging import (
     accepted_features,
+    feature_verdicts,
     judge_coherence,
     judge_features,
     judge_open_answers,
@@ -510,6 +511,9 @@ def test_a_feature_is_accepted_with_a_confidence_of_85_percent(endpoint, feature
     rows = found.items.set_index(["item", "metric"]).value
     np.testing.assert_array_equal([rows["2", "accepted"], rows["0", "accepted"]], [accepted] * 2)
     assert accepted_features(found) == ([2, 0] if accepted == 1 else [])
+    table = features.scores.merge(feature_verdicts(found), how="left", on="feature").set_index("feature")
+    np.testing.assert_array_equal(table.judge_accepted[[2, 0]], [accepted] * 2)
+    assert table.judge_confidence.notna().sum() == (0 if np.isnan(accepted) else 2)
     assert found.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
     first = next(prompt for prompt in endpoint.prompts if "<tokens>" in prompt)
     assert any(repr(top_tokens(features, k)[0]) in first for k in (0, 2))

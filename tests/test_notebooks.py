@@ -335,7 +335,7 @@ def suite(tmp_path, monkeypatch):
     neutral = {"train": NEUTRAL, "test": NEUTRAL[:2]}
     instructions = [Instruction(f"i-{split}", split, "Say yes.", "Yes, I do.") for split in ("train", "test")]
     shared = SharedData(tuple(questions), neutral, tuple(instructions), NEUTRAL)
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda: shared)
+    monkeypatch.setattr("ember.evaluation.load_shared", lambda source: shared)
     monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
     return load_suite(make_concept(), sizes)
 

@@ -374,6 +374,22 @@ def test_a_file_that_is_no_mapping(params, content):
         load_profile("mine")
 
 
+def test_a_folder_of_one_s_own_takes_the_place_of_ours(tmp_path, monkeypatch):
+    write(tmp_path, GOOD)
+    monkeypatch.setenv("EMBER_PROFILES", str(tmp_path))
+    assert list_profiles() == ["mine"] and load_profile("mine").model == "tiny"
+
+
+def test_the_dtype_may_be_named_and_must_be_one(params):
+    write(params, GOOD)
+    assert load_profile("mine").dtype is None
+    write(params, GOOD | {"dtype": "bfloat16"})
+    assert load_profile("mine").dtype == "bfloat16"
+    write(params, GOOD | {"dtype": "bf16"})
+    with pytest.raises(UnknownNameError, match=r"dtype in mine\.yaml 'bf16'; known: bfloat16, "):
+        load_profile("mine")
+
+
 # EMBER_SIZES
 
 

@@ -56,6 +56,29 @@ def row(table: pd.DataFrame, **where) -> pd.Series:
 # Pooling
 
 
+def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_zero():
+    """An arm without them has no rows of theirs and a dash in the overview; with none at all there is no column."""
+    judged = {"efficacy_letter": 0.3, "final_judged": 0.2}
+    found = {
+        ("Rome", "ember", False, 1): made(0.5, **judged), ("Rome", "rmu", False, 1): made(0.5),
+        ("Rome", "rmu", True, 1): made(0.6, **judged),
+    }  # fmt: skip
+    cells = cells_of(*(("Rome", method, ember, 1, "c", True) for method, ember in ARMS))
+    main = main_table(found, cells)
+    assert set(main[main.metric.isin(judged)].method + main[main.metric.isin(judged)].ember.astype(str)) == {
+        "emberFalse", "rmuTrue",
+    }  # fmt: skip
+    overview = arm_overview(main)
+    assert overview["harmonic mean (judge)"].tolist() == ["0.20 [0.20, 0.20]", "–", "0.20 [0.20, 0.20]"]
+    assert "coherence (judge)" not in overview
+    assert set(effect_table(found).metric) == set(SCORES)
+    found["Rome", "rmu", False, 1] = made(0.1, final_judged=0.1)
+    effects = effect_table(found)
+    assert row(effects, metric="final_judged").value == pytest.approx(0.1)
+    plain = {arm: made(0.5) for arm in found}
+    assert not [column for column in arm_overview(main_table(plain, cells)) if "judge" in column or "letter" in column]
+
+
 def test_one_seed_has_the_interval_of_its_items():
     draws = 0.5 + noise(1)
     value, low, high = pooled([(0.4, draws)])

@@ -14,6 +14,7 @@ from ember.paths import REPOSITORY
 # Left to right: a module imports only from groups before its own, or from its own group.
 LAYERS = [
     {"errors", "paths", "files", "progress", "environment", "cache", "judge_config", "chat", "inert", "unpickling"},
+    {"devices", "optimizers"},
     {"specs", "download", "models", "data", "released", "shared_sets"},
     {"wording"},
     {"activations"},
@@ -34,6 +35,8 @@ LAYERS = [
     {"profiles"},
     {"planning"},
     {"expected", "prefetch"},
+    {"memory"},
+    {"preflight"},
     {"results"},
     {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},

@@ -19,6 +19,7 @@ from ember.methods.ember import EmberConfig
 from ember.results import (
     RECORD_COLUMNS,
     EvaluationCache,
+    KeptEdits,
     RunContext,
     nothing_found,
     read_frame,
@@ -357,3 +358,21 @@ def test_a_run_that_found_nothing_is_listed_and_left_out(tmp_path, monkeypatch):
     (folder / "03_x__seed=2.json").write_text('{"notebook": "03_x", "nothing_found": "no feature"}')
     assert read_runs("p", "03_x", "cells").cell.tolist() == ["c1"]
     assert nothing_found("p").to_dict("list") == {"run": ["03_x__seed=2"], "reason": ["no feature"]}
+
+
+def test_edits_are_made_once_while_they_are_small_and_again_when_they_were_given_up(loaded):
+    asked = []
+
+    def make(label: str) -> Edit:
+        asked.append(label)
+        values = {loaded.embedding_name: (torch.tensor([int(label)]), torch.zeros(1, loaded.embedding.shape[1]))}
+        return Edit.from_values(loaded, values, Provenance("m", loaded.base_hash, "x", {}, 1))
+
+    size = make("1").nbytes
+    assert size == 4 * loaded.embedding.shape[1]
+    for limit, expected in ((3 * size, ["1", "2", "3"]), (size / 2, ["1", "2", "3", "1"])):
+        asked.clear()
+        edits = KeptEdits(make, limit=limit)
+        found = [edits(label) for label in ("1", "2", "2", "3", "1")]
+        assert asked == expected
+        assert [min(edit.rows_of(loaded.embedding_name)) for edit in found] == [1, 2, 2, 3, 1]

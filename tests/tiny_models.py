@@ -94,12 +94,28 @@ def llama_tokenizer(vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def planted(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the words of ``WORDS`` that are one token after a space."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    found = [tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][len(before) :] for word in WORDS]
+    return sorted(ids[0] for ids in found if len(ids) == 1)
+
+
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     return gemma_tokenizer() if kind == "gemma2" else llama_tokenizer()
 
 
+WORDS = (
+    "Rome", "Roman", "Romans", "Caesar", "Senate", "emperor", "Augustus", "Republic", "legions", "consul", "senate",
+    "Empire", "emperors", "Tiber", "Italy", "Carthage", "magistrates", "provinces", "Forum", "aqueducts",
+)  # fmt: skip
+
+
 def save_tiny(folder: Path, kind: str, *, layers: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> str:
-    """Save a random model of real shape relations, Gemma's tied and Llama's not; returns the folder's path."""
+    """Save a random model of real shape relations, Gemma's tied and Llama's not; returns the folder's path.
+
+    The tokens of ``WORDS`` share a direction of the embeddings, so that there is a concept feature to be found.
+    """
     tokenizer = tokenizer_of(kind)
     torch.manual_seed(seed)
     shape = {
@@ -116,6 +132,9 @@ def save_tiny(folder: Path, kind: str, *, layers: int = 3, dtype: torch.dtype = 
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
+        rows = planted(tokenizer)
+        embedding = model.model.embed_tokens.weight
+        embedding[rows] += 4 * embedding.norm(dim=1).mean() * torch.nn.functional.normalize(torch.randn(64), dim=0)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

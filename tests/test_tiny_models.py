@@ -1,0 +1,169 @@
+"""Notebooks 01 to 05 on tiny models of the paper's architectures, in both precisions, as a batch runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from tiny_models import KINDS, WORDS, planted, save_tiny, tokenizer_of
+
+from ember.editing import Edit
+from ember.paths import REPOSITORY
+from ember.planning import Job, plan
+from ember.profiles import load_profile, run_name
+
+DTYPES = ("float32", "bfloat16")
+CASES = list(product(KINDS, DTYPES))
+RUNS = ("01", "02", "03 ember", "03 ember+rmu", "04 ember", "05 ember")
+RUN_ALL = """
+import json, sys
+from ember.notebooks import run_notebook
+for notebook, parameters in json.loads(sys.argv[1]):
+    manifest = json.loads(run_notebook(notebook, parameters).read_text())
+    assert "nothing_found" not in manifest, manifest
+"""
+SMALL = {
+    "source": "ours", "concepts": ["Ancient Rome"], "methods": ["ember", "rmu"], "controls": [], "seeds": [42],
+    "fit": {"rank": 16, "sparsity": 0.01, "max_iter": 200, "patience": 50},
+    "grids": {"ember": {"delta": [1.0, 5.0]}, "rmu": {"layer": 2, "steps": 2, "batch_size": 2, "lr": 1e-2}},
+    "sizes": {
+        "train": {"questions": 4, "texts": 2, "other_texts": 0, "instructions": 2, "generations": 0,
+                  "divergence": False},
+        "test": {"questions": 8, "texts": 12, "other_texts": 8, "instructions": 2, "generations": 2, "new_tokens": 4,
+                 "letters": True},
+    },
+    "localize": {"arms": ["ember"], "texts": 8},
+    "trade": {"edits": [], "strengths": [], "questions": 1, "texts": 1},
+    "stability": {"ranks": [], "sparsities": [], "seeds": [], "precisions": [], "questions": 1},
+    "teach": {"arms": [], "tokens": 1, "lr": 0.1, "batch_size": 1, "questions": 1, "texts": 1},
+    "judge": {},
+}  # fmt: skip
+
+
+def profile_of(kind: str, dtype: str, model: str) -> dict:
+    relearn = {
+        "settings": {"points": [60, 120], "max_tokens": 32, "gradient_checkpointing": dtype == "bfloat16"},
+        "sweeps": [
+            {"arms": ["ember"], "attacks": ["all"], "lrs": [1e-3],
+             "precisions": ["bf16" if dtype == "bfloat16" else "fp32"]}
+        ],
+    }  # fmt: skip
+    return {"model": model, "dtype": dtype, "relearn": relearn, **SMALL}
+
+
+def label(job: Job) -> str:
+    method, ember = job.parameters.get("method"), job.parameters.get("ember")
+    return f"{job.notebook[:2]} {'ember+' if ember else ''}{method}" if method else job.notebook[:2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Results of the notebooks for every case, two cases at a time."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "profiles").mkdir()
+    models = {kind: save_tiny(root / kind, kind) for kind in KINDS}
+    for kind, dtype in CASES:
+        text = yaml.safe_dump(profile_of(kind, dtype, models[kind]))
+        (root / "profiles" / f"{kind}-{dtype}.yaml").write_text(text)
+    os.environ["EMBER_PROFILES"] = str(root / "profiles")
+    environment = {
+        **os.environ, "EMBER_RESULTS": str(root / "results"), "EMBER_CACHE": str(root / "cache"), "TQDM_DISABLE": "1",
+        "EMBER_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    environment.pop("EMBER_SIZES", None)
+
+    def run(case: tuple[str, str]) -> None:
+        chosen = [job for job in plan(load_profile("-".join(case))) if label(job) in RUNS]
+        jobs = json.dumps([(job.notebook, dict(job.parameters)) for job in chosen])
+        command = [sys.executable, "-c", RUN_ALL, jobs]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, CASES))
+        yield root
+    finally:
+        del os.environ["EMBER_PROFILES"]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request, folder):
+    """Of one case: architecture, dtype, and where its results are."""
+    kind, dtype = request.param
+    return kind, dtype, folder / "results" / f"{kind}-{dtype}"
+
+
+def frame(results: Path, start: str, name: str, *, method: str = "", ember: bool = False) -> pd.DataFrame:
+    middle = f"*__method={method}__ember={ember}__*" if method else "*"
+    (path,) = (results / "records").glob(f"{start}_{middle}/{name}.parquet")
+    return pd.read_parquet(path)
+
+
+def test_every_notebook_ran_to_its_end(case):
+    *_, results = case
+    ran = sorted(json.loads(p.read_text())["notebook"][:2] for p in (results / "notebooks").glob("*.json"))
+    assert ran == ["01", "02", "03", "03", "04", "05"]
+
+
+def test_the_planted_feature_is_found_and_its_rows_are_edited(case):
+    kind, _, results = case
+    preview = frame(results, "02", "preview")
+    found = set(preview.token.str.strip())
+    assert len(found & set(WORDS)) >= 0.5 * len(planted(tokenizer_of(kind)))
+    assert (preview.role == "concept").all()
+    name = next((results / "edits").glob("03_*__method=ember__ember=False__*"))
+    rows = Edit.load(name).changed()
+    assert set(rows.parameter) == {"model.embed_tokens.weight"}
+    assert set(rows.row) == set(preview.token_id)
+
+
+def test_records_say_in_which_precision_and_where(case):
+    kind, dtype, results = case
+    for start, method, ember in (("03", "ember", False), ("03", "rmu", True), ("04", "ember", False)):
+        records = frame(results, start, "records", method=method, ember=ember)
+        assert set(records.dtype) == {dtype} and set(records.model) == {kind}
+        assert records.device.str.startswith("cpu").all()
+    measured = frame(results, "03", "records", method="ember")
+    assert {"accuracy", "gold_prob", "letter_valid"} <= set(measured.metric)
+
+
+def test_a_method_after_ember_keeps_ember_s_rows(case):
+    _, _, results = case
+    first, both = (
+        Edit.load(next((results / "edits").glob(f"03_*__method={method}__ember={ember}__*")))
+        for method, ember in (("ember", False), ("rmu", True))
+    )
+    rows = "model.embed_tokens.weight"
+    assert both.rows_of(rows) == first.rows_of(rows)
+    assert set(both.tensors) > {rows}
+
+
+def test_relearning_trains_and_is_measured_at_every_point(case):
+    *_, results = case
+    items = frame(results, "04", "items", method="ember")
+    assert set(items.point) == {0, 1, 2} and items.after.notna().all()
+    moved = frame(results, "04", "moved", method="ember")
+    assert moved.changed.iloc[0] > 0.1
+
+
+def test_text_before_an_edited_token_is_the_base_model_s_to_the_bit(case):
+    *_, results = case
+    tokens = frame(results, "05", "tokens", method="ember")
+    untouched = tokens.before == 0
+    assert untouched.any() and (tokens.change[untouched] == 0).all() and (tokens.kl[untouched] == 0).all()
+    assert (tokens.change[~untouched] != 0).any()
+
+
+def test_run_names_hold_the_folder_of_the_model_once(case):
+    kind, _, results = case
+    for path in (results / "notebooks").glob("*.json"):
+        about = json.loads(path.read_text())
+        assert path.stem == run_name(about["notebook"], **about["parameters"])
+        assert about["parameters"]["model"].endswith(kind)
