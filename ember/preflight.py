@@ -173,7 +173,7 @@ def packages(profile: Profile, device: Device) -> Iterator[Finding]:
         if cell.get("sae", "trained") != "trained"
     })  # fmt: skip
     if released and find_module("sae_lens") is None:
-        yield Finding(f"{', '.join(released)} autoencoders need sae-lens", "pip install 'ember-companion[sae]'")
+        yield Finding(f"{', '.join(released)} autoencoders need sae-lens", "pip install -e '.[sae]'")
     optimizer = profile.relearn["settings"].get("optimizer", "adamw")
     if optimizer == "adamw" or not profile.relearn["sweeps"]:
         return

@@ -247,7 +247,7 @@ def _released(site: Site, source: str, loaded: LoadedModel) -> SparseAutoencoder
     try:
         sae_lens = import_module("sae_lens")
     except ImportError as error:
-        raise EmberError("released autoencoders need the optional extra: pip install 'ember-companion[sae]'") from error
+        raise EmberError("released autoencoders need the optional extra: pip install -e '.[sae]'") from error
     release, name = RELEASED[source][site.kind]
     found = sae_lens.SAE.from_pretrained(release, name.format(layer=site.layer), device=str(loaded.device))
     return from_sae_lens(found[0] if isinstance(found, tuple) else found, site)

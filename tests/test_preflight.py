@@ -176,7 +176,7 @@ def test_packages_outside_the_installation(machine):
     machine(missing=("sae_lens", "bitsandbytes"))
     profile = load_profile("paper-llama")
     found = texts(packages(profile, Device("cuda")))
-    assert "llama-scope" in found and "ember-companion[sae]" in found and "pip install bitsandbytes" in found
+    assert "llama-scope" in found and "-e '.[sae]'" in found and "pip install bitsandbytes" in found
     assert "CUDA GPU" in texts(packages(profile, Device())) and "CUDA GPU" not in found
     assert list(packages(load_profile("laptop"), Device())) == []
     machine()
