@@ -38,7 +38,7 @@ def shared_data() -> SharedData:
 def shared(monkeypatch) -> SharedData:
     """Small shared data in place of ours."""
     data = shared_data()
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda: data)
+    monkeypatch.setattr("ember.evaluation.load_shared", lambda source="ours": data)
     return data
 
 

@@ -247,7 +247,7 @@ def test_patience_counts_from_the_last_gain(method, patience):
 
 @pytest.mark.parametrize("patience", [2, 3])
 def test_it_stops_once_patience_is_exhausted_and_not_before(patience):
-    found = sparse_mf(noise(), 5, sparsity=0.1, patience=patience, tol=0.0)
+    found = sparse_mf(noise(dtype=torch.float64), 5, sparsity=0.1, patience=patience, tol=0.0)
     curve = found.loss_curve
     stale = [min(curve[t : t + patience]) >= min(curve[:t]) for t in range(1, len(curve) - patience + 1)]
     assert found.converged and len(stale) > 1
