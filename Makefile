@@ -1,7 +1,7 @@
 # make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
 # make test        set up everything and run all tests
 # make lab         open the notebooks in JupyterLab
-# make bench       time the fast paths beside plain versions of the same work (about N minutes)
+# make bench       time the fast paths beside plain versions of the same work
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin

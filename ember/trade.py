@@ -284,16 +284,20 @@ def area_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.Da
     """``compare_areas`` pooled over runs, and each edit's difference from the reference, draw by draw.
 
     Columns: cost, edit, runs, area, ci_low, ci_high, difference, difference_low, difference_high; 95 % intervals over
-    items, seeds and concepts.
+    items, seeds and concepts. A run in which the reference costs nothing has no area, and is not among ``runs``.
     """
-    areas = [compare_areas(found, reference=reference) for found in runs.values()]
-    groups = [concept for concept, _ in runs]
+    areas = {run: compare_areas(found, reference=reference) for run, found in runs.items()}
     rows = []
-    for cost, edit in areas[0]:
-        own = [found[cost, edit] for found in areas]
-        others = [found[cost, reference] for found in areas]
+    for cost, edit in next(iter(areas.values())):
+        told = {run: found for run, found in areas.items() if np.isfinite(found[cost, reference][0])}
+        if not told:
+            rows.append((cost, edit, 0, *[np.nan] * 6))
+            continue
+        groups = [concept for concept, _ in told]
+        own = [found[cost, edit] for found in told.values()]
+        others = [found[cost, reference] for found in told.values()]
         gaps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(own, others, strict=True)]
-        rows.append((cost, edit, len(runs), *pooled(own, groups=groups), *pooled(gaps, groups=groups)))
+        rows.append((cost, edit, len(told), *pooled(own, groups=groups), *pooled(gaps, groups=groups)))
     columns = ["cost", "edit", "runs", "area", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
 

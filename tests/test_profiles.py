@@ -268,7 +268,7 @@ def test_unknown_profile_lists_the_known_ones(params, name):
 
 def test_unknown_key(params):
     write(params, GOOD | {"delta": [1]})
-    with pytest.raises(UnknownNameError, match=r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"):
+    with pytest.raises(UnknownNameError, match=r"mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"):
         load_profile("mine")
 
 

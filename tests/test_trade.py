@@ -198,6 +198,18 @@ def test_equal_edits_differ_by_nothing_and_free_ones_have_no_area():
     assert np.isnan(compare_areas(curves(free, n_resamples=20))["everyday", "EMBER"][0])
 
 
+def test_a_run_without_a_cost_is_left_out_of_its_areas_alone():
+    items, free = run_items(1, 0.3), run_items(2, 0.3)
+    free = free.assign(edited=np.where(free.set == "neutral", free.base, free.edited))
+    one, both = (area_table({("Rome", seed): curves(part, n_resamples=50) for seed, part in enumerate(parts)})
+                 .set_index(["cost", "edit"]) for parts in ([items], [items, free]))  # fmt: skip
+    assert both.runs.groupby("cost").first().to_dict() == {"everyday": 1, "neighbour": 2, "other sense": 2}
+    assert both.area["everyday"].to_list() == one.area["everyday"].to_list()
+    assert both.area["neighbour"].to_list() != one.area["neighbour"].to_list()
+    none = area_table({("Rome", 1): curves(free, n_resamples=50)}).set_index(["cost", "edit"])
+    assert none.loc["everyday"].runs.eq(0).all() and none.loc["everyday"].area.isna().all()
+
+
 def test_costs_are_compared_where_both_erase_the_same():
     """The second edit is everywhere half as costly."""
     items = run_items()
