@@ -195,7 +195,8 @@ def _fetch_data(options: argparse.Namespace) -> int:
 def _refresh_notebooks(options: argparse.Namespace) -> int:
     from ember.notebooks import list_notebooks, refresh_outputs
 
-    for name in options.notebooks or list_notebooks():
+    # The report comes last: it reads what all others write.
+    for name in options.notebooks or sorted(list_notebooks(), key="08_report".__eq__):
         refresh_outputs(name)
         print(f"{name}: checked outputs refreshed")
     return 0
