@@ -276,7 +276,7 @@ def _stability(path: Path, *, only: str) -> str:
     shown = {"what differs": table.varied, "pairs of fits": table.pairs.astype(str)}
     shown |= {"same feature selected again": table.returned.map("{:.0%}".format)}
     for measure, title in (
-        ("cosine", "|cosine| of the two"), ("same", "share of all features that come back"),
+        ("cosine", "absolute cosine of the two"), ("same", "share of all features that come back"),
         ("rows_jaccard", "overlap of edited rows"),
     ):  # fmt: skip
         shown[title] = _spans(table, measure, ".2f")
