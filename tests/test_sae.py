@@ -358,7 +358,7 @@ def test_released_autoencoders_come_from_sae_lens(tiny, monkeypatch, source, kin
 
 def test_a_missing_sae_lens_is_one_line(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(EmberError, match=r"pip install 'ember-companion\[sae\]'") as caught:
+    with pytest.raises(EmberError, match=r"pip install -e '\.\[sae\]'") as caught:
         load_saes(tiny, make_concept(), "residual", [0], source="gemma-scope")
     assert "\n" not in str(caught.value)
 
