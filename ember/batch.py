@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ember.errors import EmberError
+from ember.expected import measured_times
 from ember.paths import REPOSITORY, notebooks_dir, results_dir
 from ember.planning import Job, plan
 from ember.profiles import Profile, load_profile, manifest_path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # both bring torch, which most commands do without
 
 def describe(profile: Profile) -> str:
     """What a profile's run consists of, and how long each part took when it was last measured."""
-    runs = _measured(profile.name)
+    runs = measured_times(profile.name)
     measured = dict(zip(runs.run, runs.wall_seconds, strict=True))
     lines = [f"Profile {profile.name}: {profile.model}; {', '.join(profile.concepts)}; {', '.join(profile.methods)}"]
     total = 0.0
@@ -46,14 +47,6 @@ def busy_seconds(runs: pd.DataFrame) -> float:
         total += max(0.0, start + seconds - max(start, end))
         end = max(end, start + seconds)
     return total
-
-
-def _measured(profile: str) -> pd.DataFrame:
-    path = results_dir(profile) / "tables" / "run_times.csv"
-    if not path.exists():
-        # Where results go elsewhere, the committed measurement still tells how long it takes.
-        path = REPOSITORY / "results" / profile / "tables" / "run_times.csv"
-    return pd.read_csv(path) if path.exists() else pd.DataFrame({"run": [], "start": [], "wall_seconds": []})
 
 
 def write_run_times(profile: Profile) -> Path:

@@ -1,11 +1,15 @@
 """Where a model's weights go: ``$EMBER_DEVICE``, or a GPU where there is one."""
 
+from __future__ import annotations
+
 import os
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from ember.errors import EmberError, UnknownNameError
+
+if TYPE_CHECKING:  # what is asked for can be told without it
+    import torch
 
 VARIABLE = "EMBER_DEVICE"
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
@@ -21,6 +25,8 @@ def choose_device(name: str | None = None) -> torch.device:
     EmberError
         If there is no such GPU.
     """
+    import torch
+
     wanted = name or asked_device()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
         raise UnknownNameError("device", wanted, DEVICES, f"Name it in {VARIABLE}.")

@@ -266,12 +266,17 @@ def _bytes(profile: Profile) -> float:
     return _known_shape(profile).parameters * (4 if dtype == "float32" else 2)
 
 
-@cache
-def _measured(profile: str) -> pd.DataFrame:
-    """The committed or own run times, by run; empty if there are none."""
+def measured_times(profile: str) -> pd.DataFrame:
+    """A profile's ``run_times.csv``: its own, or the committed one; empty if there is neither."""
     paths = (root / "tables" / "run_times.csv" for root in (results_dir(profile), REPOSITORY / "results" / profile))
     path = next((path for path in paths if path.exists()), None)
-    return pd.read_csv(path).set_index("run") if path else pd.DataFrame(columns=["wall_seconds", "peak_memory_mb"])
+    columns = ["run", "notebook", "start", "wall_seconds", "peak_memory_mb"]
+    return pd.read_csv(path) if path else pd.DataFrame({column: [] for column in columns})
+
+
+@cache
+def _measured(profile: str) -> pd.DataFrame:
+    return measured_times(profile).set_index("run")
 
 
 @cache

@@ -208,8 +208,7 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:
-        gated = f" The weights are gated: accept the licence at {spec.licence} first." if spec.licence else ""
-        raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{gated}") from error
+        raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{spec.gate}") from error
     except SafetensorError as error:
         raise DamagedFileError(f"the weights of {name!r} in {folder} are damaged: {error}") from error
     architecture = known or _derived(model, model_type)

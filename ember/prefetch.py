@@ -49,9 +49,8 @@ def _model(name: str) -> Path:
     except OSError as error:
         if spec.origin != "hub":
             raise
-        gated = f" The weights are gated: accept the licence at {spec.licence} first." if spec.licence else ""
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DownloadError(f"cannot fetch {spec.location}: {said}.{gated}") from error
+        raise DownloadError(f"cannot fetch {spec.location}: {said}.{spec.gate}") from error
 
 
 def _released(profile: Profile) -> Iterator[tuple[str, str, int]]:

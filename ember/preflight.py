@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec as find_module
 from pathlib import Path
 
+from ember.devices import asked_device, choose_device
 from ember.errors import EmberError
 from ember.judge_config import JudgeConfig
 from ember.memory import Need, device_memory, host_memory, model_shape, needs
@@ -119,12 +120,10 @@ class Device:
 
 def find_device(spec: ModelSpec) -> tuple[Device, list[Finding]]:
     """Where the model would go. A large Hub model wants a GPU, unless the CPU is asked for by name."""
-    asked = os.environ.get("EMBER_DEVICE", "").strip() or "auto"
+    asked = asked_device()
     if asked == "cpu" or (asked == "auto" and not any(Path(node).exists() for node in _GPU_NODES)):
         chosen = Device()
     else:
-        from ember.devices import choose_device
-
         try:
             device = choose_device()
         except EmberError as error:

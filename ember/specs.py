@@ -75,6 +75,11 @@ class ModelSpec:
     licence: str = ""
     shape: Shape | None = None
 
+    @property
+    def gate(self) -> str:
+        """What an error about the weights has to add where a licence comes first; otherwise nothing."""
+        return f" The weights are gated: accept the licence at {self.licence} first." if self.licence else ""
+
 
 MODELS = {
     spec.name: spec

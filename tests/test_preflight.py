@@ -143,7 +143,7 @@ def test_a_device_that_is_not_there(machine, monkeypatch, name):
 
 def test_a_machine_without_a_gpu_is_not_asked_through_pytorch(machine, monkeypatch):
     machine(gpu=False)
-    monkeypatch.setattr("ember.devices.choose_device", lambda: pytest.fail("PyTorch was asked"))
+    monkeypatch.setattr("ember.preflight.choose_device", lambda: pytest.fail("PyTorch was asked"))
     assert find_device(MODELS["smollm2-135m"]) == (Device(), [])
 
 

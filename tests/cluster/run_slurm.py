@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -80,13 +81,13 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __enter__(self) -> "Slurm":
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
         try:
             self.start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+            yield
+        finally:  # a start that failed leaves nothing behind either
+            self.stop()
 
     def start(self) -> None:
         if LINK.exists():  # a link to a scratch folder that is gone does not exist
@@ -116,7 +117,7 @@ class Slurm:
             time.sleep(0.1)
         raise RuntimeError(f"the node did not become idle; see {log}")
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         for name in ("slurmd", "slurmctld", "munged"):
             path = self.folder / "run" / f"{name}.pid"
             if path.exists():
@@ -177,8 +178,8 @@ def main() -> None:
         say("installing " + " ".join(PACKAGES))
         call("apt-get", "update")
         call("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
-    with tempfile.TemporaryDirectory(prefix="slurm") as scratch, Slurm(Path(scratch)) as slurm:
-        run(slurm.folder)
+    with tempfile.TemporaryDirectory(prefix="slurm") as scratch, Slurm(Path(scratch)).running():
+        run(Path(scratch))
 
 
 def run(scratch: Path) -> None:
