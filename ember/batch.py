@@ -167,6 +167,7 @@ def readme_tables() -> dict[str, str]:
         "verdicts": _verdicts(controls / "verdicts.csv"),
         "stability": _stability(controls / "stability.csv", only=ALL),
         "arrival": _arrivals(tables / "arrival.csv"),
+        "benchmarks": _benchmarks(REPOSITORY / "results" / "benchmarks.csv"),
         "controls_hours": f"{busy_seconds(pd.read_csv(controls / 'run_times.csv')) / 3600:.1f} hours",
         "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
         "settings": "\n".join(settings),
@@ -292,6 +293,19 @@ def _arrivals(path: Path) -> str:
     shown = {"arm": [arm_name(*arm) for arm in arms], "cell": first.cell}
     shown |= {f"arrival ({name})": [wide[metric][arm] for arm in arms] for metric, name in
               (("gold_prob", "probability"), ("gold_logprob", "log-likelihood"))}  # fmt: skip
+    return _lines(pd.DataFrame(shown))
+
+
+def _benchmarks(path: Path) -> str:
+    """What was timed beside what, as Markdown."""
+    table = pd.read_csv(path)
+    shown = {"work": table.work, "beside": table.compared_with}
+    for side, title in (("ours", "here"), ("theirs", "there")):
+        amounts = zip(table[side], table.unit, strict=True)
+        shown[title] = ["–" if pd.isna(value) else f"{value:.2g} {unit}" for value, unit in amounts]
+    shown["ratio"] = table.ratio.map(lambda v: "–" if pd.isna(v) else f"{v:.1f}")
+    limits = zip(table.target, table.ratio, table.unit, strict=True)
+    shown["target"] = [f"≤ {target:g} {unit}" if pd.isna(ratio) else f"≥ {target:g}" for target, ratio, unit in limits]
     return _lines(pd.DataFrame(shown))
 
 

@@ -41,5 +41,5 @@ def arrival_points(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="share of the taught knowledge that erasure took (95 % interval over questions)")
     ax.set_title("Does erasure arrive where learning started?", pad=18)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return ax
