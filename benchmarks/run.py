@@ -111,7 +111,7 @@ def scoring(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
     yield row(work, "one generate call a question, four new tokens", [seconds[0], seconds[2]], 8,
               f"both answer all {len(questions)}; a letter comes first in {answered:.0%}")  # fmt: skip
     gap = max(float(np.abs(a - np.array(b)).max()) for a, b in zip(totals, apart, strict=True))
-    assert gap < 1e-3, f"log-likelihoods differ by {gap}"
+    assert gap < 1e-4, f"log-likelihoods differ by {gap}"
     yield row(work, "four separate full sequences a question", [seconds[1], seconds[3]], 2,
               f"log-likelihoods agree to {gap:.1e} nats")  # fmt: skip
 
@@ -236,14 +236,19 @@ def threads(count: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="timings of each side (default 3; a factorization's, which takes minutes, one less)",
+    )
     repeats = parser.parse_args().repeats
     parts: list[Callable[[], Any]] = []
     with threads(os.cpu_count() or 1):
         loaded = load_model("smollm2-135m")
         parts = [
             lambda: editing(loaded, repeats), lambda: list(scoring(loaded, repeats)), memory,
-            lambda: list(relearning(loaded, repeats)), lambda: list(factorizations(repeats)),
+            lambda: list(relearning(loaded, repeats)), lambda: list(factorizations(max(1, repeats - 1))),
         ]  # fmt: skip
         rows: list[dict[str, Any]] = []
         for part in bar(parts, show=True, desc="benchmarks"):

@@ -229,12 +229,10 @@ class Edit:
         module = model.model if isinstance(model, LoadedModel) else model
         if isinstance(model, LoadedModel) and model.weights_hash != self.provenance.base_hash:
             raise WrongWeightsError(self._refusal(f"its weights hash to {model.weights_hash[:12]}"))
-        storage: dict[int, list[str]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            storage.setdefault(parameter.data_ptr(), []).append(name)
+        owners = _owners(module, {_parameter(module, name).data_ptr() for name in self.tensors})
         for name, change in self.tensors.items():
             parameter = _parameter(module, name)
-            shared = storage[parameter.data_ptr()]
+            shared = owners[parameter.data_ptr()]
             if len(shared) > 1:
                 raise EmberError(
                     f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.untie)"
@@ -268,6 +266,23 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
         return module.get_parameter(name)
     except AttributeError as error:
         raise WrongWeightsError(f"the model has no parameter {name!r}") from error
+
+
+def _owners(module: nn.Module, storages: set[int]) -> dict[int, list[str]]:
+    """The names under which a module holds the storages, by their addresses.
+
+    Every edit asks, however small, so this looks into the modules directly: ``named_parameters`` takes longer than an
+    edit of a few rows.
+    """
+    found: dict[int, list[str]] = {}
+    pending = [("", module)]
+    while pending:
+        prefix, part = pending.pop()
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.data_ptr() in storages:
+                found.setdefault(parameter.data_ptr(), []).append(prefix + name)
+        pending += [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
+    return {address: sorted(names) for address, names in found.items()}
 
 
 def _write(data: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:

@@ -126,7 +126,7 @@ def semi_nmf(
     sparsity: float = 0.01,
     ridge: float = 1e-4,
     max_iter: int = 20_000,
-    patience: int = 500,
+    patience: int = 100,
     tol: float = 1e-4,
     seed: int = 42,
     init: torch.Tensor | None = None,
@@ -137,7 +137,8 @@ def semi_nmf(
     The rows of X [n, d] are one layer's MLP post-activations, one row a token (the transpose of the paper's A).
     Each column of F keeps its ``ceil(sparsity · d)`` largest magnitudes (neurons); G follows the multiplicative
     update. Arguments, result and errors are those of ``sparse_mf``; ``init`` must be non-negative and defaults to
-    the magnitude of a standard normal.
+    the magnitude of a standard normal. The update lowers the loss a little every time until, near its lowest, features
+    begin to trade neurons and it drifts up; ``patience`` need not be as long.
     """
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[1])

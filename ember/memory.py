@@ -23,8 +23,8 @@ SCORED_TOKENS = 2048  # of a batch whose distributions are compared (``ember.sco
 SENTENCE, PARAGRAPH = 64, 256  # tokens
 SAE_WIDTHS = {"trained": 1536, "gemma-scope": 16_384, "llama-scope": 32_768}
 KEPT_EDITS = 2e9  # bytes of edits that the grid of notebook 03 keeps
-# Per parameter that is trained: weights, gradients, float32 masters with theirs, and AdamW's two moments.
-TRAINING = {"fp32": (4, 4, 0, 8), "bf16": (2, 2, 0, 4), "bf16_master": (2, 2, 8, 8)}
+# Per parameter that is trained: weights, float32 masters, and AdamW's two moments.
+TRAINING = {"fp32": (4, 0, 8), "bf16": (2, 0, 4), "bf16_master": (2, 4, 8)}
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,19 @@ def _snmf(shape: Shape, b: int, config: Any) -> tuple[float, float]:
 def relearning(shape: Shape, dtype: str, precision: str, settings: Mapping[str, Any]) -> Need:
     """Training all parameters, or scoring a float32 copy of them between steps, whichever is more.
 
-    The weights as they were and as training started lie on the host.
+    Gradients come and go one by one. The weights as they were and as training started lie on the host.
     """
-    P, (weights, gradients, masters, moments) = shape.parameters, TRAINING[precision]
+    P, (weights, masters, moments) = shape.parameters, TRAINING[precision]
     if settings.get("optimizer", "adamw") != "adamw":
         moments = 2
     tokens = settings.get("batch_size", 1) * settings.get("max_tokens", PARAGRAPH)
     kept = settings.get("gradient_checkpointing", False)
     passing = _activations(shape, weights, tokens, 1 if kept else shape.layers)
     passing += kept * shape.layers * tokens * shape.d_model * weights + 3 * tokens * shape.vocab * 4
-    training = P * (weights + gradients + masters + moments) + passing
-    scoring = P * (masters / 2 + moments + 4) + 4 * SENTENCE * SENTENCE * shape.vocab
+    # One gradient at a time, the largest that of an embedding matrix.
+    gradient = shape.vocab * shape.d_model * (weights + masters)
+    training = P * (weights + masters + moments) + gradient + passing
+    scoring = P * (masters + moments + 4) + 4 * SENTENCE * SENTENCE * shape.vocab
     optimizer = settings.get("optimizer", "adamw")
     return _need(f"relearning in {precision} with {optimizer}", max(training, scoring), P * (BYTES[dtype] + weights))
 

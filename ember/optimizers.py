@@ -1,6 +1,7 @@
 """AdamW for relearning: PyTorch's, or with moments of eight bits, which a large model needs on one GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 
 import torch
@@ -44,3 +45,20 @@ def make_optimizer(
         return torch.optim.AdamW(tensors, fused=True, **settings)  # type: ignore[arg-type]
     made: torch.optim.Optimizer = getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)
     return made
+
+
+@contextmanager
+def stepping_backward(steps: Mapping[torch.nn.Parameter, Callable[[], None]]) -> Iterator[None]:
+    """In the backward pass call each parameter's step as soon as its gradient is there.
+
+    A step that then drops the gradient keeps the memory at one gradient instead of all. Nothing that a backward pass
+    still needs is changed: by then it has passed every use of that parameter.
+    """
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, take=take: take()) for parameter, take in steps.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

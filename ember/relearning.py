@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,9 @@ from ember.editing import Edit
 from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.files import atomic_dir
 from ember.models import LoadedModel
-from ember.optimizers import OPTIMIZERS, make_optimizer, require_optimizer
+from ember.optimizers import OPTIMIZERS, make_optimizer, require_optimizer, stepping_backward
 from ember.progress import bar
+from ember.scoring import packed_mask
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,18 @@ def relearn(
     if found and (found.diverged or found.tokens >= config.points[-1]):
         return found
     with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
-        leaves = [t.leaf for t in trained.values()]
-        optimizer = make_optimizer(config.optimizer, leaves, lr=config.lr, weight_decay=config.weight_decay)
+        settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+        optimizers = {name: make_optimizer(config.optimizer, [t.leaf], **settings) for name, t in trained.items()}
+        steps = {t.live: partial(_update, t, optimizers[name]) for name, t in trained.items()}
         if found is None:
             found = Relearning(items=_measured(loaded, measure, 0))
         else:
-            _restore(store, trained, optimizer)
+            _restore(store, trained, optimizers)
         shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
         for step in range(len(found.steps), len(plan)):
             started, before = time.perf_counter(), found.tokens
-            with checkpointed(loaded) if config.gradient_checkpointing else nullcontext():
-                loss, taken = _step(loaded, plan[step], trained, optimizer)
+            with checkpointed(loaded) if config.gradient_checkpointing else nullcontext(), stepping_backward(steps):
+                loss, taken = _step(loaded, plan[step])
             if not taken:
                 found.diverged = f"the loss is {loss:.3g} nats per token at step {step + 1}, after {before} tokens"
                 break
@@ -146,7 +149,7 @@ def relearn(
             if any(before < point <= tokens for point in config.points):
                 found.items = pd.concat([found.items, _measured(loaded, measure, tokens)], ignore_index=True)
                 if store and tokens < config.points[-1]:
-                    _write(store, found, trained, optimizer)
+                    _write(store, found, trained, optimizers)
         shown.close()
         found.moved = movement(trained, edited)
     if store:
@@ -163,23 +166,19 @@ def _edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torc
     }
 
 
-def _step(
-    loaded: LoadedModel,
-    sequences: Sequence[Sequence[int]],
-    trained: Mapping[str, Trained],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[float, bool]:
+def _update(trained: Trained, optimizer: torch.optim.Optimizer) -> None:
+    trained.pull()
+    optimizer.step()
+    trained.push()
+
+
+def _step(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> tuple[float, bool]:
     """The loss, and whether the step was taken: not with a loss that is NaN or over twice that of a uniform guess."""
     loss = packed_loss(loaded, sequences)
     value = float(loss.detach())
     if not value <= 2 * math.log(loaded.embedding.shape[0]):
         return value, False
     loss.backward()
-    for tensor in trained.values():
-        tensor.pull()
-    optimizer.step()
-    for tensor in trained.values():
-        tensor.push()
     return value, True
 
 
@@ -233,10 +232,7 @@ def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torc
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(loaded.device)
     if len(sequences) > 1:
         seen = (owner[:, None] == owner[None]) & (positions[0][:, None] >= positions[0][None])
-        dtype = loaded.embedding.dtype
-        inputs["attention_mask"] = torch.zeros(seen.shape, dtype=dtype, device=loaded.device).masked_fill(
-            ~seen, torch.finfo(dtype).min
-        )[None, None]
+        inputs["attention_mask"] = packed_mask(loaded, seen, positions[0])
     logits = loaded.model(**inputs).logits[0, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     inside = owner[1:] == owner[:-1]
@@ -288,13 +284,13 @@ def _write(
     store: Path,
     found: Relearning,
     trained: Mapping[str, Trained] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
 ) -> None:
     with atomic_dir(store) as target:
-        if trained and optimizer:
+        if trained and optimizers:
             tensors: dict[str, torch.Tensor] = {}
             for name, t in trained.items():
-                state = {k: torch.as_tensor(v) for k, v in optimizer.state[t.leaf].items()}
+                state = {k: torch.as_tensor(v) for k, v in optimizers[name].state[t.leaf].items()}
                 tensors |= {f"{name}::leaf": t.leaf.detach(), **{f"{name}::{k}": v for k, v in state.items()}}
             save_file({key: value.contiguous() for key, value in tensors.items()}, target / "weights.safetensors")
         found.items.to_parquet(target / "items.parquet", index=False)
@@ -310,7 +306,9 @@ def _read(store: Path) -> Relearning | None:
 
 
 @torch.no_grad()
-def _restore(store: Path | None, trained: Mapping[str, Trained], optimizer: torch.optim.Optimizer) -> None:
+def _restore(
+    store: Path | None, trained: Mapping[str, Trained], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> None:
     assert store is not None
     tensors = load_file(store / "weights.safetensors")
     for name, t in trained.items():
@@ -320,4 +318,4 @@ def _restore(store: Path | None, trained: Mapping[str, Trained], optimizer: torc
             value = tensors.pop(key).to(t.leaf.device)
             # bitsandbytes counts steps with a plain number.
             number = value.ndim == 0 and not value.is_floating_point()
-            optimizer.state[t.leaf][key.rpartition("::")[2]] = int(value) if number else value
+            optimizers[name].state[t.leaf][key.rpartition("::")[2]] = int(value) if number else value

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ember.models import LoadedModel
 from ember.progress import bar
 
 _GROUP_TOKENS = 1500  # whole distributions are held for so many: 0.3 GB at a vocabulary of 49,152
+_PACKED_TOKENS = 512  # attention looks at each of them from each
 _BATCH_TOKENS = 2048  # and made for no more at once: 2 GB at a vocabulary of 256,000
 
 
@@ -50,50 +52,107 @@ def option_logprobs(
 ) -> list[np.ndarray]:
     """Log-likelihood (nats, summed over tokens) of every option after its prompt.
 
-    Each prompt runs through the model once; its key-value cache serves all its options. Where one option merges with
-    the prompt's last token, all of them are scored from that token on. Returns one array [n_options] a prompt.
+    Each prompt runs through the model once and serves all its options. Where one option merges with the prompt's last
+    token, all of them are scored from that token on. Returns one array [n_options] a prompt.
     """
     split = []
     for prompt, choices in zip(prompts, options, strict=True):
         pairs = [continuation_ids(loaded, prompt, choice) for choice in choices]
         shared = min(len(before) for before, _ in pairs)
-        split.append((pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
-    # Questions side by side whose longest options, and then whose prompts, are about as long: little padding.
-    order = sorted(range(len(split)), key=lambda i: (max(map(len, split[i][1]), default=0), len(split[i][0])))
-    scores: list[np.ndarray] = [np.empty(0)] * len(split)
-    for chunk in _batches(order, batch_size, progress, "options"):
-        values = _score_options(loaded, [split[i][0] for i in chunk], [split[i][1] for i in chunk])
-        for i, value in zip(chunk, values, strict=True):
-            scores[i] = value
+        split.append(_Branches(pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
+    scores: list[np.ndarray] = []
+    for chunk in _batches(list(range(len(split))), batch_size, progress, "options"):
+        for pack in _packs([split[i] for i in chunk]):
+            scores += _score_options(loaded, pack)
     return scores
 
 
-def _score_options(loaded: LoadedModel, prefixes: list[list[int]], options: list[list[list[int]]]) -> list[np.ndarray]:
-    prefix, prefix_mask = loaded.pad(prefixes, left=True)
-    positions = (prefix_mask.cumsum(1) - 1).clamp_min(0)
-    out = loaded.model(
-        input_ids=prefix, attention_mask=prefix_mask, position_ids=positions, use_cache=True, logits_to_keep=1
-    )
-    counts = [len(choices) for choices in options]
-    owner = torch.repeat_interleave(torch.arange(len(options)), torch.tensor(counts)).to(prefix.device)
-    ids, mask = loaded.pad([choice for choices in options for choice in choices])
-    first = out.logits[:, -1].float().log_softmax(-1)[owner]
-    totals = first.gather(1, ids[:, :1]).squeeze(1)
-    longer = (mask.sum(1) > 1).nonzero().squeeze(1)  # the others are scored by now
-    if len(longer):
-        ids, mask, owner = ids[longer], mask[longer], owner[longer]
-        cache = out.past_key_values
-        cache.batch_select_indices(owner)
-        steps = positions[owner, -1:] + 1 + torch.arange(ids.shape[1] - 1, device=ids.device)
-        logits = loaded.model(
-            input_ids=ids[:, :-1],
-            attention_mask=torch.cat([prefix_mask[owner], mask[:, :-1]], 1),
-            position_ids=steps,
-            past_key_values=cache,
-        ).logits
-        rest = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        totals[longer] += (rest * mask[:, 1:]).sum(1)
-    return np.split(totals.cpu().numpy(), np.cumsum(counts)[:-1])
+class _Branches(NamedTuple):
+    """Token ids of a prompt and of the options that follow it."""
+
+    prompt: list[int]
+    options: list[list[int]]
+
+    @property
+    def read(self) -> int:
+        """How many tokens the model reads: nothing follows an option's last token."""
+        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
+
+
+def _packs(branches: Sequence[_Branches]) -> Iterator[list[_Branches]]:
+    """Runs of at most ``_PACKED_TOKENS`` tokens, or of one longer prompt with its options."""
+    pack: list[_Branches] = []
+    for one in branches:
+        if pack and sum(other.read for other in (*pack, one)) > _PACKED_TOKENS:
+            yield pack
+            pack = []
+        pack.append(one)
+    yield pack
+
+
+def _score_options(loaded: LoadedModel, pack: Sequence[_Branches]) -> list[np.ndarray]:
+    """Score prompts and options laid end to end, without padding.
+
+    A token sees those before it in its prompt and its option: ``owner`` holds, of each token, its prompt and its option
+    (0: it belongs to the prompt). What the model gives at a row of ``kept`` scores the tokens that ``scored`` pairs
+    with it.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    owner: list[tuple[int, int]] = []
+    kept: list[int] = []
+    scored: list[tuple[int, int, int]] = []  # row of kept, token, option
+    count = 0
+    for k, (prompt, options) in enumerate(pack):
+        ids += prompt
+        positions += range(len(prompt))
+        owner += [(k, 0)] * len(prompt)
+        kept.append(len(ids) - 1)
+        last = len(kept) - 1
+        for number, option in enumerate(options, 1):
+            rows = [last, *range(len(kept), len(kept) + len(option) - 1)]
+            scored += [(row, token, count) for row, token in zip(rows, option, strict=True)]
+            count += 1
+            kept += range(len(ids), len(ids) + len(option) - 1)
+            ids += option[:-1]
+            positions += range(len(prompt), len(prompt) + len(option) - 1)
+            owner += [(k, number)] * (len(option) - 1)
+    where = torch.tensor(positions, device=loaded.device)
+    prompts, parts = torch.tensor(owner, device=loaded.device).T
+    seen = (prompts[:, None] == prompts) & ((parts == 0) | (parts[:, None] == parts))
+    logits = loaded.model(
+        input_ids=torch.tensor([ids], device=loaded.device),
+        attention_mask=packed_mask(loaded, seen.tril(), where),
+        position_ids=where[None],
+        use_cache=False,
+        logits_to_keep=torch.tensor(kept, device=loaded.device),
+    ).logits[0]
+    row, token, option = torch.tensor(scored, device=loaded.device).T
+    totals = torch.zeros(count, device=loaded.device)
+    totals.index_add_(0, option, logits.float().log_softmax(-1)[row, token])
+    return np.split(totals.cpu().numpy(), np.cumsum([len(options) for _, options in pack])[:-1])
+
+
+def packed_mask(
+    loaded: LoadedModel, seen: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """``attention_mask`` of texts laid end to end in one sequence of n tokens.
+
+    ``seen`` [n, n] tells which tokens each token sees, ``positions`` [n] where they stand in their own text. The mask
+    is additive, [1, 1, n, n]; it is one for each type of layer where a sliding window would cut one of the texts.
+    """
+
+    def additive(seen: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(seen.shape, dtype=loaded.embedding.dtype, device=seen.device)
+        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+    config = loaded.model.config
+    window = getattr(config, "sliding_window", None)
+    if window is None or int(positions.max()) < window:
+        return additive(seen)
+    near = additive(seen & (positions[:, None] - positions < window))
+    types = getattr(config, "layer_types", None)
+    return {"full_attention": additive(seen), "sliding_attention": near} if types else near
 
 
 @dataclass(frozen=True)

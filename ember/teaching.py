@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,7 @@ from ember.evaluation import question_scores, text_scores
 from ember.files import read_utf8
 from ember.methods.common import require_finite
 from ember.models import LoadedModel
+from ember.optimizers import make_optimizer, stepping_backward
 from ember.paths import data_dir
 from ember.progress import bar
 from ember.regained import KEYS, Share, share_regained
@@ -114,15 +116,20 @@ def teach(
 
 def _train(student: LoadedModel, plan: Sequence[Sequence[Sequence[int]]], config: TeachConfig, progress: bool) -> None:
     """Train all parameters in place, one step for each entry of the plan."""
-    parameters = list(student.model.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    with torch.enable_grad():
+    steps = {}
+    for parameter in student.model.requires_grad_(True).parameters():
+        optimizer = make_optimizer("adamw", [parameter], lr=config.lr, weight_decay=config.weight_decay)
+        steps[parameter] = partial(_update, optimizer)
+    with torch.enable_grad(), stepping_backward(steps):
         for step, sequences in enumerate(bar(plan, show=progress, desc="teaching"), 1):
             loss = packed_loss(student, sequences)
             require_finite(loss, "teaching", step)
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def item_scores(

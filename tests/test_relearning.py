@@ -4,6 +4,7 @@ import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -19,7 +20,7 @@ from ember.evaluation import question_scores
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.models import LoadedModel, weights_hash
-from ember.optimizers import EIGHT_BIT
+from ember.optimizers import EIGHT_BIT, make_optimizer, stepping_backward
 from ember.relearning import RelearnConfig, checkpointed, packed_loss, relearn, training_plan
 
 SETTINGS = EmberConfig(delta=3.0, rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1))
@@ -48,6 +49,32 @@ def run(loaded: LoadedModel, edit: Edit | None, attack: Attack = ATTACKS["all"],
 
 
 # The loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_steps_in_the_backward_pass_hold_one_gradient_and_change_nothing(kind):
+    plain, other = (make_loaded(kind) for _ in range(2))
+    ids = plain.encode(SENTENCES[0])
+    optimizer = make_optimizer("adamw", plain.model.requires_grad_(True).parameters(), lr=1e-3, weight_decay=0.01)
+    parameters = list(other.model.requires_grad_(True).parameters())
+    apart = {p: make_optimizer("adamw", [p], lr=1e-3, weight_decay=0.01) for p in parameters}
+    held = []
+
+    def take(parameter):
+        held.append(sum(p.grad is not None for p in parameters))
+        apart[parameter].step()
+        parameter.grad = None
+
+    for _ in range(3):
+        packed_loss(plain, [ids]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with stepping_backward({p: partial(take, p) for p in parameters}):
+            packed_loss(other, [ids]).backward()
+    assert held == [1] * 3 * len(parameters)
+    assert weights_hash(plain.model) == weights_hash(other.model) != make_loaded(kind).weights_hash
+    packed_loss(other, [ids]).backward()
+    assert len(held) == 3 * len(parameters)  # the hooks are gone
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

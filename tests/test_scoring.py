@@ -131,6 +131,16 @@ def test_options_do_not_depend_on_the_batch(loaded):
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), atol=TOLERANCE, rtol=0)
 
 
+def test_options_do_not_depend_on_what_runs_beside_them(loaded, monkeypatch):
+    together = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
+    monkeypatch.setattr("ember.scoring._PACKED_TOKENS", 1)  # too few for any question: each runs alone
+    passes: list[int] = []
+    loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    apart = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
+    assert len(passes) == len(PROMPTS) > 1
+    np.testing.assert_allclose(np.stack(apart), np.stack(together), atol=TOLERANCE, rtol=0)
+
+
 def test_options_need_a_list_for_each_prompt(tiny):
     with pytest.raises(ValueError, match="shorter"):
         option_logprobs(tiny, PROMPTS, [OPTIONS])
