@@ -1,7 +1,7 @@
 # make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
 # make test        set up everything and run all tests
 # make lab         open the notebooks in JupyterLab
-# make bench       time the fast paths beside plain versions of the same work
+# make bench       time the fast paths beside plain versions of the same work, in 20 minutes (ONLY="scoring …": those rows)
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
@@ -44,7 +44,7 @@ nbval: unit
 	$(QUICK) $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(NOTEBOOKS)
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

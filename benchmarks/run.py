@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator
 
 from benchmarks import reference
 from ember import METHODS, load_concept, load_model, load_suite
@@ -75,6 +76,9 @@ def factorizations(repeats: int) -> Iterator[dict[str, Any]]:
     for name, d, rank in (("Gemma's", 2304, 100), ("Llama's", 4096, 200)):
         X = embedding_like(5500, d)
         yield _factorized(f"sparse_mf, X of {name} shape (5,500 × {d:,}, rank {rank})", sparse_mf, X, rank, repeats)
+
+
+def semi_factorization(repeats: int) -> Iterator[dict[str, Any]]:
     loaded, about = load_model("smollm2-135m"), load_concept("Ancient Rome")
     site = Site("neurons", 15)
     states, _ = collect(loaded, (*about.sentences, *about.neutral, *about.paragraphs), [site])
@@ -118,7 +122,7 @@ def scoring(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
 
 def relearning(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
     """Training as notebook 04 does it beside one padded paragraph a step: the same paragraphs in the same order."""
-    texts = load_concept("Ancient Rome").paragraphs[:12]
+    texts = load_concept("Ancient Rome").paragraphs[:24]
     budget = sum(len(loaded.encode(text)) for text in texts)
     configs = [RelearnConfig((budget,), precision=precision) for precision in ("fp32", "bf16_master")]
     sequences = [ids for step in training_plan(loaded, texts, configs[0], seed=0) for ids in step]
@@ -223,7 +227,31 @@ def growth_figure(table: pd.DataFrame) -> plt.Figure:
         ax.title.set_fontsize(9)
         ax.set_xticks(part["size"], part["size"].astype(str))
         ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
     return figure
+
+
+# Name → what gives its rows. A factorization takes minutes and is timed once less.
+PARTS: dict[str, Callable[[LoadedModel, int], Iterable[dict[str, Any]]]] = {
+    "editing": lambda loaded, repeats: [editing(loaded, repeats)],
+    "scoring": scoring,
+    "memory": lambda loaded, repeats: [memory()],
+    "relearning": relearning,
+    "sparse_mf": lambda loaded, repeats: factorizations(max(1, repeats - 1)),
+    "semi_nmf": lambda loaded, repeats: semi_factorization(max(1, repeats - 1)),
+}
+
+
+def renewed(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with rows of the same work and comparison replaced in their places, and the others added."""
+    keys = ["work", "compared_with"]
+    if table.empty:
+        return rows
+    both = pd.concat([table, rows], ignore_index=True)
+    last = both.drop_duplicates(keys, keep="last").set_index(keys)
+    order = both.drop_duplicates(keys, keep="first")[keys]
+    return last.loc[list(order.itertuples(index=False, name=None))].reset_index()[list(table.columns)]
 
 
 @contextmanager
@@ -236,29 +264,21 @@ def threads(count: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=3,
-        help="timings of each side (default 3; a factorization's, which takes minutes, one less)",
-    )
-    repeats = parser.parse_args().repeats
-    parts: list[Callable[[], Any]] = []
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side (default 3)")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "growth"], help="renew these rows and leave the others")
+    arguments = parser.parse_args()
+    path = results_root() / "benchmarks.csv"
+    only = arguments.only or [*PARTS, "growth"]
+    table = pd.read_csv(path) if arguments.only and path.exists() else pd.DataFrame(columns=COLUMNS)
     with threads(os.cpu_count() or 1):
         loaded = load_model("smollm2-135m")
-        parts = [
-            lambda: editing(loaded, repeats), lambda: list(scoring(loaded, repeats)), memory,
-            lambda: list(relearning(loaded, repeats)), lambda: list(factorizations(max(1, repeats - 1))),
-        ]  # fmt: skip
-        rows: list[dict[str, Any]] = []
-        for part in bar(parts, show=True, desc="benchmarks"):
-            found = part()
-            rows += found if isinstance(found, list) else [found]
-        table = pd.DataFrame(rows, columns=COLUMNS)
-        grown = growth(loaded)
-    write_text(results_root() / "benchmarks.csv", table.to_csv(index=False, float_format="%.4g"))
-    write_text(results_root() / "benchmark_growth.csv", grown.to_csv(index=False, float_format="%.4g"))
-    growth_figure(grown).savefig(results_root() / "benchmark_growth.png", dpi=120)
+        for name in bar([name for name in PARTS if name in only], show=True, desc="benchmarks"):
+            table = renewed(table, pd.DataFrame(PARTS[name](loaded, arguments.repeats), columns=COLUMNS))
+        if "growth" in only:
+            grown = growth(loaded)
+            write_text(results_root() / "benchmark_growth.csv", grown.to_csv(index=False, float_format="%.4g"))
+            growth_figure(grown).savefig(results_root() / "benchmark_growth.png", dpi=120)
+    write_text(path, table.to_csv(index=False, float_format="%.4g"))
     print(table.to_string(index=False, max_colwidth=70, float_format="%.3g"))
     missed = table[~table.met.astype(bool)]
     if len(missed):

@@ -302,7 +302,7 @@ def _benchmarks(path: Path) -> str:
     shown = {"work": table.work, "beside": table.compared_with}
     for side, title in (("ours", "here"), ("theirs", "there")):
         amounts = zip(table[side], table.unit, strict=True)
-        shown[title] = ["–" if pd.isna(value) else f"{value:.2g} {unit}" for value, unit in amounts]
+        shown[title] = ["–" if pd.isna(value) else f"{value:.3g} {unit}" for value, unit in amounts]
     shown["ratio"] = table.ratio.map(lambda v: "–" if pd.isna(v) else f"{v:.1f}")
     limits = zip(table.target, table.ratio, table.unit, strict=True)
     shown["target"] = [f"≤ {target:g} {unit}" if pd.isna(ratio) else f"≥ {target:g}" for target, ratio, unit in limits]

@@ -152,25 +152,28 @@ def semi_nmf(
 
 
 def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
-    """The iteration with the sparsity of F used, on transposes: Xᵀ G is the only product of full size."""
+    """The iteration with the sparsity of F used, on transposes: Xᵀ G is the only product of full size.
+
+    It serves the loss of this iteration and the regression of the next.
+    """
     total, support, X_columns = float(X.double().square().sum()), None, X.T.contiguous()
     # Relative to X, so that the result does not depend on its units.
     tiny = torch.finfo(X.dtype).eps * (total / X.numel() or 1.0)
     G = G.T.contiguous()
-    gram = G @ G.T
+    gram, product = G @ G.T, G @ X
     while True:
-        solved = _solve(gram, G @ X, ridge)
+        solved = _solve(gram, product, ridge)
         columns = solved.abs().topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
         norms = G.norm(dim=1, keepdim=True)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
         values, G = solved.gather(1, columns) * norms, G / norms
         F = torch.zeros_like(solved).scatter_(1, columns, values)
         P, Q = embedding_bag(columns, X_columns, mode="sum", per_sample_weights=values), F @ F.T
-        up = P.clamp_min(0) + (-Q).clamp_min(0) @ G
-        down = (-P).clamp_min(0) + Q.clamp_min(0) @ G
-        G = G * torch.sqrt(up / down.clamp_min(tiny))
-        gram = G @ G.T
-        crossed = float((P * G).sum(dtype=torch.float64))
+        up = P.clamp_min(0).addmm_((-Q).clamp_min(0), G)
+        down = P.neg_().clamp_min_(0).addmm_(Q.clamp_min(0), G)
+        G = up.div_(down.clamp_min_(tiny)).sqrt_().mul_(G)
+        gram, product = G @ G.T, G @ X
+        crossed = float((product * F).sum(dtype=torch.float64))
         loss = total - 2 * crossed + float((gram * Q).sum(dtype=torch.float64))
         if loss < _EXACT * torch.finfo(X.dtype).eps * total:
             loss = float((X - G.T @ F).double().square().sum())

@@ -52,6 +52,14 @@ def test_rows_compare_medians_with_the_target():
     assert not run.row("work", "other", seconds, 5.1, "same")["met"]
 
 
+def test_rows_are_renewed_in_their_places():
+    table = pd.DataFrame({"work": ["a", "a", "b"], "compared_with": ["x", "y", "x"], "ours": [1, 2, 3]})
+    rows = pd.DataFrame({"work": ["a", "c"], "compared_with": ["y", "x"], "ours": [20, 40]})
+    found = run.renewed(table, rows)
+    assert found.values.tolist() == [["a", "x", 1], ["a", "y", 20], ["b", "x", 3], ["c", "x", 40]]
+    assert run.renewed(pd.DataFrame(columns=table.columns), rows).equals(rows)
+
+
 def test_exponents_are_those_of_power_laws():
     sizes = np.array([10, 20, 40])
     parts = [pd.DataFrame({"work": "w", "varied": v, "size": sizes, "seconds": 3.0 * sizes**p})
