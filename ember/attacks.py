@@ -84,11 +84,11 @@ class Trained:
     leaf: torch.Tensor
     start: torch.Tensor
 
-    def pull(self) -> None:
-        """Hand the parameter's gradient to the leaf."""
+    def pull(self, room: torch.Tensor) -> None:
+        """Hand the parameter's gradient to a leaf of its own, laid into ``room``, a vector that is long enough."""
         if self.leaf is not self.live and self.live.grad is not None:
             gradient = self.live.grad if self.rows is None else self.live.grad[self.rows]
-            self.leaf.grad = gradient.to(self.leaf.dtype)
+            self.leaf.grad = room[: gradient.numel()].view_as(gradient).copy_(gradient)
 
     @torch.no_grad()
     def push(self) -> None:

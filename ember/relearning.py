@@ -129,7 +129,10 @@ def relearn(
     with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
         settings = {"lr": config.lr, "weight_decay": config.weight_decay}
         optimizers = {name: make_optimizer(config.optimizer, [t.leaf], **settings) for name, t in trained.items()}
-        steps = {t.live: partial(_update, t, optimizers[name]) for name, t in trained.items()}
+        # New memory for each gradient would take longer than what is done with it.
+        largest = max((t.leaf.numel() for t in trained.values() if t.leaf is not t.live), default=0)
+        room = next(iter(trained.values())).leaf.new_empty(largest, requires_grad=False)
+        steps = {t.live: partial(_update, t, optimizers[name], room) for name, t in trained.items()}
         if found is None:
             found = Relearning(items=_measured(loaded, measure, 0))
         else:
@@ -166,8 +169,8 @@ def _edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torc
     }
 
 
-def _update(trained: Trained, optimizer: torch.optim.Optimizer) -> None:
-    trained.pull()
+def _update(trained: Trained, optimizer: torch.optim.Optimizer, room: torch.Tensor) -> None:
+    trained.pull(room)
     optimizer.step()
     trained.push()
 
