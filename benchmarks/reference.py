@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ember.data import Question
+from ember.letters import letter_prompt
 from ember.models import LoadedModel
 
 
@@ -74,11 +75,10 @@ def _iterate(
 
 @torch.inference_mode()
 def generated_letters(loaded: LoadedModel, questions: Sequence[Question]) -> list[str]:
-    """One ``generate`` call a question for up to four new tokens, as released."""
+    """One ``generate`` call a question for up to four new tokens after the chat template, as released."""
     answers = []
     for question in questions:
-        options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", question.options, strict=True))
-        ids = torch.tensor([loaded.encode(f"Question: {question.question}\n{options}\nAnswer:")])
+        ids = torch.tensor([loaded.encode_chat(letter_prompt(question))])
         out = loaded.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
             pad_token_id=loaded.pad_id,

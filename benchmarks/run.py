@@ -31,6 +31,7 @@ from ember.attacks import ATTACKS
 from ember.evaluation import PROMPT, Sizes, question_scores
 from ember.factorization import Factorization, semi_nmf, sparse_mf
 from ember.files import write_text
+from ember.letters import read_letter
 from ember.models import LoadedModel, weights_hash
 from ember.paths import results_root
 from ember.plots import PALETTE, use_theme
@@ -110,10 +111,10 @@ def scoring(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
         repeats=repeats,
     )
     assert len(scores) == 3 * len(questions) == 3 * len(letters)
-    answered = np.mean([letter.strip()[:1] in "ABCD" and bool(letter.strip()) for letter in letters])
+    answered = np.mean([read_letter(text) != "" for text in letters])
     work = f"scoring {len(questions)} four-option questions"
     yield row(work, "one generate call a question, four new tokens", [seconds[0], seconds[2]], 8,
-              f"both answer all {len(questions)}; a letter comes first in {answered:.0%}")  # fmt: skip
+              f"both answer all {len(questions)}; {answered:.0%} of the texts give a letter")  # fmt: skip
     gap = max(float(np.abs(a - np.array(b)).max()) for a, b in zip(totals, apart, strict=True))
     assert gap < 1e-4, f"log-likelihoods differ by {gap}"
     yield row(work, "four separate full sequences a question", [seconds[1], seconds[3]], 2,
