@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ember.data import Question
-from ember.letters import letter_prompt
+from ember.letters import NEW_TOKENS, letter_prompt
 from ember.models import LoadedModel
 
 
@@ -80,7 +80,7 @@ def generated_letters(loaded: LoadedModel, questions: Sequence[Question]) -> lis
     for question in questions:
         ids = torch.tensor([loaded.encode_chat(letter_prompt(question))])
         out = loaded.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
             pad_token_id=loaded.pad_id,
         )  # fmt: skip
         answers.append(loaded.decode(out[0, ids.shape[1] :].tolist()))

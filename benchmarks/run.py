@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ from benchmarks import reference
 from ember import METHODS, load_concept, load_model, load_suite
 from ember.activations import Site, collect
 from ember.attacks import ATTACKS
+from ember.data import Question
 from ember.evaluation import PROMPT, Sizes, question_scores
 from ember.factorization import Factorization, semi_nmf, sparse_mf
 from ember.files import write_text
@@ -99,8 +100,12 @@ def _factorized(
     return row(work, "the plain iteration with its stopping rule", seconds, 5, check)
 
 
+def questions_of_rome() -> Sequence[Question]:
+    return load_suite(load_concept("Ancient Rome"), {"test": Sizes(questions=100)}).questions["concept"]["test"]
+
+
 def scoring(loaded: LoadedModel, repeats: int) -> Iterator[dict[str, Any]]:
-    questions = load_suite(load_concept("Ancient Rome"), {"test": Sizes(questions=100)}).questions["concept"]["test"]
+    questions = questions_of_rome()
     prompts = [PROMPT.format(question=q.question) for q in questions]
     options = [[f" {option}" for option in q.options] for q in questions]
     seconds, (scores, totals, letters, apart) = timed(
@@ -199,7 +204,7 @@ def growth(loaded: LoadedModel) -> pd.DataFrame:
             X = torch.randn(shape["n"], shape["d"], generator=torch.Generator().manual_seed(0))
             seconds, _ = timed(lambda X=X, shape=shape: sparse_mf(X, shape["rank"], **settings), repeats=3)
             rows.append(("sparse_mf, 20 iterations", varied, size, median(seconds[0])))
-    questions = load_suite(load_concept("Ancient Rome"), {"test": Sizes(questions=100)}).questions["concept"]["test"]
+    questions = questions_of_rome()
     for count in (10, 20, 40, 80):
         seconds, _ = timed(lambda count=count: question_scores(loaded, questions[:count]), repeats=2)
         rows.append(("scoring questions", "questions", count, median(seconds[0])))
