@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 PALETTE = {
     "concept": "#D55E00", "simdom": "#0072B2", "general": "#009E73", "neutral": "#999999",
@@ -98,28 +99,29 @@ def _bars(rows: pd.DataFrame) -> list[pd.Series]:
     return [(rows.value - rows.ci_low).clip(lower=0), (rows.ci_high - rows.value).clip(lower=0)]
 
 
+CELL_MARKERS = "osD^vP"  # a grid with more cells than these names only the chosen one
+
+
 def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axes | None = None) -> Axes:
     """Efficacy against specificity, one point with intervals for each value of column ``by``, the choice marked.
 
-    ``rows`` has columns ``by``, metric, value, ci_low, ci_high.
+    ``rows`` has columns ``by``, metric, value, ci_low, ci_high. Neighbours in a grid may nearly coincide, so the legend
+    names them, not labels at the points.
     """
     ax = _axes(ax, (5.4, 4.4))
     x, y = (rows[rows.metric == m].set_index(by) for m in ("specificity_cont", "efficacy_cont"))
+    few = len(x) <= len(CELL_MARKERS)
+    ax.plot(1, 0, "*", color=PALETTE["base"], ms=10, label="base model")
     for k, name in enumerate(x.index):
         colour = PALETTE["concept"] if name == choice else PALETTE["simdom"]
+        label = f"{name} (chosen)" if name == choice else str(name) if few else None
+        marker = CELL_MARKERS[k] if few else "o"
         a, b = x.loc[[name]], y.loc[[name]]
-        ax.errorbar(a.value, b.value, _bars(b), _bars(a), fmt="o", color=colour, alpha=0.8, capsize=2, lw=0.9)
-        # Neighbours in a grid may nearly coincide: their names go to different sides, and stay inside.
-        place = (float(a.value.iloc[0]), float(b.value.iloc[0]))
-        side = "right" if place[0] > 0.85 else "left"
-        shift = (-5 if side == "right" else 5, -11 if k % 2 else 4)
-        ax.annotate(name, place, xytext=shift, textcoords="offset points", fontsize=7, ha=side)
-    ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
-    if choice is not None:
-        ax.plot([], [], "o", color=PALETTE["concept"], label="chosen")
+        ax.errorbar(a.value, b.value, _bars(b), _bars(a), fmt=marker, color=colour, alpha=0.8, capsize=2, lw=0.9)
+        ax.plot([], [], marker, color=colour, label=label)
     ax.axvline(0.7, color="#BBBBBB", linestyle=":", linewidth=1)
     ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
-    ax.legend(fontsize=8, loc="best")
+    ax.legend(fontsize=7, loc="best")
     return ax
 
 
@@ -223,8 +225,9 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             # Controls lie beside EMBER; their names need room.
             shift = (9, 7 if k % 2 else -4) if "_" in str(method) else (8, -10) if method == "ember" else (6, 6)
             ax.annotate(
-                method_name(str(method)), (x, y), xytext=shift, textcoords="offset points", fontsize=8, color=colour
-            )
+                method_name(str(method)), (x, y), xytext=shift, textcoords="offset points", fontsize=8, color=colour,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5,
+            )  # fmt: skip
     ax.plot(1, 0, "s", color=PALETTE["base"], label="base model")
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
     ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")

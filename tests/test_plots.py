@@ -93,8 +93,10 @@ def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
     wide = frame.pivot(index="cell", columns="metric", values="value")
     expected = {(round(r.specificity_cont, 9), round(r.efficacy_cont, 9)) for r in wide.itertuples()}
     assert points_of(ax) == expected and len(expected) == len(CELLS)
-    assert {text.get_text() for text in ax.texts} == set(CELLS)
-    assert {"base model", "chosen"} <= set(legend_of(ax))
+    assert legend_of(ax) == ["base model", *(f"{cell} (chosen)" if cell == CELLS[1] else cell for cell in CELLS)]
+    markers = [bar[0].get_marker() for bar in bars_of(ax)]
+    assert len(set(markers)) == len(CELLS)
+    assert markers == [line.get_marker() for line in ax.get_legend().get_lines()[1:]]
     assert any((line.get_xdata()[:1], line.get_ydata()[:1]) == ([1], [0]) for line in ax.lines)
     special = [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
     assert [bar[0].get_xdata()[0] for bar in special] == [wide.specificity_cont[CELLS[1]]]
@@ -103,8 +105,15 @@ def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
 
 def test_trade_off_without_a_choice():
     ax = plots.trade_off(grid_frame().rename(columns={"cell": "arm"}), by="arm")
-    assert "chosen" not in legend_of(ax)
+    assert legend_of(ax) == ["base model", *CELLS]
     assert {to_hex(bar[0].get_color()).upper() for bar in bars_of(ax)} == {plots.PALETTE["simdom"]}
+    drawn(ax)
+
+
+def test_trade_off_of_a_large_grid_names_the_choice_alone():
+    cells = [f"mu={k}" for k in range(20)]
+    ax = plots.trade_off(grid_frame(cells), by="cell", choice=cells[11])
+    assert legend_of(ax) == ["base model", "mu=11 (chosen)"] and len(points_of(ax)) == 20
     drawn(ax)
 
 
