@@ -185,7 +185,7 @@ def memory() -> dict[str, Any]:
                              capture_output=True, text=True, check=True)  # fmt: skip
         about = json.loads(Path(run.stdout.strip().splitlines()[-1]).read_text(encoding="utf-8"))
     peak = about["peak_memory_mb"] / 1024
-    values = ("peak memory of 03_erase_concept", "–", peak, np.nan, "GB", np.nan, 3, peak <= 3, 1,
+    values = ("peak memory of 03_erase_concept, EMBER alone", "–", peak, np.nan, "GB", np.nan, 3, peak <= 3, 1,
               f"whole grid of EMBER, {about['wall_seconds']:.0f} s")  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 

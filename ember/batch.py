@@ -1,10 +1,10 @@
-"""Around a batch run: what it will do and take, what it took, and the tables of the README."""
+"""Around a batch run: what it will do and take, what it took, and the tables of the README and docs/."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from ember.paths import REPOSITORY, notebooks_dir, results_dir
 from ember.planning import Job, plan
 from ember.profiles import Profile, load_profile, manifest_path
 
-PAPER_PAGE, PAPER_PROFILES = REPOSITORY / "docs" / "paper-scale.md", ("paper-gemma", "paper-llama")
+PAPER_PROFILES = ("paper-gemma", "paper-llama")
 
 if TYPE_CHECKING:  # both bring torch, which most commands do without
     from ember.checks import CheckReport
@@ -120,59 +120,88 @@ def data_tables(loaded: LoadedModel) -> dict[str, str]:
 
 
 def readme_tables() -> dict[str, str]:
-    """The README's generated blocks: notebooks with run times, headline results, and default settings."""
-    from ember.methods import METHODS
-    from ember.methods.ember import EmberConfig
+    """The README's generated blocks: main results, notebooks with run times, benchmarks, default settings."""
     from ember.report import ALL
 
-    profile = load_profile("laptop")
-    tables, full, attacks, controls = (
-        REPOSITORY / "results" / name / "tables" for name in (profile.name, "full", "attacks", "controls")
-    )
-    runs = pd.read_csv(tables / "run_times.csv")
+    laptop, full = _tables("laptop"), _tables("full")
+    return {
+        "overview": _markdown(laptop / "overview.csv", without=("concept", "runs")),
+        "full": _markdown(full / "overview.csv", only={"concept": ALL}, without=("chosen on train",)),
+        "full_hours": _hours(full),
+        "effect": _effects(full / "ember_effect.csv", only=ALL),
+        "notebooks": _notebooks(laptop / "run_times.csv"),
+        "benchmarks": _benchmarks(REPOSITORY / "results" / "benchmarks.csv"),
+        "settings": _settings(load_profile("laptop")),
+        "total": f"{busy_seconds(pd.read_csv(laptop / 'run_times.csv')) / 60:.0f} minutes",
+    }
+
+
+def results_tables() -> dict[str, str]:
+    """The generated blocks of docs/results.md: relearning, localization, controls, stability, arrival."""
+    from ember.report import ALL
+
+    laptop, full, attacks, controls = map(_tables, ("laptop", "full", "attacks", "controls"))
+    return {
+        "headline": _markdown(laptop / "headline.csv", without=("concept", "cell")),
+        "relearning": _markdown(
+            laptop / "relearning_overview.csv", without=("concept", "attack", "precision", "lr", "runs")
+        ),
+        "attacks": _markdown(
+            attacks / "relearning_overview.csv",
+            only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
+        ),
+        "attacks_hours": _hours(attacks),
+        "precision": _precisions(attacks / "precision.csv", only=ALL),
+        "localization": _localized(laptop / "localization.csv"),
+        "controls_hours": _hours(controls),
+        "verdicts": _verdicts(controls / "verdicts.csv"),
+        "strengths": _strengths(full / "strengths.csv", only=ALL),
+        "trade": _trades(controls / "trade.csv", only=ALL),
+        "stability": _stability(controls / "stability.csv", only=ALL),
+        "arrival": _arrivals(full / "arrival.csv"),
+    }
+
+
+def _tables(profile: str) -> Path:
+    """Where the committed tables of a profile are, wherever a run now would write."""
+    return REPOSITORY / "results" / profile / "tables"
+
+
+def _hours(tables: Path) -> str:
+    return f"{busy_seconds(pd.read_csv(tables / 'run_times.csv')) / 3600:.1f} hours"
+
+
+def _notebooks(run_times: Path) -> str:
+    """Each notebook, what it shows and what its runs took, as Markdown."""
+    runs = pd.read_csv(run_times)
     times = runs.groupby("notebook").agg(
         runs=("run", "size"), wall_seconds=("wall_seconds", "max"), peak_memory_mb=("peak_memory_mb", "max")
     )
-    notebooks = ["| notebook | shows | runs | run time, at most | peak memory |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| notebook | shows | runs | run time, at most | peak memory |", "| --- | --- | --- | --- | --- |"]
     for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
         shows = json.loads(path.read_text(encoding="utf-8"))["metadata"]["ember"]["shows"]
         cost = "– | – | –"
         if path.stem in times.index:
             row = times.loc[path.stem]
             cost = f"{row.runs:.0f} | {row.wall_seconds:.0f} s | {row.peak_memory_mb / 1024:.1f} GB"
-        notebooks.append(f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {cost} |")
-    settings = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
+        lines.append(f"| [`{path.stem}`](notebooks/{path.name}) | {shows} | {cost} |")
+    return "\n".join(lines)
+
+
+def _settings(profile: Profile) -> str:
+    """Every setting of every method, its default and what the profile uses, as Markdown."""
+    from ember.methods import METHODS
+    from ember.methods.ember import EmberConfig
+
+    lines = ["| method | setting | default | laptop profile |", "| --- | --- | --- | --- |"]
     own = {name: method for name, method in METHODS.items() if name == "ember" or method.config is not EmberConfig}
     for name, method in own.items():
         used = {**profile.grids.get(name, {}), **(profile.fit if name in profile.factorizing else {})}
         for setting in fields(method.config):
             shown = used.get(setting.name, setting.default)
             shown = " · ".join(map(str, shown)) if isinstance(shown, list) else shown
-            settings.append(f"| {name} | `{setting.name}` | {setting.default} | {shown} |")
-    return {
-        "notebooks": "\n".join(notebooks),
-        "overview": _markdown(tables / "overview.csv"),
-        "headline": _markdown(tables / "headline.csv"),
-        "full": _markdown(full / "overview.csv", only={"concept": ALL}, without=("chosen on train",)),
-        "effect": _effects(full / "ember_effect.csv", only=ALL),
-        "full_hours": f"{busy_seconds(pd.read_csv(full / 'run_times.csv')) / 3600:.1f} hours",
-        "relearning": _markdown(tables / "relearning_overview.csv", without=("concept", "attack", "precision", "lr")),
-        "attacks": _markdown(
-            attacks / "relearning_overview.csv",
-            only={"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"},
-        ),
-        "precision": _precisions(attacks / "precision.csv", only=ALL),
-        "localization": _localized(tables / "localization.csv"),
-        "trade": _trades(controls / "trade.csv", only=ALL),
-        "verdicts": _verdicts(controls / "verdicts.csv"),
-        "stability": _stability(controls / "stability.csv", only=ALL),
-        "arrival": _arrivals(tables / "arrival.csv"),
-        "benchmarks": _benchmarks(REPOSITORY / "results" / "benchmarks.csv"),
-        "controls_hours": f"{busy_seconds(pd.read_csv(controls / 'run_times.csv')) / 3600:.1f} hours",
-        "attacks_hours": f"{busy_seconds(pd.read_csv(attacks / 'run_times.csv')) / 3600:.1f} hours",
-        "settings": "\n".join(settings),
-        "total": f"{busy_seconds(runs) / 60:.0f} minutes",
-    }
+            lines.append(f"| {name} | `{setting.name}` | {setting.default} | {shown} |")
+    return "\n".join(lines)
 
 
 def _markdown(path: Path, *, only: Mapping[str, str] | None = None, without: Sequence[str] = ()) -> str:
@@ -209,7 +238,8 @@ def _precisions(path: Path, *, only: str) -> str:
         "arm": table.arm, "lr": table.lr.map("{:g}".format), "tokens": table.tokens.map("{:.0f}".format),
         "precision": table.precision, "weights that changed": table.changed.map("{:.1%}".format),
         "edit undone": table.travelled.map(lambda v: "–" if pd.isna(v) else f"{v:.3%}"),
-        "came back (probability)": _spans(table, "back"), "came back (nats/char)": _spans(table, "back{}_logprob"),
+        "came back (probability)": _spans(table, "back"),
+        "came back (nats/char)": _spans(table, "back{}_logprob", "+.4f"),
     }  # fmt: skip
     return _lines(pd.DataFrame(shown))
 
@@ -253,11 +283,23 @@ def _trades(path: Path, *, only: str) -> str:
     return _lines(wide[list(dict.fromkeys(table.cost))].rename(columns="against {}".format).reset_index())
 
 
+def _strengths(path: Path, *, only: str) -> str:
+    """What EMBER takes at each strength, and how much more or less other edits take at the same, as Markdown."""
+    table = pd.read_csv(path)
+    table = table[table.concept == only]
+    gains = _spans(table.rename(columns={"ci_low": "gain_low", "ci_high": "gain_high"}), "gain", ".3f")
+    pairs = zip(table.edit, gains, _spans(table, "difference"), strict=True)
+    table = table.assign(text=[gain if edit == "EMBER" else gap for edit, gain, gap in pairs])
+    wide = table.pivot(index="edit", columns="delta", values="text").loc[list(dict.fromkeys(table.edit))]
+    return _lines(wide.rename(columns="delta={:g}".format).reset_index())
+
+
 def _verdicts(path: Path) -> str:
     """The answers that need one number each, as Markdown."""
     table = pd.read_csv(path)
-    table = table[(table.measure == "harmonic mean") | table.question.str.contains("relearning|erasure", regex=True)]
-    table = table[~table.question.str.contains("before") | (table.measure == "harmonic mean")]
+    table = table[
+        (table.measure == "final score") | table.question.isin(["left after relearning", "cost at equal erasure"])
+    ]
     spans = _spans(table.rename(columns={"ci_low": "difference_low", "ci_high": "difference_high"}), "difference")
     shown = table[["question", "beside", "measure"]].assign(difference=spans, better=table.better)
     return _lines(shown.rename(columns={"difference": "difference from EMBER"}))
@@ -270,7 +312,7 @@ def _stability(path: Path, *, only: str) -> str:
     shown = {"what differs": table.varied, "pairs of fits": table.pairs.astype(str)}
     shown |= {"same feature selected again": table.returned.map("{:.0%}".format)}
     for measure, title in (
-        ("cosine", "absolute cosine of the two"), ("same", "share of all features that come back"),
+        ("cosine", "absolute cosine of the two"), ("same", "share of all features found again"),
         ("rows_jaccard", "overlap of edited rows"),
     ):  # fmt: skip
         shown[title] = _spans(table, measure, ".2f")
@@ -299,8 +341,8 @@ def _arrivals(path: Path) -> str:
 def _benchmarks(path: Path) -> str:
     """What was timed beside what, as Markdown."""
     table = pd.read_csv(path)
-    shown = {"work": table.work, "beside": table.compared_with}
-    for side, title in (("ours", "here"), ("theirs", "there")):
+    shown = {"work": table.work, "compared with": table.compared_with}
+    for side, title in (("ours", "this package"), ("theirs", "that")):
         amounts = zip(table[side], table.unit, strict=True)
         shown[title] = ["–" if pd.isna(value) else f"{value:.3g} {unit}" for value, unit in amounts]
     shown["ratio"] = table.ratio.map(lambda v: "–" if pd.isna(v) else f"{v:.1f}")
@@ -357,19 +399,22 @@ def paper_tables() -> dict[str, str]:
     }
 
 
-def render_paper_page(text: str) -> str:
-    """docs/paper-scale.md with its generated blocks."""
-    return fill_blocks(text, paper_tables())
+PAGES: Mapping[str, Callable[[], Mapping[str, str]]] = {
+    "README.md": readme_tables,
+    "docs/results.md": results_tables,
+    "docs/paper-scale.md": paper_tables,
+}
 
 
-def render_readme(text: str) -> str:
-    """README.md with its generated blocks."""
-    return fill_blocks(text, readme_tables())
+def render_page(page: str, text: str) -> str:
+    """The text of a page of ``PAGES`` with its generated blocks renewed."""
+    return fill_blocks(text, PAGES[page]())
 
 
 def update_readme() -> None:
-    """Write the generated tables into README.md and docs/paper-scale.md."""
+    """Write the generated tables into the README and the pages of docs/."""
     from ember.files import write_text
 
-    for path, render in ((REPOSITORY / "README.md", render_readme), (PAPER_PAGE, render_paper_page)):
-        write_text(path, render(path.read_text(encoding="utf-8")))
+    for page in PAGES:
+        path = REPOSITORY / page
+        write_text(path, render_page(page, path.read_text(encoding="utf-8")))

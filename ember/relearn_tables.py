@@ -75,7 +75,7 @@ def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
-            "lr": last.lr, "tokens": tokens, "accuracy after": last.accuracy.round(3),
+            "lr": last.lr, "runs": last.runs, "tokens": tokens, "accuracy after": last.accuracy.round(3),
             "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
             "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
             "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),

@@ -24,11 +24,11 @@ FURTHER = [
 # What a reader is shown of them, and by which name.
 SHOWN = {
     "efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
-    "final_cont": "harmonic mean",
+    "final_cont": "final score",
 }  # fmt: skip
 SHOWN_FURTHER = {
     "efficacy_letter": "efficacy (letters)", "efficacy_open": "efficacy (open answers)",
-    "coherence_judged": "coherence (judge)", "final_judged": "harmonic mean (judge)",
+    "coherence_judged": "coherence (judge)", "final_judged": "final score (judge)",
 }  # fmt: skip
 
 
@@ -175,6 +175,7 @@ def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
     for (concept, method, ember), arm in main.groupby(ARM, sort=False):
         scores = arm.set_index("metric")
         row = {"concept": concept, "method": arm_name(method, ember), "chosen on train": arm.cell.iloc[0]}
+        row["runs"] = arm.runs.iloc[0]
         for metric, title in shown.items():
             s = scores.loc[metric] if metric in scores.index else None
             row[title] = "–" if s is None else f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
@@ -183,13 +184,21 @@ def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict_table(
-    scores: pd.DataFrame, areas: pd.DataFrame, left: pd.DataFrame, spared: pd.DataFrame, *, concept: str
+    scores: pd.DataFrame,
+    strengths: pd.DataFrame,
+    areas: pd.DataFrame,
+    left: pd.DataFrame,
+    spared: pd.DataFrame,
+    *,
+    concept: str,
 ) -> pd.DataFrame:
     """Does EMBER beat its controls, and what does the frequency rule save: one row an answer.
 
-    The frames are ``control_table``'s, ``trade.area_table``'s, ``relearn_tables.control_table``'s and
-    ``trade.equal_gain_table``'s; any may be empty. Columns: question, beside (the control), measure, runs, difference
-    from EMBER and its 95 % interval over items, seeds and concepts, better (EMBER, the control, or "not shown").
+    The frames are ``control_table``'s, ``trade.strength_table``'s, ``trade.area_table``'s,
+    ``relearn_tables.control_table``'s and ``trade.equal_gain_table``'s; any may be empty.
+
+    Columns: question, beside (the control), measure, runs, difference from EMBER and its 95 % interval over items,
+    seeds and concepts, better (EMBER, the control, or "not shown").
     """
     rows = []
     for row in scores.itertuples():
@@ -201,14 +210,16 @@ def verdict_table(
             measure = f"probability of the right answer ({row.precision}, lr {float(row.lr):g})"
             interval = (row.value, row.ci_low, row.ci_high)
             rows.append(("left after relearning", method_name(row.method), measure, row.runs, -1, interval))
+    same = strengths[strengths.delta == 1] if len(strengths) else strengths
     for question, table, sign, measure in (
+        ("taken at delta=1", same, 1, "probability of the right answer"),
         ("area under the trade", areas, 1, "probability taken, against {} cost"),
         ("cost at equal erasure", spared, -1, "{} cost"),
     ):
         for row in table.itertuples():
             if row.edit != "EMBER":
                 interval = (row.difference, row.difference_low, row.difference_high)
-                rows.append((question, row.edit, measure.format(row.cost), row.runs, sign, interval))
+                rows.append((question, row.edit, measure.format(getattr(row, "cost", "")), row.runs, sign, interval))
     answers = []
     for question, beside, measure, runs, sign, (value, low, high) in rows:
         better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"

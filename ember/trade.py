@@ -302,6 +302,26 @@ def area_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.Da
     return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
 
 
+def strength_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.DataFrame:
+    """What each edit takes at each strength, pooled over runs, and the difference from the reference at the same one.
+
+    Columns: edit, delta, runs, gain (fall in the probability of the right answer), ci_low, ci_high, difference,
+    difference_low, difference_high; 95 % intervals over items, seeds and concepts. A random direction moves each row
+    as far as EMBER does at the same strength.
+    """
+    groups = [concept for concept, _ in runs]
+    first = next(iter(runs.values()))
+    rows = []
+    for edit in first.gain:
+        for k, delta in enumerate(first.strengths):
+            own, theirs = ([found.gain[name][k] for found in runs.values()] for name in (edit, reference))
+            gains = [(float(gain[0]), gain[1:]) for gain in own]
+            gaps = [(float(a[0] - b[0]), a[1:] - b[1:]) for a, b in zip(own, theirs, strict=True)]
+            rows.append((edit, delta, len(runs), *pooled(gains, groups=groups), *pooled(gaps, groups=groups)))
+    columns = ["edit", "delta", "runs", "gain", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
+
+
 def equal_gain_table(runs: Mapping[Run, Curves], edit: str, *, reference: str = "EMBER") -> pd.DataFrame:
     """``costs_at_equal_gain`` pooled over runs: what an edit saves, where both erase the same.
 

@@ -250,6 +250,7 @@ def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
     assert (overview[overview.arm == "unedited"].share == "–").all()
     assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
     assert len(overview) == len(relearn_tables.final_points(all_table()))
+    assert overview.runs.tolist() == relearn_tables.final_points(all_table()).runs.tolist()
 
 
 def test_a_run_that_diverged_is_marked_where_it_ended():

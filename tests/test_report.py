@@ -69,7 +69,7 @@ def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_ze
         "emberFalse", "rmuTrue",
     }  # fmt: skip
     overview = arm_overview(main)
-    assert overview["harmonic mean (judge)"].tolist() == ["0.20 [0.20, 0.20]", "–", "0.20 [0.20, 0.20]"]
+    assert overview["final score (judge)"].tolist() == ["0.20 [0.20, 0.20]", "–", "0.20 [0.20, 0.20]"]
     assert "coherence (judge)" not in overview
     assert set(effect_table(found).metric) == set(SCORES)
     found["Rome", "rmu", False, 1] = made(0.1, final_judged=0.1)
@@ -394,9 +394,9 @@ def test_the_overview_has_one_row_an_arm():
     cells = cells_of(("Rome", "ember", False, 1, "delta=2", True), ("Rome", "rmu", True, 1, "layer=3", True))
     table = arm_overview(main_table(found, cells))
     assert table.to_dict("records")[1] == {
-        "concept": "Rome", "method": "EMBER + RMU", "chosen on train": "layer=3",
+        "concept": "Rome", "method": "EMBER + RMU", "chosen on train": "layer=3", "runs": 1,
         "efficacy": "0.13 [0.13, 0.13]", "specificity": "0.99 [0.99, 0.99]", "coherence": "0.13 [0.13, 0.13]",
-        "harmonic mean": "0.13 [0.13, 0.13]",
+        "final score": "0.13 [0.13, 0.13]",
     }  # fmt: skip
     assert table.method.tolist() == ["EMBER", "EMBER + RMU"]
 
@@ -466,13 +466,18 @@ def test_a_verdict_needs_an_interval_without_zero():
     spared = made(
         edit=["EMBER, rare tokens"], cost="everyday", runs=2, difference=-0.3, difference_low=-0.5, difference_high=-0.1
     )
-    table = verdict_table(scores, areas, left, spared, concept="Rome")
-    assert table.measure.tolist()[0] == "harmonic mean" and len(table) == 5
+    strengths = made(
+        edit=["EMBER", "random direction", "random direction"], delta=[1.0, 1.0, 10.0], runs=2,
+        difference=[0.0, -0.1, 0.1], difference_low=[0.0, -0.2, 0.05], difference_high=[0.0, -0.05, 0.2],
+    )  # fmt: skip
+    table = verdict_table(scores, strengths, areas, left, spared, concept="Rome")
+    assert table.measure.tolist()[0] == "final score" and len(table) == 6
     named = table.set_index(["question", "beside"]).better
     assert named["scores before relearning", "mean rows"] == "mean rows"
     assert named["left after relearning", "mean rows"] == "not shown"
     assert named["left after relearning", "random direction"] == "EMBER"
+    assert named["taken at delta=1", "random direction"] == "EMBER"
     assert named["area under the trade", "zero rows"] == "EMBER"
     assert named["cost at equal erasure", "EMBER, rare tokens"] == "EMBER, rare tokens"
     nothing = pd.DataFrame()
-    assert verdict_table(nothing, nothing, nothing, nothing, concept="Rome").empty
+    assert verdict_table(nothing, nothing, nothing, nothing, nothing, concept="Rome").empty

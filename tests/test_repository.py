@@ -9,6 +9,7 @@ import tomllib
 import pytest
 import yaml
 
+from ember.batch import PAGES, render_page
 from ember.paths import REPOSITORY
 
 # Left to right: a module imports only from groups before its own, or from its own group.
@@ -124,28 +125,28 @@ def test_readme_quickstart_runs_as_it_stands(tmp_path, monkeypatch, embedded):
     assert (tmp_path / "my-edit" / "edit.safetensors").exists()
 
 
-def test_readme_tables_are_those_of_the_committed_results():
-    from ember.batch import render_readme
-
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert render_readme(text) == text, "run: make readme"
-
-
-def test_the_paper_page_is_that_of_the_formulas_and_profiles():
-    from ember.batch import PAPER_PAGE, render_paper_page
-
-    text = PAPER_PAGE.read_text(encoding="utf-8")
-    assert render_paper_page(text) == text, "run: make readme"
-    for path in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (PAPER_PAGE.parent / path).exists(), path
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_s_tables_are_those_of_the_results_and_its_links_lead_somewhere(page):
+    path = REPOSITORY / page
+    text = path.read_text(encoding="utf-8")
+    assert render_page(page, text) == text, "run: make readme"
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        file, _, section = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not section or section in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_readme_pictures_exist():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert pictures
-    for picture in pictures:
-        assert (REPOSITORY / picture).exists(), picture
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_shows_pictures():
+    assert re.search(r"!\[[^\]]+\]\([^)]+\.png\)", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
 
 
 def tracked_files() -> list[str]:

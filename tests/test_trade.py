@@ -14,7 +14,7 @@ from ember.localization import expected_per_thousand
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.scoring import sequence_scores
-from ember.trade import Probe, area, area_table, compare_areas, cost_at, curves, equal_gain_table
+from ember.trade import Probe, area, area_table, compare_areas, cost_at, curves, equal_gain_table, strength_table
 
 CONFIG = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
 
@@ -187,6 +187,18 @@ def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero():
     own = table.loc["everyday", "EMBER"]
     assert own.difference == own.difference_low == own.difference_high == 0
     assert better.area == pytest.approx(own.area + better.difference)
+
+
+def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw():
+    runs = {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
+    table = strength_table(runs).set_index(["edit", "delta"])
+    assert table.index.tolist() == [(edit, d) for edit in ("EMBER", "EMBER, rare tokens") for d in (0.5, 1.0)]
+    for delta in (0.5, 1.0):
+        own, better = table.loc["EMBER", delta], table.loc["EMBER, rare tokens", delta]
+        assert own.ci_low < own.gain < own.ci_high and own.runs == 2
+        assert own.difference == own.difference_low == own.difference_high == 0
+        assert better[["difference", "difference_low", "difference_high"]].tolist() == pytest.approx([0.3 * delta] * 3)
+        assert better.gain == pytest.approx(own.gain + 0.3 * delta)
 
 
 def test_equal_edits_differ_by_nothing_and_free_ones_have_no_area():
