@@ -158,7 +158,7 @@ def results_tables() -> dict[str, str]:
         "strengths": _strengths(full / "strengths.csv", only=ALL),
         "trade": _trades(controls / "trade.csv", only=ALL),
         "stability": _stability(controls / "stability.csv", only=ALL),
-        "arrival": _arrivals(full / "arrival.csv"),
+        "arrival": _arrivals(full),
     }
 
 
@@ -319,23 +319,28 @@ def _stability(path: Path, *, only: str) -> str:
     return _lines(pd.DataFrame(shown).replace("nan%", "–"))
 
 
-def _arrivals(path: Path) -> str:
-    """Where erasing what was taught arrives, as Markdown."""
+def _arrivals(tables: Path) -> str:
+    """Where erasing what was taught arrives, and what it does to the taught copy otherwise, as Markdown."""
     from ember.report import arm_name
 
-    table = pd.read_csv(path)
-    spans = {"ci_low": "share_low", "ci_high": "share_high"}
-    wide = {
-        metric: dict(zip(zip(part.method, part.ember, strict=True), _spans(part.rename(columns=spans), "share", ".2f"),
-                         strict=True))
-        for metric, part in table.groupby("metric")
-    }  # fmt: skip
-    first = table[table.metric == "gold_prob"]
-    arms = list(zip(first.method, first.ember, strict=True))
-    shown = {"arm": [arm_name(*arm) for arm in arms], "cell": first.cell}
-    shown |= {f"arrival ({name})": [wide[metric][arm] for arm in arms] for metric, name in
-              (("gold_prob", "probability"), ("gold_logprob", "log-likelihood"))}  # fmt: skip
-    return _lines(pd.DataFrame(shown))
+    table = pd.read_csv(tables / "arrival.csv").rename(columns={"ci_low": "share_low", "ci_high": "share_high"})
+    damage = pd.read_csv(tables / "taught_damage.csv")
+    damage = damage[damage.reference == "taught"].rename(columns={"ci_low": "change_low", "ci_high": "change_high"})
+
+    def texts(frame: pd.DataFrame, column: str, form: str) -> dict[tuple[str, bool], str]:
+        return dict(zip(zip(frame.method, frame.ember, strict=True), _spans(frame, column, form), strict=True))
+
+    likely = table[table.metric == "gold_prob"]
+    general = damage[(damage.set == "general") & (damage.metric == "gold_prob")]
+    columns = {
+        "arrival (probability)": texts(likely, "share", ".2f"),
+        "arrival (log-likelihood)": texts(table[table.metric == "gold_logprob"], "share", ".2f"),
+        "general knowledge (probability)": texts(general, "change", "+.2f"),
+        "neutral text, loss (nats/token)": texts(damage[damage.set == "neutral"], "change", "+.2f"),
+    }
+    arms = list(zip(likely.method, likely.ember, strict=True))
+    shown = {"arm": [arm_name(*arm) for arm in arms], "cell": likely.cell}
+    return _lines(pd.DataFrame(shown | {title: [found[arm] for arm in arms] for title, found in columns.items()}))
 
 
 def _benchmarks(path: Path) -> str:
