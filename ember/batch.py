@@ -155,8 +155,8 @@ def results_tables() -> dict[str, str]:
         "localization": _localized(laptop / "localization.csv"),
         "controls_hours": _hours(controls),
         "verdicts": _verdicts(controls / "verdicts.csv"),
-        "strengths": _strengths(full / "strengths.csv", only=ALL),
-        "trade": _trades(controls / "trade.csv", only=ALL),
+        "strengths": _beside_ember(full / "strengths.csv", only=ALL, value="gain", across="delta", title="delta={:g}"),
+        "trade": _beside_ember(controls / "trade.csv", only=ALL, value="area", across="cost", title="against {}"),
         "stability": _stability(controls / "stability.csv", only=ALL),
         "arrival": _arrivals(full),
     }
@@ -272,26 +272,15 @@ def _localized(path: Path) -> str:
     return _lines(pd.DataFrame(rows, columns=columns).sort_values("texts", kind="stable"))
 
 
-def _trades(path: Path, *, only: str) -> str:
-    """EMBER's areas, and by how much those of other edits of its rows differ, as Markdown."""
+def _beside_ember(path: Path, *, only: str, value: str, across: str, title: str) -> str:
+    """EMBER's values, and for other edits the difference from them, by what column ``across`` says, as Markdown."""
     table = pd.read_csv(path)
     table = table[table.concept == only]
-    areas = _spans(table.rename(columns={"ci_low": "area_low", "ci_high": "area_high"}), "area", ".3f")
-    pairs = zip(table.edit, areas, _spans(table, "difference"), strict=True)
-    table = table.assign(text=[area if edit == "EMBER" else gap for edit, area, gap in pairs])
-    wide = table.pivot(index="edit", columns="cost", values="text").loc[list(dict.fromkeys(table.edit))]
-    return _lines(wide[list(dict.fromkeys(table.cost))].rename(columns="against {}".format).reset_index())
-
-
-def _strengths(path: Path, *, only: str) -> str:
-    """What EMBER takes at each strength, and how much more or less other edits take at the same, as Markdown."""
-    table = pd.read_csv(path)
-    table = table[table.concept == only]
-    gains = _spans(table.rename(columns={"ci_low": "gain_low", "ci_high": "gain_high"}), "gain", ".3f")
-    pairs = zip(table.edit, gains, _spans(table, "difference"), strict=True)
-    table = table.assign(text=[gain if edit == "EMBER" else gap for edit, gain, gap in pairs])
-    wide = table.pivot(index="edit", columns="delta", values="text").loc[list(dict.fromkeys(table.edit))]
-    return _lines(wide.rename(columns="delta={:g}".format).reset_index())
+    own = _spans(table.rename(columns={"ci_low": f"{value}_low", "ci_high": f"{value}_high"}), value, ".3f")
+    pairs = zip(table.edit, own, _spans(table, "difference"), strict=True)
+    table = table.assign(text=[mine if edit == "EMBER" else gap for edit, mine, gap in pairs])
+    wide = table.pivot(index="edit", columns=across, values="text").loc[list(dict.fromkeys(table.edit))]
+    return _lines(wide[list(dict.fromkeys(table[across]))].rename(columns=title.format).reset_index())
 
 
 def _verdicts(path: Path) -> str:
