@@ -26,13 +26,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ember.batch import data_tables, fill_blocks
 from ember.checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, mark_answers
 from ember.data import Concept, Question, concept_from_sentences
 from ember.evaluation import blind_scores, question_scores
 from ember.files import write_text
 from ember.metrics import CHANCE
 from ember.models import LoadedModel, load_model
+from ember.pages import data_tables, fill_blocks
 from ember.wording import Texts, paraphrases
 
 SCREEN = "Q: {question}\nA:"

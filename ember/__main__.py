@@ -203,7 +203,7 @@ def _refresh_notebooks(options: argparse.Namespace) -> int:
 
 
 def _update_readme(_: argparse.Namespace) -> int:
-    from ember.batch import update_readme
+    from ember.pages import update_readme
 
     update_readme()
     return 0

@@ -213,13 +213,13 @@ def verdict_table(
     same = strengths[strengths.delta == 1] if len(strengths) else strengths
     for question, table, sign, measure in (
         ("taken at delta=1", same, 1, "probability of the right answer"),
-        ("area under the trade", areas, 1, "probability taken, against {} cost"),
-        ("cost at equal erasure", spared, -1, "{} cost"),
+        ("area under the trade", areas, 1, "probability taken, against {cost} cost"),
+        ("cost at equal erasure", spared, -1, "{cost} cost"),
     ):
         for row in table.itertuples():
             if row.edit != "EMBER":
                 interval = (row.difference, row.difference_low, row.difference_high)
-                rows.append((question, row.edit, measure.format(getattr(row, "cost", "")), row.runs, sign, interval))
+                rows.append((question, row.edit, measure.format(**row._asdict()), row.runs, sign, interval))
     answers = []
     for question, beside, measure, runs, sign, (value, low, high) in rows:
         better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"

@@ -294,12 +294,18 @@ def area_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.Da
             rows.append((cost, edit, 0, *[np.nan] * 6))
             continue
         groups = [concept for concept, _ in told]
-        own = [found[cost, edit] for found in told.values()]
-        others = [found[cost, reference] for found in told.values()]
-        gaps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(own, others, strict=True)]
-        rows.append((cost, edit, len(told), *pooled(own, groups=groups), *pooled(gaps, groups=groups)))
+        own, others = ([found[cost, name] for found in told.values()] for name in (edit, reference))
+        rows.append((cost, edit, len(told), *_pooled_beside(own, others, groups)))
     columns = ["cost", "edit", "runs", "area", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
+
+
+def _pooled_beside(
+    own: Sequence[tuple[float, np.ndarray]], others: Sequence[tuple[float, np.ndarray]], groups: Sequence[str]
+) -> tuple[float, ...]:
+    """``pooled`` values, and pooled differences from others that drew the same items; each with its interval."""
+    gaps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(own, others, strict=True)]
+    return (*pooled(own, groups=groups), *pooled(gaps, groups=groups))
 
 
 def strength_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> pd.DataFrame:
@@ -314,10 +320,11 @@ def strength_table(runs: Mapping[Run, Curves], *, reference: str = "EMBER") -> p
     rows = []
     for edit in first.gain:
         for k, delta in enumerate(first.strengths):
-            own, theirs = ([found.gain[name][k] for found in runs.values()] for name in (edit, reference))
-            gains = [(float(gain[0]), gain[1:]) for gain in own]
-            gaps = [(float(a[0] - b[0]), a[1:] - b[1:]) for a, b in zip(own, theirs, strict=True)]
-            rows.append((edit, delta, len(runs), *pooled(gains, groups=groups), *pooled(gaps, groups=groups)))
+            own, others = (
+                [(float(found.gain[name][k, 0]), found.gain[name][k, 1:]) for found in runs.values()]
+                for name in (edit, reference)
+            )
+            rows.append((edit, delta, len(runs), *_pooled_beside(own, others, groups)))
     columns = ["edit", "delta", "runs", "gain", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
 

@@ -14,10 +14,11 @@ from test_data import write_rows
 from test_wording import DIFFERENT_PAIRS, PARAPHRASES, question
 
 from ember import checks, wording
-from ember.batch import check_data, check_table, fill_blocks
+from ember.batch import check_data, check_table
 from ember.checks import GUESSES, CheckReport, check_concept, check_shared, mark_answers
 from ember.data import Concept, Question, SharedData
 from ember.errors import EmberError
+from ember.pages import fill_blocks
 
 SOUND, SHARED = sound_concept(), sound_shared()
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import NEUTRAL, SENTENCES
 
-from ember.batch import check_data, check_table, fill_blocks
+from ember.batch import check_data, check_table
 from ember.checks import CheckReport, check_concept, check_shared
 from ember.data import (
     SPLITS,
@@ -21,6 +21,7 @@ from ember.data import (
     load_shared,
 )
 from ember.errors import DataError, UnknownNameError
+from ember.pages import fill_blocks
 from ember.paths import data_dir
 
 CONCEPTS = list_concepts()
@@ -206,7 +207,7 @@ def test_concepts_do_not_share_texts_or_questions():
 
 @pytest.mark.embedded
 def test_the_data_card_has_the_check_report(embedded):
-    """With the guesses of the embedded model; rendered as ``ember.batch.data_tables`` does."""
+    """With the guesses of the embedded model; rendered as ``ember.pages.data_tables`` does."""
     text = (data_dir() / "README.md").read_text(encoding="utf-8")
     reports = check_data(loaded=embedded)
     assert all(report.ok for report in reports), "\n".join(map(told, reports))

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import yaml
 
-from ember.batch import PAGES, render_page
+from ember.pages import PAGES, render_page
 from ember.paths import REPOSITORY
 
 # Left to right: a module imports only from groups before its own, or from its own group.
@@ -41,6 +41,7 @@ LAYERS = [
     {"results"},
     {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
     {"notebooks", "batch"},
+    {"pages"},
 ]
 
 
