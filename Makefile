@@ -11,7 +11,7 @@ READY := .venv/.ready
 QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
 
 # The report reads what all others write.
-REPORT := notebooks/08_report.ipynb
+REPORT := notebooks/10_report.ipynb
 NOTEBOOKS := $(filter-out $(REPORT),$(sort $(wildcard notebooks/*.ipynb))) $(REPORT)
 
 .PHONY: setup reproduce test bench lint unit nbval lab notebooks readme data lock clean

@@ -9,13 +9,13 @@ import shlex
 import sys
 from json import dumps
 
-from ember.expected import request
-from ember.files import digest, sha256_of
-from ember.judge_config import deciding
-from ember.notebooks import code_hash
-from ember.paths import data_dir, results_dir
-from ember.planning import FRAMES, plan
-from ember.profiles import frame_path, load_profile, manifest_path
+from ember.batch.expected import request
+from ember.store.files import digest, sha256_of
+from ember.judging.settings import deciding
+from ember.batch.runner import code_hash
+from ember.store.paths import data_dir, results_dir
+from ember.batch.planning import FRAMES, plan
+from ember.batch.profiles import frame_path, load_profile, manifest_path
 
 PROFILE = load_profile(config.get("profile", "laptop"))
 JOBS = {job.name: job for job in plan(PROFILE)}
@@ -201,18 +201,18 @@ rule control_edits:
 rule factor_stability:
     input:
         ancient(MODEL),
-        needs("09_factor_stability"),
+        needs("08_factor_stability"),
     output:
-        outputs("09_factor_stability"),
+        outputs("08_factor_stability"),
     params:
-        notebook="09_factor_stability",
-        settings=settings("09_factor_stability"),
+        notebook="08_factor_stability",
+        settings=settings("08_factor_stability"),
         stability=dumps([PROFILE.stability, PROFILE.fit], sort_keys=True),
-        code=code_hash("09_factor_stability"),
+        code=code_hash("08_factor_stability"),
         data=DATA,
     threads: THREADS
     resources:
-        **asked("09_factor_stability"),
+        **asked("08_factor_stability"),
     shell:
         RUN
 
@@ -221,16 +221,16 @@ rule teach_and_erase:
     input:
         ancient(MODEL),
     output:
-        outputs("10_teach_and_erase"),
+        outputs("09_teach_and_erase"),
     params:
-        notebook="10_teach_and_erase",
-        settings=settings("10_teach_and_erase"),
+        notebook="09_teach_and_erase",
+        settings=settings("09_teach_and_erase"),
         teach=lambda wildcards: dumps([PROFILE.teach, {arm: PROFILE.cells(arm) for arm in PROFILE.grids}], sort_keys=True),
-        code=code_hash("10_teach_and_erase"),
+        code=code_hash("09_teach_and_erase"),
         data=DATA,
     threads: THREADS
     resources:
-        **asked("10_teach_and_erase"),
+        **asked("09_teach_and_erase"),
     shell:
         RUN
 
@@ -254,15 +254,15 @@ rule tour:
 
 rule report:
     input:
-        [str(manifest_path(PROFILE.name, name)) for name in JOBS["08_report"].needs],
+        [str(manifest_path(PROFILE.name, name)) for name in JOBS["10_report"].needs],
     output:
-        str(manifest_path(PROFILE.name, "08_report")),
+        str(manifest_path(PROFILE.name, "10_report")),
     params:
-        notebook="08_report",
-        settings=dumps(dict(JOBS["08_report"].parameters)),
-        code=code_hash("08_report"),
+        notebook="10_report",
+        settings=dumps(dict(JOBS["10_report"].parameters)),
+        code=code_hash("10_report"),
     threads: THREADS
     resources:
-        **asked("08_report"),
+        **asked("10_report"),
     shell:
         RUN

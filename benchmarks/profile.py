@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.run import questions_of_rome
 from ember import load_concept, load_model
-from ember.attacks import ATTACKS
-from ember.evaluation import question_scores
-from ember.relearning import RelearnConfig, relearn
+from ember.evaluation.evaluate import question_scores
+from ember.relearning.attacks import ATTACKS
+from ember.relearning.train import RelearnConfig, relearn
 
 
 def profiled(work: Callable[[], Any]) -> str:

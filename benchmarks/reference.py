@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ember.data import Question
-from ember.letters import NEW_TOKENS, letter_prompt
-from ember.models import LoadedModel
+from ember.data.types import Question
+from ember.evaluation.letters import NEW_TOKENS, letter_prompt
+from ember.models.loading import LoadedModel
 
 
 def sparse_mf(X: torch.Tensor, rank: int, **settings: float) -> tuple[torch.Tensor, torch.Tensor, list[float]]:

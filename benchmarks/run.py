@@ -26,19 +26,19 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks import reference
 from ember import METHODS, load_concept, load_model, load_suite
-from ember.activations import Site, collect
-from ember.attacks import ATTACKS
-from ember.data import Question
-from ember.evaluation import PROMPT, Sizes, question_scores
+from ember.data.types import Question
+from ember.evaluation.evaluate import PROMPT, Sizes, question_scores
+from ember.evaluation.letters import read_letter
 from ember.factorization import Factorization, semi_nmf, sparse_mf
-from ember.files import write_text
-from ember.letters import read_letter
-from ember.models import LoadedModel, weights_hash
-from ember.paths import results_root
-from ember.plots import PALETTE, use_theme
-from ember.progress import bar
-from ember.relearning import RelearnConfig, relearn, training_plan
-from ember.scoring import option_logprobs
+from ember.models.activations import Site, collect
+from ember.models.loading import LoadedModel, weights_hash
+from ember.models.scoring import option_logprobs
+from ember.relearning.attacks import ATTACKS
+from ember.relearning.train import RelearnConfig, relearn, training_plan
+from ember.reporting.plots import PALETTE, use_theme
+from ember.store.files import write_text
+from ember.store.paths import results_root
+from ember.store.progress import bar
 
 # Precision → its name in the table, and how far its loss of a step (3 to 4 nats per token) may lie from float32's.
 LEARNING = {"fp32": ("float32", 0.005), "bf16_master": ("bf16, float32 copies", 0.15)}
@@ -176,7 +176,7 @@ def editing(loaded: LoadedModel, repeats: int) -> dict[str, Any]:
 def memory() -> dict[str, Any]:
     """Peak memory of notebook 03 in a process of its own."""
     code = (
-        "from ember.notebooks import run_notebook\n"
+        "from ember.batch.runner import run_notebook\n"
         "common = {'profile': 'laptop', 'model': 'smollm2-135m', 'concept': 'Ancient Rome', 'seed': 42}\n"
         "print(run_notebook('03_erase_concept', common | {'method': 'ember', 'ember': False}))\n"
     )

@@ -26,14 +26,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ember.checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, mark_answers
-from ember.data import Concept, Question, concept_from_sentences
-from ember.evaluation import blind_scores, question_scores
-from ember.files import write_text
-from ember.metrics import CHANCE
-from ember.models import LoadedModel, load_model
-from ember.pages import data_tables, fill_blocks
-from ember.wording import Texts, paraphrases
+from ember.batch.pages import data_tables, fill_blocks
+from ember.data.ours import concept_from_sentences
+from ember.data.types import Concept, Question
+from ember.data.wording import Texts, paraphrases
+from ember.evaluation.data_checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, mark_answers
+from ember.evaluation.evaluate import blind_scores, question_scores
+from ember.evaluation.metrics import CHANCE
+from ember.models.loading import LoadedModel, load_model
+from ember.store.files import write_text
 
 SCREEN = "Q: {question}\nA:"
 FLOOR = 0.1

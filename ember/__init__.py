@@ -9,17 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load_model": "ember.models",
-    "load_concept": "ember.data",
-    "concept_from_sentences": "ember.data",
-    "load_suite": "ember.evaluation",
+    "load_model": "ember.models.loading",
+    "load_concept": "ember.data.ours",
+    "concept_from_sentences": "ember.data.ours",
+    "load_suite": "ember.evaluation.evaluate",
     "sparse_mf": "ember.factorization",
     "semi_nmf": "ember.factorization",
     "concept_features": "ember.features",
     "preview_rows": "ember.tokens",
     "Edit": "ember.editing",
-    "evaluate": "ember.evaluation",
-    "compare": "ember.metrics",
+    "evaluate": "ember.evaluation.evaluate",
+    "compare": "ember.evaluation.metrics",
     "METHODS": "ember.methods",
 }
 __all__ = ["__version__", *_EXPORTS]

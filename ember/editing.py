@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
-from ember.files import atomic_dir, digest, sha256_of
-from ember.models import LoadedModel, tensor_hash, weights_hash
+from ember.models.loading import LoadedModel, tensor_hash, weights_hash
+from ember.store.files import digest, read_sealed, sealed_dir
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "edit.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Edit:
         provenance = replace(
             first,
             method=f"{first.method}+{second.method}",
-            config={"steps": [*_steps(first), *_steps(second)]},
+            config={"steps": [*self.steps, *later.steps]},
             side=_joint_side(first.side, second.side),
         )
         return Edit(tensors, provenance)
@@ -155,9 +156,9 @@ class Edit:
     def steps(self) -> list[dict[str, Any]]:
         """The single edits that this one is composed of, in order: method, config, seed, concept."""
         made = self.provenance
-        alone = {"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}
-        steps = made.config.get("steps")  # a composition's; a training method's is a number
-        return list(steps) if isinstance(steps, list) else [alone]
+        if "+" in made.method:  # a composition; a training method's setting called steps is a number
+            return list(made.config["steps"])
+        return [{"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}]
 
     @property
     def identity(self) -> str:
@@ -183,38 +184,25 @@ class Edit:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``edit.safetensors``, ``edit.json`` and a model card; whole or not at all."""
-        folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "edit.json").exists():
-            raise EmberError(f"{folder} holds other files; an edit needs a folder of its own")
         arrays = {
             f"{name}::{part}": getattr(change, part).contiguous()
             for name, change in self.tensors.items()
             for part in ("rows", "values", "before")
         }
-        with atomic_dir(folder) as target:
+        about = {"format": FORMAT, "provenance": vars(self.provenance), "tensors": sorted(self.tensors)}
+        with sealed_dir(Path(folder), about, manifest=MANIFEST) as target:
             save_file(arrays, target / "edit.safetensors")
-            about = {
-                "format": FORMAT,
-                "provenance": {**vars(self.provenance)},
-                "tensors": sorted(self.tensors),
-                "sha256": sha256_of(target / "edit.safetensors"),
-            }
-            (target / "edit.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             (target / "README.md").write_text(_model_card(self), encoding="utf-8")
-        return folder
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Edit":
         """Read an edit written by ``save``; a missing, foreign or damaged file is an error that names it."""
-        folder = Path(folder)
-        path = folder / "edit.safetensors"
+        about = read_sealed(Path(folder), manifest=MANIFEST)
+        if about.get("format") != FORMAT:
+            raise DamagedFileError(f"{folder} has edit format {about.get('format')}, this version reads {FORMAT}")
         try:
-            about = json.loads((folder / "edit.json").read_text(encoding="utf-8"))
-            if about["format"] != FORMAT:
-                raise DamagedFileError(f"{folder} has edit format {about['format']}, this version reads {FORMAT}")
-            if sha256_of(path) != about["sha256"]:
-                raise DamagedFileError(f"{path} is damaged: its SHA-256 is not the one in edit.json")
-            arrays = load_file(path)
+            arrays = load_file(Path(folder) / "edit.safetensors")
             if {key.split("::")[0] for key in arrays} != set(about["tensors"]):
                 raise DamagedFileError(f"{folder} is damaged: edit.json and edit.safetensors name different tensors")
             tensors = {
@@ -222,7 +210,7 @@ class Edit:
                 for name in about["tensors"]
             }
             return cls(tensors, Provenance(**about["provenance"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise DamagedFileError(f"{folder} does not hold a whole edit: {error!r}") from error
 
     def _checked(self, model: LoadedModel | nn.Module) -> nn.Module:
@@ -235,7 +223,7 @@ class Edit:
             shared = owners[parameter.data_ptr()]
             if len(shared) > 1:
                 raise EmberError(
-                    f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.untie)"
+                    f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.loading.untie)"
                 )
             old = parameter.detach()[change.rows.to(parameter.device)]
             same_kind = old.shape == change.values.shape and old.dtype == change.values.dtype
@@ -248,11 +236,9 @@ class Edit:
         return f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {found}"
 
 
-def _steps(made: Provenance) -> list[Mapping[str, Any]]:
-    """The edits that a composition consists of, or the one edit. Methods may have a setting called ``steps`` too."""
-    if "+" in made.method:
-        return list(made.config["steps"])
-    return [{"method": made.method, "config": made.config, "seed": made.seed, "concept": made.concept}]
+def applying(loaded: LoadedModel, edit: Edit | None) -> AbstractContextManager[None]:
+    """``edit.applied(loaded)``, or with None nothing at all."""
+    return nullcontext() if edit is None else edit.applied(loaded)
 
 
 def _joint_side(first: str, second: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from ember.errors import EmberError
-from ember.progress import bar
+from ember.store.progress import bar
 
 _REST, _STILL = 10, 1e-6  # iterations; share of the loss
 _EXACT = 1e4  # times the precision: where so little of ‖X‖² is left, the loss as a difference of sums is rounding

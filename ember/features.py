@@ -1,6 +1,5 @@
 """Scoring a factorization's features, selecting the concept's, and keeping both in portable files."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
@@ -12,14 +11,15 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.errors import DamagedFileError, EmberError, NothingFoundError, UnknownNameError
 from ember.factorization import Factorization, sparse_mf
-from ember.files import atomic_dir, digest, sha256_of
-from ember.models import LoadedModel
-from ember.paths import cache_dir
+from ember.models.loading import LoadedModel
+from ember.store.files import digest, read_sealed, sealed_dir
+from ember.store.paths import cache_dir
 from ember.tokens import token_table
 
+MANIFEST = "features.json"
 RULES = ("keyness", "paper")
 PRECISIONS = ("float64", "float32")
 KEYNESS_THRESHOLD = 0.6  # bits; concept features stand well above it and all others below, over many seeds
@@ -95,36 +95,29 @@ class ConceptFeatures:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``features.safetensors`` and ``features.json``; whole or not at all."""
-        folder = Path(folder)
-        with atomic_dir(folder) as target:
-            tensors = {"F": self.factorization.F.contiguous(), "G": self.factorization.G.contiguous()}
-            tensors["loss_curve"] = torch.tensor(self.factorization.loss_curve, dtype=torch.float64)
+        tensors = {"F": self.factorization.F.contiguous(), "G": self.factorization.G.contiguous()}
+        tensors["loss_curve"] = torch.tensor(self.factorization.loss_curve, dtype=torch.float64)
+        about = {
+            "concept": self.concept, "model": self.model, "weights_hash": self.weights_hash,
+            "converged": self.factorization.converged, "settings": self.settings,
+            "table": self.table.to_dict("list"), "scores": self.scores.to_dict("list"),
+        }  # fmt: skip
+        with sealed_dir(Path(folder), about, manifest=MANIFEST) as target:
             save_file(tensors, target / "features.safetensors")
-            about = {
-                "concept": self.concept, "model": self.model, "weights_hash": self.weights_hash,
-                "converged": self.factorization.converged, "settings": self.settings,
-                "sha256": sha256_of(target / "features.safetensors"),
-                "table": self.table.to_dict("list"), "scores": self.scores.to_dict("list"),
-            }  # fmt: skip
-            (target / "features.json").write_text(json.dumps(about, default=_plain), encoding="utf-8")
-        return folder
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "ConceptFeatures":
         """Read what ``save`` wrote; a missing or damaged file is an error that names it."""
-        path, arrays_path = Path(folder) / "features.json", Path(folder) / "features.safetensors"
+        about = read_sealed(Path(folder), manifest=MANIFEST)
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            expected, parts = about["sha256"], (about["concept"], about["model"], about["weights_hash"])
+            arrays = load_file(Path(folder) / "features.safetensors")
+            curve = tuple(arrays["loss_curve"].tolist())
+            fit = Factorization(arrays["F"], arrays["G"], curve, about["converged"])
             table, scores = pd.DataFrame(about["table"]), pd.DataFrame(about["scores"])
-            converged, settings = about["converged"], about["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedFileError(f"{path} is damaged or missing: {error!r}") from error
-        if not arrays_path.exists() or sha256_of(arrays_path) != expected:
-            raise DamagedFileError(f"{arrays_path} is damaged or missing: its SHA-256 is not the one in features.json")
-        arrays = load_file(arrays_path)
-        fit = Factorization(arrays["F"], arrays["G"], tuple(arrays["loss_curve"].tolist()), converged)
-        return cls(*parts, table, fit, scores, settings)
+            return cls(about["concept"], about["model"], about["weights_hash"], table, fit, scores, about["settings"])
+        except (OSError, KeyError) as error:
+            raise DamagedFileError(f"{folder} does not hold a whole factorization: {error!r}") from error
 
 
 def concept_features(
@@ -141,7 +134,7 @@ def concept_features(
     """Factorize the embeddings of the concept's V' and score the features.
 
     The fit runs on the CPU in ``precision``. In float32 rounding alone, such as another order of summation, decides
-    which features come out; in float64 they come back (``ember.stability``). F and G are kept in float32.
+    which features come out; in float64 they come back (``ember.evaluation.stability``). F and G are kept in float32.
     ``fit`` holds other settings of ``sparse_mf``, whose defaults and errors apply. The result is kept in the user cache
     under a key of the weights, the texts and every setting, so that notebooks and methods share one fit;
     ``cache=False`` neither reads nor writes it.
@@ -230,10 +223,3 @@ def score_features(table: pd.DataFrame, G: torch.Tensor, *, top: int = 10) -> pd
 
 def _distinct(labels: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(labels))
-
-
-def _plain(value: Any) -> Any:
-    """JSON form of numpy scalars."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

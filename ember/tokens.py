@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from wordfreq import get_frequency_dict
 
-from ember.models import LoadedModel
+from ember.models.loading import LoadedModel
 
 ORDINARY_ZIPF = 4.0  # at least ten occurrences in a million words
 KEY_G2 = 15.13  # log-likelihood ratio at p < 0.0001 (Rayson & Garside 2000)

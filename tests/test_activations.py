@@ -8,15 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
-import ember.activations
-import ember.cache
-from ember.activations import Site, activations, collect, layer_name, n_layers, tapped, text_batch
-from ember.cache import cached_tensors
-from ember.contrast import ContrastText, contrast_table, keyness_bits, require_some, strongest
+import ember.models.activations
+import ember.store.files
 from ember.errors import DamagedFileError, EmberError
-from ember.models import LoadedModel
+from ember.methods.selection import ContrastText, contrast_table, keyness_bits, require_some, strongest
+from ember.models.activations import Site, activations, collect, layer_name, n_layers, tapped, text_batch
+from ember.models.loading import LoadedModel
+from ember.store.files import cached_tensors
 from ember.tokens import token_table
 
 TEXTS = (*SENTENCES, "Rome.", *NEUTRAL, "The train")
@@ -287,7 +287,7 @@ def test_nothing_half_written_is_left(cache, monkeypatch, failing):
 
     with monkeypatch.context() as patch:
         if failing != "compute":
-            patch.setattr(ember.cache, failing, fail)
+            patch.setattr(ember.store.files, failing, fail)
         compute = fail if failing == "compute" else lambda: ({"a": torch.ones(2)}, {})
         with pytest.raises(OSError, match="No space left"):
             cached_tensors("kind", "k", compute)

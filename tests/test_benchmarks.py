@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_concept, make_loaded, noise
+from helpers.tiny import make_concept, make_loaded, noise
 
 from benchmarks import reference, run
-from ember.attacks import ATTACKS
-from ember.evaluation import PROMPT
+from ember.evaluation.evaluate import PROMPT
 from ember.factorization import semi_nmf, sparse_mf
-from ember.relearning import RelearnConfig, relearn, training_plan
-from ember.scoring import option_logprobs
+from ember.models.scoring import option_logprobs
+from ember.relearning.attacks import ATTACKS
+from ember.relearning.train import RelearnConfig, relearn, training_plan
 
 
 @pytest.mark.parametrize("name", ["sparse_mf", "semi_nmf"])

@@ -9,16 +9,18 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from conftest import invented, make_concept, make_loaded, sound_concept, sound_shared, with_gold
-from test_data import write_rows
-from test_wording import DIFFERENT_PAIRS, PARAPHRASES, question
+from helpers.sound import invented, sound_concept, sound_shared, with_gold
+from helpers.sound_folder import write_sound
+from helpers.tiny import make_concept, make_loaded
+from helpers.wordings import DIFFERENT_PAIRS, PARAPHRASES, question
 
-from ember import checks, wording
-from ember.batch import check_data, check_table
-from ember.checks import GUESSES, CheckReport, check_concept, check_shared, mark_answers
-from ember.data import Concept, Question, SharedData
+from ember.batch.around import check_data, check_table
+from ember.batch.pages import fill_blocks
+from ember.data import wording
+from ember.data.types import Concept, Question, SharedData
 from ember.errors import EmberError
-from ember.pages import fill_blocks
+from ember.evaluation import data_checks as checks
+from ember.evaluation.data_checks import GUESSES, CheckReport, check_concept, check_shared, mark_answers
 
 SOUND, SHARED = sound_concept(), sound_shared()
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.
@@ -572,24 +574,6 @@ def test_general_questions_whose_longest_option_is_right(split, start):
 
 
 # Whole folders, and the table
-
-
-def write_sound(root: Path) -> Path:
-    """A data folder of the documented format that holds the sound concept and shared data; the concept's folder."""
-    folder = root / SOUND.slug
-    for part in (folder, root / "shared"):
-        part.mkdir(parents=True)
-    (folder / "concept.json").write_text(json.dumps({"name": SOUND.name, "simdom": SOUND.simdom}))
-    for kind in ("sentences", "paragraphs", "other_sense"):
-        (folder / f"{kind}.txt").write_text("\n".join(getattr(SOUND, kind)) + "\n")
-    write_rows(folder / "questions.jsonl", map(dataclasses.asdict, SOUND.questions))
-    shared = root / "shared"
-    write_rows(shared / "general.jsonl", map(dataclasses.asdict, SHARED.questions))
-    write_rows(shared / "neutral_fit.jsonl", [{"text": text, "subject": "x"} for text in SHARED.neutral_fit])
-    held_out = [(split, text) for split, texts in SHARED.neutral.items() for text in texts]
-    write_rows(shared / "neutral_heldout.jsonl", [{"text": t, "subject": "x", "split": s} for s, t in held_out])
-    write_rows(shared / "instructions.jsonl", [dataclasses.asdict(i) | {"kind": "x"} for i in SHARED.instructions])
-    return folder
 
 
 @pytest.fixture

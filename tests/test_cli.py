@@ -11,40 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_loaded
-from test_checks import write_sound
-from test_data import write_concept, write_shared
-from test_released import make_repository, write_released
+from helpers.folders import write_concept, write_shared
+from helpers.released import make_repository, write_released
+from helpers.sound_folder import write_sound
+from helpers.tiny import make_loaded
 
-from ember import released
-from ember.__main__ import main
-from ember.data import list_concepts, load_concept
+from ember.batch.planning import plan
+from ember.batch.profiles import list_profiles, load_profile
+from ember.data.ours import list_concepts, load_concept, released
 from ember.features import ConceptFeatures, concept_features
-from ember.models import load_model
-from ember.planning import plan
-from ember.profiles import list_profiles, load_profile
-from ember.specs import MODELS
+from ember.models.loading import load_model
+from ember.models.specs import MODELS
 
 COMMANDS = [
     "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
     "update-readme", "preflight", "plan", "fetch",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, cache, tmp_path):
-    """Run a command in this process, with cache and results elsewhere: (exit status, output, errors)."""
-    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ember", *map(str, arguments)])
-        try:
-            status = main()
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +113,7 @@ def test_unknown_notebook(run):
     [('{"prfile": "x"}', "prfile"), ('{"profile": 5}', "profile"), ("{profile", "JSON"), ("[1]", "object")],
 )
 def test_bad_notebook_parameters(run, parameters, word):
-    status, _, errors = run("run-notebook", "08_report", parameters)
+    status, _, errors = run("run-notebook", "10_report", parameters)
     assert status == 1
     assert_one_line(errors, word)
 
@@ -140,7 +122,7 @@ def test_an_unknown_profile_of_a_notebook_is_refused_before_it_runs(run, monkeyp
     import papermill
 
     monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("the notebook was started"))
-    status, _, errors = run("run-notebook", "08_report", json.dumps({"profile": "nope"}))
+    status, _, errors = run("run-notebook", "10_report", json.dumps({"profile": "nope"}))
     assert status == 1
     assert_one_line(errors, "'nope'", *list_profiles())
 
@@ -155,7 +137,7 @@ def test_dry_run_tells_what_would_run(run):
 
 
 def test_plan_tells_time_and_needs_of_every_run(run, monkeypatch):
-    monkeypatch.setattr("ember.models.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ember.models.loading.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     status, out, _ = run("plan", "--profile", "paper-gemma", "--gpu", "h100")
     jobs = plan(load_profile("paper-gemma"))
     assert status == 0
@@ -167,7 +149,7 @@ def test_plan_tells_time_and_needs_of_every_run(run, monkeypatch):
 
 
 def test_fetch_fetches_what_the_profile_reads_and_records_it(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("ember.prefetch.fetch_model", lambda name: tmp_path / f"{name}-copy")
+    monkeypatch.setattr("ember.batch.prefetch.fetch_model", lambda name: tmp_path / f"{name}-copy")
     status, out, _ = run("fetch", "smoke", "--record", tmp_path / "deep" / "model.json")
     assert status == 0 and out.startswith("smoke: smollm2-135m and data are ready")
     recorded = json.loads((tmp_path / "deep" / "model.json").read_text())
@@ -184,7 +166,7 @@ def sound(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def no_model(monkeypatch):
     """Loading a model fails the test."""
-    monkeypatch.setattr("ember.models.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ember.models.loading.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
 
 
 def spoil(path: Path, lines: int) -> None:
@@ -337,7 +319,7 @@ def test_preview_lists_the_rows(run, model, concept):
 
 def test_erase_saves_the_edit_that_preview_shows(run, model, concept, tmp_path):
     from ember.editing import Edit
-    from ember.models import load_model
+    from ember.models.loading import load_model
 
     options = ["--folder", concept, "--model", model, *features(8)]
     _, shown, _ = run("preview", *options)

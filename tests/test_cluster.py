@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ember.batch.expected import request
 
-from ember.expected import request
-from ember.paths import REPOSITORY
-from ember.planning import plan
-from ember.profiles import load_profile
+from ember.batch.planning import plan
+from ember.batch.profiles import load_profile
+from ember.store.paths import REPOSITORY
 
 SNAKEFILE = (REPOSITORY / "Snakefile").read_text(encoding="utf-8")
 PROFILE = yaml.safe_load((REPOSITORY / "cluster" / "slurm" / "config.yaml").read_text(encoding="utf-8"))

@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, noise, states
-from test_editing import snapshot
+from helpers.edits import snapshot
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, noise, states
 
-from ember.activations import Site
-from ember.contrast import select_features
 from ember.editing import Edit
 from ember.methods import crisp, pisces, rmu
-from ember.methods.common import adapted, linear_modules, weights_edit
 from ember.methods.crisp import CrispConfig
 from ember.methods.pisces import PiscesConfig, turn_against
 from ember.methods.rmu import RmuConfig
-from ember.models import LoadedModel
-from ember.sae import SparseAutoencoder, load_saes
+from ember.methods.sae import SparseAutoencoder, load_saes
+from ember.methods.selection import select_features
+from ember.methods.training import adapted, linear_modules, weights_edit
+from ember.models.activations import Site
+from ember.models.loading import LoadedModel
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 

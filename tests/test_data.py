@@ -6,62 +6,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import NEUTRAL, SENTENCES
+from helpers.folders import question_row, write_concept, write_rows, write_shared
+from helpers.tiny import NEUTRAL, SENTENCES
 
-from ember.batch import check_data, check_table
-from ember.checks import CheckReport, check_concept, check_shared
-from ember.data import (
-    SPLITS,
-    Concept,
-    Question,
-    SharedData,
-    concept_from_sentences,
-    list_concepts,
-    load_concept,
-    load_shared,
-)
+from ember.batch.around import check_data, check_table
+from ember.batch.pages import fill_blocks
+from ember.data.ours import concept_from_sentences, list_concepts, load_concept, load_shared
+from ember.data.types import SPLITS, Concept, Question, SharedData
 from ember.errors import DataError, UnknownNameError
-from ember.pages import fill_blocks
-from ember.paths import data_dir
+from ember.evaluation.data_checks import CheckReport, check_concept, check_shared
+from ember.store.paths import data_dir
 
 CONCEPTS = list_concepts()
 CHANCE = 0.25
 STORED_ORDERS = {"concept-001": ("d", "a", "b", "c"), "x": ("a", "b", "d", "c")}
-
-
-def question_row(number: int = 1, **changes) -> dict:
-    row = {
-        "id": f"concept-{number}", "set": "concept", "split": "test", "question": f"Where is the forum {number}?",
-        "answer": "Rome", "distractors": ["Gaul", "Athens", "Troy"], "aliases": ["the city"],
-    }  # fmt: skip
-    return row | changes
-
-
-def write_rows(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_concept(folder: Path, name: str = "Tiny Rome") -> Path:
-    """A whole concept folder of the documented format."""
-    folder.mkdir(parents=True)
-    (folder / "concept.json").write_text(json.dumps({"name": name, "simdom": "Tiny Greece"}))
-    for file in ("sentences", "paragraphs", "other_sense"):
-        (folder / f"{file}.txt").write_text("\n".join(SENTENCES) + "\n")
-    write_rows(folder / "questions.jsonl", [question_row(1), question_row(2)])
-    return folder
-
-
-def write_shared(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    write_rows(folder / "neutral_fit.jsonl", [{"text": text, "subject": "life"} for text in NEUTRAL])
-    held_out = [{"text": f"{text} Again.", "subject": "life", "split": "test"} for text in NEUTRAL]
-    write_rows(folder / "neutral_heldout.jsonl", held_out)
-    write_rows(folder / "general.jsonl", [question_row(k, set="general") for k in (1, 2)])
-    write_rows(
-        folder / "instructions.jsonl",
-        [{"id": f"i-{k}", "split": "test", "instruction": "Say yes.", "response": "Yes.", "kind": "x"} for k in (1, 2)],
-    )
-    return folder
 
 
 @pytest.fixture
@@ -207,7 +165,7 @@ def test_concepts_do_not_share_texts_or_questions():
 
 @pytest.mark.embedded
 def test_the_data_card_has_the_check_report(embedded):
-    """With the guesses of the embedded model; rendered as ``ember.pages.data_tables`` does."""
+    """With the guesses of the embedded model; rendered as ``ember.batch.pages.data_tables`` does."""
     text = (data_dir() / "README.md").read_text(encoding="utf-8")
     reports = check_data(loaded=embedded)
     assert all(report.ok for report in reports), "\n".join(map(told, reports))
@@ -219,8 +177,8 @@ def test_the_data_card_has_the_check_report(embedded):
 @pytest.mark.parametrize("set_", ["concept", "simdom"])
 def test_the_embedded_model_knows_the_material(concept, embedded, set_):
     """Without that nothing can be erased."""
-    from ember.evaluation import question_scores
-    from ember.metrics import wilson
+    from ember.evaluation.evaluate import question_scores
+    from ember.evaluation.metrics import wilson
 
     scores = question_scores(embedded, part(concept.questions, set_, "test"))
     correct = scores[scores.metric == "correct"].value
@@ -276,7 +234,7 @@ def test_folder_loads_a_concept_of_ones_own(data, tmp_path):
 
 def test_shared_data_have_all_neutral_sentences_of_the_fit(data, monkeypatch):
     """The first ones contrast with a concept, the others are the concept's further ones."""
-    monkeypatch.setattr("ember.data.NEUTRAL_IN_FIT", 3)
+    monkeypatch.setattr("ember.data.ours.NEUTRAL_IN_FIT", 3)
     loaded = load_concept("Tiny Rome")
     assert load_shared().neutral_fit == NEUTRAL
     assert (loaded.neutral, loaded.further_neutral) == (NEUTRAL[:3], NEUTRAL[3:])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_model
-from test_models import save
+from helpers.saved import save
+from helpers.tiny import make_model
 
-from ember.devices import choose_device
 from ember.errors import EmberError, UnknownNameError
-from ember.models import load_model
+from ember.models.loading import load_model
+from ember.store.devices import choose_device
 
 
 @pytest.fixture
@@ -61,6 +61,6 @@ def test_loading_follows_the_variable(gpus, monkeypatch, tmp_path):
     folder = save(tmp_path, make_model("llama"))
     assert load_model(folder).device == torch.device("cpu")
     monkeypatch.setenv("EMBER_DEVICE", "cuda")
-    monkeypatch.setattr("ember.models.AutoModelForCausalLM", None)  # refused before any weights are read
+    monkeypatch.setattr("ember.models.loading.AutoModelForCausalLM", None)  # refused before any weights are read
     with pytest.raises(EmberError, match="EMBER_DEVICE=cpu"):
         load_model(folder)

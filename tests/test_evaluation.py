@@ -5,64 +5,29 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
+from helpers.suites import blank, shared_data, suite_of, talkative, values_of
+from helpers.tiny import SENTENCES, make_concept, make_loaded
 
-from ember.data import Concept, Instruction, SharedData
-from ember.editing import Edit, Provenance
-from ember.evaluation import Evaluation, Sizes, Suite, evaluate, load_suite, question_scores
-from ember.metrics import compare, harmonic_mean
-from ember.models import LoadedModel, weights_hash
+from ember.data.types import Concept, SharedData
+from ember.evaluation.evaluate import Evaluation, Sizes, evaluate, load_suite, question_scores
+from ember.evaluation.metrics import compare, harmonic_mean
+from ember.models.loading import weights_hash
 
 QUESTIONS = {"concept", "simdom", "general"}
 TEXTS = {"neutral", "other_sense", "paragraph"}
-
-
-def shared_data() -> SharedData:
-    general = [replace(q, set="general", id=f"general-{q.id}") for q in make_concept().questions if q.set == "concept"]
-    instructions = [
-        Instruction(
-            f"i-{split}-{k}",
-            split,
-            f"The Romans marched {k} times along the {split}.",
-            "Yes, the Romans carried bread.",
-        )
-        for split in ("train", "test")
-        for k in range(3)
-    ]
-    neutral = {"train": (*NEUTRAL, SENTENCES[0]), "test": NEUTRAL[1:]}
-    return SharedData(tuple(general), neutral, tuple(instructions), NEUTRAL)
 
 
 @pytest.fixture(autouse=True)
 def shared(monkeypatch) -> SharedData:
     """Small shared data in place of ours."""
     data = shared_data()
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda source="ours": data)
+    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda source="ours": data)
     return data
-
-
-def suite_of(**sizes) -> Suite:
-    """Two paragraphs a split: a comparison needs at least two items of each set."""
-    concept = replace(make_concept(), paragraphs=SENTENCES * 4)
-    return load_suite(concept, {split: Sizes(**{"new_tokens": 4} | sizes) for split in ("train", "test")})
-
-
-def blank(loaded: LoadedModel, *words: str) -> Edit:
-    """An edit that empties the input rows of one-token words."""
-    rows = torch.tensor([loaded.encode(word, bos=False) for word in words]).flatten()
-    values = {loaded.embedding_name: (rows, torch.zeros(len(rows), loaded.embedding.shape[1]))}
-    return Edit.from_values(loaded, values, Provenance(loaded.name, loaded.weights_hash, "blank", {}, 0))
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, set[str]]:
     items = evaluation.items
     return {name: set(part.metric) for name, part in items.groupby("set")}
-
-
-def values_of(evaluation: Evaluation, set_: str, metric: str) -> pd.Series:
-    items = evaluation.items
-    return items[(items.set == set_) & (items.metric == metric)].set_index("item").value
 
 
 # Sizes
@@ -199,13 +164,6 @@ def test_an_evaluation_is_of_the_edited_model(tiny):
     assert found.samples.equals(inside.samples)
     np.testing.assert_allclose(values_of(found, "neutral", "loss"), values_of(inside, "neutral", "loss"), atol=1e-5)
     assert weights_hash(tiny.model) == tiny.weights_hash
-
-
-def talkative(loaded: LoadedModel) -> LoadedModel:
-    """The tied head of a random model repeats its last token; another head does not."""
-    with torch.no_grad():
-        loaded.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return LoadedModel(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
 
 
 def test_generated_text_is_the_edited_models_and_its_loss_the_base_models(tiny):

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_loaded
+from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
 from ember import features as module
-from ember.data import load_concept
+from ember.data.ours import load_concept
 from ember.errors import DamagedFileError, EmberError
 from ember.factorization import Factorization
 from ember.features import ConceptFeatures, concept_features, score_features

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ember.files import atomic_dir, atomic_file, digest, sha256_of, write_text
-from ember.paths import slug
+from ember.store.files import atomic_dir, atomic_file, digest, sha256_of, write_text
+from ember.store.paths import slug
 
 FAILURES = [ValueError("bad"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit(1)]
 

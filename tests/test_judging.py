@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_concept, make_loaded
-from test_evaluation import blank, shared_data, suite_of, talkative
+from helpers.suites import blank, shared_data, suite_of, talkative
+from helpers.tiny import make_concept, make_loaded
 
-from ember.chat import Judge, open_judge
 from ember.errors import DamagedFileError, EmberError
+from ember.evaluation.metrics import compare, harmonic_mean
 from ember.features import concept_features
-from ember.judge_config import JudgeConfig, deciding
-from ember.judging import (
+from ember.judging.client import Judge, open_judge
+from ember.judging.grading import (
     accepted_features,
     feature_verdicts,
     judge_coherence,
@@ -31,9 +31,9 @@ from ember.judging import (
     no_verdicts,
     top_tokens,
 )
-from ember.metrics import compare, harmonic_mean
-from ember.models import weights_hash
-from ember.paths import REPOSITORY
+from ember.judging.settings import JudgeConfig, deciding
+from ember.models.loading import weights_hash
+from ember.store.paths import REPOSITORY
 
 KEY = "sk-very-secret-0123456789"
 VARIABLE = "EMBER_TEST_JUDGE_KEY"
@@ -192,7 +192,7 @@ def test_the_same_question_is_asked_once(endpoint):
 def test_another_process_finds_the_reply(endpoint):
     judge_for(endpoint).ask("a", parsed)
     code = (
-        "import json, sys; from ember.chat import Judge; from ember.judge_config import JudgeConfig\n"
+        "import json, sys; from ember.judging.client import Judge; from ember.judging.settings import JudgeConfig\n"
         "judge = Judge(JudgeConfig(**json.loads(sys.argv[1])))\n"
         "print(judge.ask('a', json.loads), judge.calls)"
     )
@@ -540,12 +540,12 @@ def verdict_on(prompt: str) -> str:
 def asking(monkeypatch):
     """A suite whose sizes leave two open answers a set and two generations to a judge."""
     data = shared_data()
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda *_, **__: data)
+    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda *_, **__: data)
     return suite_of(open_answers=2, judge=True, generations=2, questions=3, instructions=2, letters=True)
 
 
 def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny, asking):
-    from ember.evaluation import evaluate
+    from ember.evaluation.evaluate import evaluate
 
     endpoint.answer = verdict_on
     tiny = talkative(tiny)
@@ -573,7 +573,7 @@ def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny, askin
 def test_chat_prompts_of_open_answers_have_one_bos(endpoint, asking, monkeypatch):
     loaded, seen = make_loaded(bos=True), []
     generate = lambda loaded, prompts, **_: seen.extend(prompts) or [[5]] * len(prompts)  # noqa: E731
-    monkeypatch.setattr("ember.judging.generate_greedy", generate)
+    monkeypatch.setattr("ember.judging.grading.generate_greedy", generate)
     judged_scores(loaded, asking, "test", judge_for(endpoint, rereads=0))
     assert len(seen) == 6 and all(ids.count(1) == 1 and ids[0] == 1 for ids in seen)
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conftest import make_concept, make_loaded
-from test_evaluation import blank, shared_data, suite_of, talkative, values_of
+from helpers.suites import blank, shared_data, suite_of, talkative, values_of
+from helpers.tiny import make_concept, make_loaded
 
-from ember.data import Question
-from ember.evaluation import Sizes, evaluate
-from ember.letters import NEW_TOKENS, letter_answers, letter_prompt, letter_scores, read_letter
-from ember.models import weights_hash
-from ember.paths import REPOSITORY
+from ember.data.types import Question
+from ember.evaluation.evaluate import Sizes, evaluate
+from ember.evaluation.letters import NEW_TOKENS, letter_answers, letter_prompt, letter_scores, read_letter
+from ember.models.loading import weights_hash
+from ember.store.paths import REPOSITORY
 
 QUESTIONS = list(make_concept().questions)
 
@@ -30,7 +30,7 @@ def answering(monkeypatch, *texts: str) -> list[list[list[int]]]:
         seen.append([list(p) for p in prompts])
         return [loaded.encode(texts[k % len(texts)], bos=False) for k in range(len(prompts))]
 
-    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    monkeypatch.setattr("ember.evaluation.letters.generate_greedy", generate)
     return seen
 
 
@@ -61,7 +61,7 @@ def test_the_prompt_has_every_option_once_under_its_letter():
 def test_the_order_is_the_question_s_own_in_every_process():
     here = [letter_prompt(q) for q in QUESTIONS]
     code = (
-        "import json; from conftest import make_concept; from ember.letters import letter_prompt\n"
+        "import json; from conftest import make_concept; from ember.evaluation.letters import letter_prompt\n"
         "print(json.dumps([letter_prompt(q) for q in make_concept().questions]))"
     )
     for seed in ("1", "2"):
@@ -89,7 +89,7 @@ def test_every_question_keeps_its_own_answer(monkeypatch):
     questions = [replace(q, question=q.question * (1 + k % 3)) for k, q in enumerate(QUESTIONS)]
     table = {tuple(loaded.encode_chat(letter_prompt(q))): "ABCD"[k % 4] for k, q in enumerate(questions)}
     generate = lambda _, prompts, **__: [loaded.encode(table[tuple(p)], bos=False) for p in prompts]  # noqa: E731
-    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    monkeypatch.setattr("ember.evaluation.letters.generate_greedy", generate)
     assert letter_answers(loaded, questions) == ["ABCD"[k % 4] for k in range(len(questions))]
 
 
@@ -127,7 +127,7 @@ def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
         seen.append(float(loaded.embedding[row].detach().abs().sum()))
         return [[]] * len(prompts)
 
-    monkeypatch.setattr("ember.letters.generate_greedy", generate)
+    monkeypatch.setattr("ember.evaluation.letters.generate_greedy", generate)
     for chosen in (edit, None):
         assert letter_answers(loaded, QUESTIONS[:2], chosen) == ["", ""]
     assert seen[0] == 0 < seen[1]
@@ -140,7 +140,7 @@ def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
 @pytest.fixture
 def shared(monkeypatch):
     data = shared_data()
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda *_, **__: data)
+    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda *_, **__: data)
 
 
 def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(shared, monkeypatch):

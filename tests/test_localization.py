@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
-from test_editing import EMBED
+from helpers.edits import EMBED
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
-from ember import control_plots
-from ember.localization import (
+from ember.evaluation.localization import (
     DISTANCES,
     EXPOSED,
     EXPOSURES,
@@ -25,6 +24,7 @@ from ember.localization import (
 )
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
+from ember.reporting import control_plots
 from ember.tokens import background_frequency
 
 TEXTS = {"paragraph": SENTENCES, "neutral": NEUTRAL}

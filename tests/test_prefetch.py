@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_loaded
+from helpers.tiny import make_loaded
 
-from ember import prefetch as module
+from ember.batch import prefetch as module
+from ember.batch.prefetch import prefetch
+from ember.batch.profiles import load_profile
 from ember.errors import DownloadError
-from ember.prefetch import prefetch
-from ember.profiles import load_profile
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -91,7 +91,7 @@ def test_a_fetched_hub_model_loads_offline(tmp_path):
 
 def load_offline(home: Path) -> subprocess.CompletedProcess:
     code = (
-        "from ember.models import load_model; from ember.download import fetch_model; "
+        "from ember.models.loading import load_model; from ember.models.weights import fetch_model; "
         "print(load_model('owner/tiny', device='cpu').base_hash, fetch_model('owner/tiny'))"
     )
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}

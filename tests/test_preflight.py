@@ -6,13 +6,22 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from helpers.commands import run  # noqa: F401
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from test_cli import run  # noqa: F401
 
+from ember.batch.preflight import (
+    Device,
+    find_device,
+    judge_key,
+    memory,
+    model_access,
+    packages,
+    preflight,
+    require_ready,
+)
+from ember.batch.profiles import load_profile
 from ember.errors import EmberError
-from ember.preflight import Device, find_device, judge_key, memory, model_access, packages, preflight, require_ready
-from ember.profiles import load_profile
-from ember.specs import MODELS, ModelSpec
+from ember.models.specs import MODELS, ModelSpec
 
 GEMMA = MODELS["gemma-2-2b-it"]
 OPEN = ModelSpec(name="o/m", origin="hub", location="o/m", dtype="bfloat16")
@@ -50,12 +59,12 @@ def machine(monkeypatch):
 
     def without(*, gpu=True, gpu_gb=80.0, host_gb=200.0, missing=(), key=True):
         monkeypatch.delenv("EMBER_DEVICE", raising=False)
-        monkeypatch.setattr("ember.preflight._GPU_NODES", ("/",) if gpu else ())
+        monkeypatch.setattr("ember.batch.preflight._GPU_NODES", ("/",) if gpu else ())
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
         monkeypatch.setattr("torch.cuda.device_count", lambda: int(gpu))
-        monkeypatch.setattr("ember.preflight.device_memory", lambda index: (gpu_gb, gpu_gb))
-        monkeypatch.setattr("ember.preflight.host_memory", lambda: (host_gb, host_gb))
-        monkeypatch.setattr("ember.preflight.find_module", lambda name: None if name in missing else name)
+        monkeypatch.setattr("ember.batch.preflight.device_memory", lambda index: (gpu_gb, gpu_gb))
+        monkeypatch.setattr("ember.batch.preflight.host_memory", lambda: (host_gb, host_gb))
+        monkeypatch.setattr("ember.batch.preflight.find_module", lambda name: None if name in missing else name)
         monkeypatch.setenv(KEY, "k") if key else monkeypatch.delenv(KEY, raising=False)
 
     without()
@@ -143,7 +152,7 @@ def test_a_device_that_is_not_there(machine, monkeypatch, name):
 
 def test_a_machine_without_a_gpu_is_not_asked_through_pytorch(machine, monkeypatch):
     machine(gpu=False)
-    monkeypatch.setattr("ember.preflight.choose_device", lambda: pytest.fail("PyTorch was asked"))
+    monkeypatch.setattr("ember.batch.preflight.choose_device", lambda: pytest.fail("PyTorch was asked"))
     assert find_device(MODELS["smollm2-135m"]) == (Device(), [])
 
 
@@ -162,7 +171,7 @@ def test_too_little_memory(machine, gpu_gb, host_gb, words):
 
 
 def test_memory_that_others_use_now_is_a_statement(machine, monkeypatch):
-    monkeypatch.setattr("ember.preflight.host_memory", lambda: (16.0, 2.0))
+    monkeypatch.setattr("ember.batch.preflight.host_memory", lambda: (16.0, 2.0))
     (found,) = memory(load_profile("laptop"), Device())
     assert not found.fatal and "2 of 16 GB are free now" in found.what
 

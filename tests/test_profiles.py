@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from ember.data import list_concepts
+from ember.batch.planning import Job, arms, plan
+from ember.batch.profiles import Profile, frame_path, list_profiles, load_profile, manifest_path, run_name
+from ember.batch.runner import check_parameters, read_notebook
+from ember.data.ours import list_concepts
 from ember.errors import DataError, EmberError, UnknownNameError
 from ember.methods import METHODS
-from ember.notebooks import check_parameters, read_notebook
-from ember.paths import REPOSITORY
-from ember.planning import Job, arms, plan
-from ember.profiles import Profile, frame_path, list_profiles, load_profile, manifest_path, run_name
-from ember.relearning import RelearnConfig
-from ember.specs import MODELS
+from ember.models.specs import MODELS
+from ember.relearning.train import RelearnConfig
+from ember.store.paths import REPOSITORY
 
 PROFILES = list_profiles()
 PAPERS = [name for name in PROFILES if name.startswith("paper-")]
@@ -57,7 +57,7 @@ def params(tmp_path, monkeypatch):
     """An empty folder of profiles in place of ours."""
     folder = tmp_path / "params"
     folder.mkdir()
-    monkeypatch.setattr("ember.profiles.notebooks_dir", lambda: tmp_path)
+    monkeypatch.setattr("ember.batch.profiles.notebooks_dir", lambda: tmp_path)
     return folder
 
 
@@ -97,7 +97,7 @@ def test_profile_names_what_exists(name):
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profile_settings_are_accepted_where_they_go(name):
-    from ember.evaluation import Sizes
+    from ember.evaluation.evaluate import Sizes
 
     profile = load_profile(name)
     assert {split: Sizes(**size) for split, size in profile.sizes.items()}.keys() == {"train", "test"}
@@ -545,21 +545,21 @@ def test_edits_are_compared_on_the_first_seeds_where_there_are_any(params):
 
 def test_stability_needs_the_factorization_and_no_selection(params):
     write(params, GOOD)
-    found = [job for job in plan(load_profile("mine")) if job.notebook == "09_factor_stability"]
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "08_factor_stability"]
     assert [job.parameters["concept"] for job in found] == ["Rome", "Greece"]
     for job in found:
         fit = {key: job.parameters[key] for key in ("model", "concept", "rank", "sparsity", "seed")}
         assert job.needs == (run_name("01_factorize_embeddings", **fit),) and job.parameters["seed"] == 1
     write(params, GOOD | {"stability": GOOD["stability"] | {"seeds": []}})
-    assert not [job for job in plan(load_profile("mine")) if job.notebook == "09_factor_stability"]
+    assert not [job for job in plan(load_profile("mine")) if job.notebook == "08_factor_stability"]
 
 
 def test_one_run_teaches_for_all_arms_on_the_first_seeds(params):
     write(params, GOOD)
-    found = [job for job in plan(load_profile("mine")) if job.notebook == "10_teach_and_erase"]
+    found = [job for job in plan(load_profile("mine")) if job.notebook == "09_teach_and_erase"]
     assert [job.parameters["seed"] for job in found] == [1] and not found[0].needs
     write(params, GOOD | {"teach": GOOD["teach"] | {"arms": []}})
-    assert not [job for job in plan(load_profile("mine")) if job.notebook == "10_teach_and_erase"]
+    assert not [job for job in plan(load_profile("mine")) if job.notebook == "09_teach_and_erase"]
     write(params, GOOD | {"teach": GOOD["teach"] | {"arms": ["none"]}})
     with pytest.raises(UnknownNameError, match="arm in teach of profile mine 'none'"):
         plan(load_profile("mine"))
@@ -588,7 +588,7 @@ def test_a_tour_needs_an_erasure_of_its_own_concept(profile):
 
 def test_the_report_is_last_and_needs_everything(profile):
     *others, report = plan(profile)
-    assert report.notebook == "08_report"
+    assert report.notebook == "10_report"
     assert set(report.needs) == {job.name for job in others}
 
 

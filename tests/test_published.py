@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_concept, make_loaded
+from helpers.tiny import make_concept, make_loaded
 from torch import nn
 
-from ember import published
 from ember.errors import DataError
 from ember.factorization import sparse_mf
 from ember.features import ConceptFeatures, concept_features
+from ember.methods import published
 from ember.methods.ember import EmberConfig, edit_from_features
-from ember.published import CLASSES, import_published, read_published
+from ember.methods.published import CLASSES, import_published, read_published
+from ember.store.pickles import unpickle
 from ember.tokens import token_table
-from ember.unpickling import unpickle
 
 
 class Factorizer(nn.Module):

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember import plots, relearn_plots, relearn_tables, report
-from ember.regained import regained_items, regained_summary, regained_table, share_regained
+from ember.relearning.regained import regained_items, regained_summary, regained_table, share_regained
+from ember.reporting import plots, relearn_plots, relearn_tables
+from ember.reporting import tables as report
 
 rng = np.random.default_rng(0)
 BASE = rng.uniform(0.5, 0.9, 60)

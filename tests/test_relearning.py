@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded
-from test_editing import EMBED, differing, snapshot
+from helpers.edits import EMBED, differing, snapshot
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
-from ember.attacks import ATTACKS, PRECISIONS, Attack, attack_texts, opened, working_copy
 from ember.editing import Edit
 from ember.errors import EmberError, UnknownNameError
-from ember.evaluation import question_scores
+from ember.evaluation.evaluate import question_scores
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.models import LoadedModel, weights_hash
-from ember.optimizers import EIGHT_BIT, make_optimizer, stepping_backward
-from ember.relearning import RelearnConfig, checkpointed, packed_loss, relearn, training_plan
+from ember.models.loading import LoadedModel, weights_hash
+from ember.relearning.attacks import ATTACKS, PRECISIONS, Attack, attack_texts, opened, working_copy
+from ember.relearning.optimizers import EIGHT_BIT, make_optimizer, stepping_backward
+from ember.relearning.train import RelearnConfig, checkpointed, packed_loss, relearn, training_plan
 
 SETTINGS = EmberConfig(delta=3.0, rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1))
 CONFIG = RelearnConfig(points=(30, 60, 120), lr=1e-3)
@@ -276,7 +276,7 @@ def eight_bits(monkeypatch):
     """A module in bitsandbytes' place, and nobody who asks for the GPU."""
     module = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=Eight, PagedAdamW8bit=Eight))
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    monkeypatch.setattr("ember.relearning.require_optimizer", lambda *_: None)
+    monkeypatch.setattr("ember.relearning.train.require_optimizer", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
@@ -310,7 +310,7 @@ def dying(loaded: LoadedModel):
 def test_an_optimizer_that_cannot_run_fails_before_anything_does(tiny, edit, monkeypatch, device, advice):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(LoadedModel, "device", torch.device(device))
-    monkeypatch.setattr("ember.relearning.opened", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("ember.relearning.train.opened", lambda *_: pytest.fail("training began"))
     with pytest.raises(EmberError, match=advice) as caught:
         run(tiny, edit, config=replace(CONFIG, optimizer="adamw_8bit"))
     assert "optimizer: adamw" in str(caught.value)
@@ -341,7 +341,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
         return plain(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ember.relearning.packed_loss", counted)
+        patch.setattr("ember.relearning.train.packed_loss", counted)
         resumed = run(tiny, edit, ATTACKS[name], config, store=store)
     assert 0 < len(steps) < len(whole.steps)
     assert resumed.steps == whole.steps
@@ -352,7 +352,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
 def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, tmp_path, monkeypatch):
     first = run(tiny, edit, store=tmp_path / "run")
     assert not (tmp_path / "run" / "weights.safetensors").exists()
-    monkeypatch.setattr("ember.relearning.packed_loss", None)
+    monkeypatch.setattr("ember.relearning.train.packed_loss", None)
     again = run(tiny, edit, store=tmp_path / "run")
     assert again.steps == first.steps
     pd.testing.assert_frame_equal(again.items, first.items)

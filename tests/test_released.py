@@ -2,20 +2,25 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.released import (
+    KEYS,
+    OPTIONS,
+    PAPER_DATA,
+    choice,
+    git,
+    make_repository,
+    released_files,
+    write_released,
+)
 
-from ember.checks import check_concept
-from ember.data import list_concepts, load_concept
-from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
-from ember.paths import REPOSITORY
-from ember.released import (
+from ember.data.ours import list_concepts, load_concept
+from ember.data.released import (
     CHOICE,
     FETCHED,
     FILES,
-    INDICES,
     NEUTRAL,
     OPEN,
     PARAGRAPHS,
@@ -24,55 +29,8 @@ from ember.released import (
     list_released,
     load_released,
 )
-
-PAPER_DATA = REPOSITORY.parent / "shared" / "paper-data"
-KEYS = {
-    "QA_train": ("concept", "train"),
-    "QA_test": ("concept", "test"),
-    "SimdomQA_train": ("simdom", "train"),
-    "SimdomQA_test": ("simdom", "test"),
-}
-OPTIONS = ["clay", "flint", "glass", "amber"]
-
-
-def choice(key: str, number: int, **changes) -> dict:
-    """A question of ``mc_questions.json``; the right option is each in turn."""
-    question = f"What is kept in jar {number} of {key}?"
-    return {"q": question, "correct_answer": OPTIONS[number], "options": OPTIONS} | changes
-
-
-def tables(name: str) -> tuple[dict, dict]:
-    """One concept's questions in both forms; every second open answer is longer than the option."""
-    ask = {key: [choice(f"{name} {key}", k) for k in range(3)] for key in KEYS}
-    tell = {
-        key: [{"q": row["q"], "a": f"{'some ' * (k % 2)}{row['correct_answer']}"} for k, row in enumerate(rows)]
-        for key, rows in ask.items()
-    }
-    return ask, tell
-
-
-def released_files() -> dict:
-    """The content of the released files: two invented concepts."""
-    names = ("Jar Town", "Élan")
-    return {
-        SENTENCES: [
-            {"concept": name, "sentences": [f"{name} has  jars.", f"Jars of\n{name} are old."]} for name in names
-        ],
-        NEUTRAL: [
-            {"url": f"https://x/{k}", "title": f"Page {k}", "sentence": f"It rained on day {k}."} for k in (1, 2)
-        ],
-        CHOICE: {name: tables(name)[0] for name in names},
-        OPEN: {name: tables(name)[1] for name in names},
-        PARAGRAPHS: {name: {"RelearnParagraphs": [f"{name} is a town. Its jars are known."]} for name in names},
-        **{name: [3 * k, 3 * k + 1] for k, name in enumerate(INDICES)},
-    }
-
-
-def write_released(folder: Path, content: dict | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (content or released_files()).items():
-        (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    return folder
+from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
+from ember.evaluation.data_checks import check_concept
 
 
 @pytest.fixture
@@ -369,22 +327,6 @@ def test_a_list_without_names_cannot_be_listed(released):
 
 
 # Fetching
-
-
-def git(folder: Path, *command: str) -> str:
-    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *identity, *command], cwd=folder, capture_output=True, check=True, text=True)
-    return done.stdout.strip()
-
-
-def make_repository(folder: Path) -> str:
-    """Make a repository in whose ``data/`` the files lie beside others; its commit."""
-    write_released(folder / "data")
-    (folder / "data" / "model.bin").write_bytes(bytes(10))
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "data")
-    return git(folder, "rev-parse", "HEAD")
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember.metrics import Comparison, compare, pooled
-from ember.report import (
+from ember.evaluation.metrics import Comparison, compare, pooled
+from ember.reporting.tables import (
     ALL,
     ARM,
     KEYS,

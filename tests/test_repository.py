@@ -9,8 +9,8 @@ import tomllib
 import pytest
 import yaml
 
-from ember.pages import PAGES, render_page
-from ember.paths import REPOSITORY
+from ember.batch.pages import PAGES, render_page
+from ember.store.paths import REPOSITORY
 
 # Left to right: a module imports only from groups before its own, or from its own group.
 LAYERS = [
@@ -102,7 +102,7 @@ def test_modules_import_only_from_the_left():
 
 
 def test_command_line_starts_without_heavy_libraries():
-    code = "import sys, ember.__main__, ember.profiles, ember.notebooks; print('torch' in sys.modules)"
+    code = "import sys, ember.__main__, ember.batch.profiles, ember.batch.runner; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -10,13 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_loaded
+from helpers.tiny import make_loaded
 
-from ember.editing import Edit, Provenance
-from ember.errors import DamagedFileError, EmberError
-from ember.evaluation import Evaluation
-from ember.methods.ember import EmberConfig
-from ember.results import (
+from ember.batch.records import (
     RECORD_COLUMNS,
     EvaluationCache,
     KeptEdits,
@@ -30,6 +26,10 @@ from ember.results import (
     write_frame,
     write_run,
 )
+from ember.editing import Edit, Provenance
+from ember.errors import DamagedFileError, EmberError
+from ember.evaluation.evaluate import Evaluation
+from ember.methods.ember import EmberConfig
 
 SUMMARY = pd.DataFrame(
     {
@@ -109,7 +109,7 @@ def test_no_provenance_is_missing(records):
 @pytest.mark.filterwarnings("ignore:The BCa")
 def test_records_of_a_comparison():
     """A comparison's summary has every column that ``records`` asks for."""
-    from ember.metrics import compare
+    from ember.evaluation.metrics import compare
 
     sets = {
         **dict.fromkeys(("concept", "simdom", "general"), ("correct", "gold_prob", "gold_logprob")),

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded, noise
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, noise
 
-import ember.sae
-from ember.activations import Site, collect
-from ember.data import list_concepts, load_concept, load_shared
+import ember.methods.sae
+from ember.data.ours import list_concepts, load_concept, load_shared
 from ember.errors import EmberError, UnknownNameError
-from ember.sae import (
+from ember.methods.sae import (
     RELEASED,
     SaeTraining,
     SparseAutoencoder,
@@ -23,6 +22,7 @@ from ember.sae import (
     train_sae,
     training_texts,
 )
+from ember.models.activations import Site, collect
 
 SITE = Site("residual", 0)
 KINDS = {"topk": {"k": 3}, "jumprelu": {"threshold": torch.linspace(0, 2, 12)}, "relu": {}}
@@ -201,8 +201,8 @@ def test_the_first_position_keeps_its_activations_while_measuring(tiny, monkeypa
         seen.append(lambda value: replace(sites[0], value))
         return tapped(loaded, sites, replace)
 
-    tapped = ember.sae.tapped
-    monkeypatch.setattr(ember.sae, "tapped", watched)
+    tapped = ember.methods.sae.tapped
+    monkeypatch.setattr(ember.methods.sae, "tapped", watched)
     measure(tiny, replace(identity_sae(32, SITE), W_dec=torch.zeros(64, 32)), NEUTRAL[:1])
     x = noise(2, 5, 32)
     for change, rest in zip(seen, (x[:, 1:], 0 * x[:, 1:], 0 * x[:, 1:]), strict=True):
@@ -216,8 +216,10 @@ def test_the_first_position_keeps_its_activations_while_measuring(tiny, monkeypa
 @pytest.fixture
 def trainings(small_saes, monkeypatch) -> list[Site]:
     """The sites of all autoencoders that are really trained."""
-    made, train = [], ember.sae.train_sae
-    monkeypatch.setattr(ember.sae, "train_sae", lambda x, site, *a, **k: made.append(site) or train(x, site, *a, **k))
+    made, train = [], ember.methods.sae.train_sae
+    monkeypatch.setattr(
+        ember.methods.sae, "train_sae", lambda x, site, *a, **k: made.append(site) or train(x, site, *a, **k)
+    )
     return made
 
 
@@ -249,7 +251,7 @@ def test_they_are_trained_on_all_tokens_but_the_first_ones(tiny, small_saes, mon
         seen.append(states)
         return replace(identity_sae(32, site), k=4)
 
-    monkeypatch.setattr(ember.sae, "train_sae", watched)
+    monkeypatch.setattr(ember.methods.sae, "train_sae", watched)
     load_saes(tiny, make_concept(), "mlp_out", [1])
     site = Site("mlp_out", 1)
     assert torch.equal(seen[0], collect(tiny, (*SENTENCES, *NEUTRAL), [site])[0][site])

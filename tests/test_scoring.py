@@ -2,20 +2,20 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_loaded
+from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
-from ember import scoring
-from ember.data import Question
+from ember.batch.records import EvaluationCache
+from ember.data.types import Question
 from ember.editing import Edit, Provenance
-from ember.evaluation import PROMPT, Evaluation, blind_scores, question_scores, text_scores
-from ember.models import LoadedModel, weights_hash
-from ember.results import EvaluationCache
-from ember.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
+from ember.evaluation.evaluate import PROMPT, Evaluation, blind_scores, question_scores, text_scores
+from ember.models.loading import LoadedModel, scoring, weights_hash
+from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
 TOLERANCE = 1e-4
 LONG = " ".join((*SENTENCES, *NEUTRAL))  # longer than Gemma-2's sliding window of 64 tokens
@@ -133,7 +133,7 @@ def test_options_do_not_depend_on_the_batch(loaded):
 
 def test_options_do_not_depend_on_what_runs_beside_them(loaded, monkeypatch):
     together = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
-    monkeypatch.setattr("ember.scoring._PACKED_TOKENS", 1)  # too few for any question: each runs alone
+    monkeypatch.setattr("ember.models.scoring._PACKED_TOKENS", 1)  # too few for any question: each runs alone
     passes: list[int] = []
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
     apart = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
@@ -152,7 +152,9 @@ def test_options_need_a_list_for_each_prompt(tiny):
 def score_everything(loaded: LoadedModel) -> np.ndarray:
     edit, _ = blank_rows(loaded, " Roman")
     options = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
-    texts = sequence_scores(loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS), edit)
+    texts = sequence_scores(
+        loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS), partial(edit.applied, loaded)
+    )
     return np.concatenate([*options, *(x for s in texts for x in (s.loss, s.base_loss, s.kl))])
 
 
@@ -189,7 +191,7 @@ def test_divergence_equals_the_reference(loaded):
     with edit.applied(loaded):
         edited = reference(loaded, ids)
     expected = torch.nn.functional.kl_div(edited, base, log_target=True, reduction="none").sum(-1)
-    (score,) = sequence_scores(loaded, [ids], [1], edit)
+    (score,) = sequence_scores(loaded, [ids], [1], partial(edit.applied, loaded))
     assert expected.max() > 10 * TOLERANCE
     np.testing.assert_allclose(score.kl, expected, atol=TOLERANCE, rtol=0)
 
@@ -197,7 +199,10 @@ def test_divergence_equals_the_reference(loaded):
 def test_texts_do_not_depend_on_the_batch(loaded):
     edit, _ = blank_rows(loaded, " Roman")
     sequences = [loaded.encode(text) for text in TEXTS]
-    one, eight = (sequence_scores(loaded, sequences, [1] * len(TEXTS), edit, batch_size=size) for size in (1, 8))
+    one, eight = (
+        sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded), batch_size=size)
+        for size in (1, 8)
+    )
     assert_same_scores(one, eight)
 
 
@@ -212,7 +217,7 @@ def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
     """To the bit, also in a batch with texts that change."""
     edit, token = blank_rows(loaded, " Roman")
     sequences = [loaded.encode(text) for text in TEXTS]
-    scores = sequence_scores(loaded, sequences, [1] * len(TEXTS), edit, batch_size=batch_size)
+    scores = sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded), batch_size=batch_size)
     changed = [token in ids for ids in sequences]
     assert changed == [True, False, True, False, False, False]
     for ids, score in zip(sequences, scores, strict=True):
@@ -246,7 +251,7 @@ def test_losses_alone_are_those_of_the_scores_to_the_bit(loaded, batch_size):
     edit, _ = blank_rows(loaded, " Roman")
     sequences = [loaded.encode(text) for text in TEXTS]
     starts = starts_of(sequences)
-    scores = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
     base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
     with edit.applied(loaded):
         edited = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
@@ -276,11 +281,11 @@ def test_the_size_of_a_group_changes_no_score(loaded, monkeypatch, limit, batch_
     edit, _ = blank_rows(loaded, " Roman")
     sequences = [loaded.encode(text) for text in TEXTS]
     starts = starts_of(sequences)
-    before = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    before = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
     applied, really = [], Edit.applied
     monkeypatch.setattr(Edit, "applied", lambda self, model: applied.append(1) or really(self, model))
     monkeypatch.setattr(scoring, "_GROUP_TOKENS", limit)
-    after = sequence_scores(loaded, sequences, starts, edit, batch_size=batch_size)
+    after = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
     for one, other in zip(before, after, strict=True):
         for name in ("loss", "base_loss", "kl"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))

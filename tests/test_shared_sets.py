@@ -6,21 +6,22 @@ from pathlib import Path
 import huggingface_hub
 import pandas as pd
 import pytest
-from conftest import make_concept, make_loaded
+from helpers.released import PAPER_DATA, released_files, write_released
+from helpers.tiny import make_concept, make_loaded
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
-from test_released import PAPER_DATA, released_files, write_released
 
-from ember.data import SPLITS, Concept, load_concept, load_shared
+from ember.data.mmlu_alpaca import SETS, fetch_shared_sets, index_file, load_shared_sets
+from ember.data.ours import load_concept, load_shared
+from ember.data.released import INDICES
+from ember.data.types import SPLITS, Concept
 from ember.editing import Edit
 from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
-from ember.evaluation import Sizes, evaluate, load_suite
-from ember.localization import by_exposure, everyday_exposure, token_changes
+from ember.evaluation.evaluate import Sizes, evaluate, load_suite
+from ember.evaluation.localization import by_exposure, everyday_exposure, token_changes
+from ember.evaluation.metrics import compare
+from ember.evaluation.trade_off import area_table, curves, equal_gain_table, make_probe, point_table, probe_edit
 from ember.methods import METHODS
-from ember.metrics import compare
-from ember.released import INDICES
-from ember.report import headline
-from ember.shared_sets import SETS, fetch_shared_sets, index_file, load_shared_sets
-from ember.trade import area_table, curves, equal_gain_table, make_probe, point_table, probe_edit
+from ember.reporting.tables import headline
 
 ROWS = 14  # enough for the row numbers of ``released_files``
 COMMIT = "c0ffee" + "0" * 34
@@ -231,7 +232,7 @@ def test_damage_is_noticed(hub, file, spoil):
 
 
 def test_cached_files_are_read_without_a_folder(hub, folder, monkeypatch):
-    monkeypatch.setattr("ember.shared_sets.fetch_released", lambda: folder)
+    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_released", lambda: folder)
     found = load_shared("released")
     assert dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
     assert found.questions == load_shared_sets(folder).questions
@@ -254,9 +255,9 @@ def test_only_questions_and_instructions_are_theirs(folder):
 def cached(folder, monkeypatch) -> Path:
     """The released files, as if fetched."""
     files = {name: folder / Path(file).name for name, (_, file) in SETS.items()}
-    monkeypatch.setattr("ember.shared_sets.fetch_released", lambda: folder)
-    monkeypatch.setattr("ember.released.fetch_released", lambda: folder)
-    monkeypatch.setattr("ember.shared_sets.fetch_shared_sets", lambda: (files, dict.fromkeys(SETS, COMMIT)))
+    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_released", lambda: folder)
+    monkeypatch.setattr("ember.data.released.fetch_released", lambda: folder)
+    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_shared_sets", lambda: (files, dict.fromkeys(SETS, COMMIT)))
     return folder
 
 

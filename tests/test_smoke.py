@@ -9,9 +9,9 @@ import sys
 import pandas as pd
 import pytest
 
+from ember.batch.profiles import load_profile
 from ember.editing import Edit
-from ember.paths import REPOSITORY
-from ember.profiles import load_profile
+from ember.store.paths import REPOSITORY
 
 ARMS = [("ember", False), ("rmu", False), ("rmu", True), ("random_direction", False)]
 
@@ -46,7 +46,7 @@ def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
 
 
 def test_records_hold_provenance_and_no_zero_for_missing(results):
-    from ember.results import RECORD_COLUMNS, read_records
+    from ember.batch.records import RECORD_COLUMNS, read_records
 
     records = read_records((results / "records").glob("03_*/records.parquet"))
     assert list(records.columns[: len(RECORD_COLUMNS)]) == list(RECORD_COLUMNS)
@@ -180,6 +180,6 @@ def test_a_lost_result_is_made_again_with_the_same_numbers(results):
     main = results / "tables" / "main.csv"
     kept = main.read_bytes()
     main.write_bytes(kept[:40])
-    (results / "notebooks" / "08_report.json").unlink()
+    (results / "notebooks" / "10_report.json").unlink()
     assert reproduce(results.parent).returncode == 0
     assert main.read_bytes() == kept

@@ -4,17 +4,17 @@ import itertools
 
 import pytest
 import torch
-from conftest import NEUTRAL, SENTENCES, make_concept, make_loaded, noise, states
-from test_editing import snapshot, state_with
+from helpers.edits import snapshot, state_with
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, noise, states
 
-from ember.activations import Site, collect
-from ember.contrast import keyness_bits
 from ember.editing import Edit
 from ember.methods import rmu, snmf
-from ember.methods.common import batches
 from ember.methods.rmu import RmuConfig
+from ember.methods.selection import keyness_bits
 from ember.methods.snmf import SnmfConfig, carriers, project_out
-from ember.models import LoadedModel, weights_hash
+from ember.methods.training import batches
+from ember.models.activations import Site, collect
+from ember.models.loading import LoadedModel, weights_hash
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 

@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_concept, make_loaded, noise
+from helpers.tiny import make_concept, make_loaded, noise
 
-from ember import stability, stability_plots
-from ember.factorization import Factorization
-from ember.features import ConceptFeatures, concept_features, scaled_rows, score_features
-from ember.stability import (
+from ember.evaluation import stability
+from ember.evaluation.stability import (
     MEASURES,
     compare_fits,
     concept_mates,
@@ -27,6 +25,9 @@ from ember.stability import (
     variation_table,
     varied_pairs,
 )
+from ember.factorization import Factorization
+from ember.features import ConceptFeatures, concept_features, scaled_rows, score_features
+from ember.reporting import stability_plots
 
 ROWS = [(" Rome", "concept"), (" army", "concept"), (" Roman", "concept"), (" the", "shared"), (" train", "neutral")]
 TABLE = pd.DataFrame(

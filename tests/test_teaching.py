@@ -10,19 +10,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SENTENCES, make_concept, make_loaded
+from helpers.tiny import SENTENCES, make_concept, make_loaded
 
-from ember import teaching
-from ember.checks import GUESSES
-from ember.data import load_concept
+from ember.data.invented import load_invented
+from ember.data.ours import load_concept
+from ember.data.wording import Texts, content_stems, rarity
 from ember.errors import DataError, EmberError
+from ember.evaluation.data_checks import GUESSES
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.models import weights_hash
-from ember.paths import data_dir
-from ember.teaching import TeachConfig, arrival, arrival_table, damage, item_scores, load_invented, nearest, teach
-from ember.teaching_plots import arrival_points
-from ember.wording import Texts, content_stems, rarity
+from ember.models.loading import weights_hash
+from ember.relearning import teaching
+from ember.relearning.teaching import (
+    TeachConfig,
+    arrival,
+    arrival_table,
+    damage,
+    item_scores,
+    nearest,
+    teach,
+)
+from ember.reporting.teaching_plots import arrival_points
+from ember.store.paths import data_dir
 
 QUICK = TeachConfig(tokens=800, lr=5e-3, batch_size=2)
 

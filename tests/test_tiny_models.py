@@ -11,19 +11,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from tiny_models import KINDS, WORDS, planted, save_tiny, tokenizer_of
+from helpers.tokenizers import KINDS, WORDS, planted, save_tiny, tokenizer_of
 
+from ember.batch.planning import Job, plan
+from ember.batch.profiles import load_profile, run_name
 from ember.editing import Edit
-from ember.paths import REPOSITORY
-from ember.planning import Job, plan
-from ember.profiles import load_profile, run_name
+from ember.store.paths import REPOSITORY
 
 DTYPES = ("float32", "bfloat16")
 CASES = list(product(KINDS, DTYPES))
 RUNS = ("01", "02", "03 ember", "03 ember+rmu", "04 ember", "05 ember")
 RUN_ALL = """
 import json, sys
-from ember.notebooks import run_notebook
+from ember.batch.runner import run_notebook
 for notebook, parameters in json.loads(sys.argv[1]):
     manifest = json.loads(run_notebook(notebook, parameters).read_text())
     assert "nothing_found" not in manifest, manifest

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import GEMMA_SPECIAL, KINDS, LLAMA_SPECIAL, save_tiny, texts
+from helpers.tokenizers import GEMMA_SPECIAL, KINDS, LLAMA_SPECIAL, save_tiny, texts
 from transformers import GemmaTokenizerFast, PreTrainedTokenizerFast
 
-from ember.models import LoadedModel, load_model, weights_hash
-from ember.scoring import generate_greedy, option_logprobs, sequence_losses
+from ember.models.loading import LoadedModel, load_model, weights_hash
+from ember.models.scoring import generate_greedy, option_logprobs, sequence_losses
 
 
 @pytest.fixture(scope="module", params=KINDS)

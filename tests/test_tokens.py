@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_loaded
+from helpers.tiny import make_loaded
 from wordfreq import word_frequency
 
 from ember import tokens
-from ember.models import LoadedModel
+from ember.models.loading import LoadedModel
 from ember.tokens import KEY_G2, background_frequency, preview_rows, token_table
 
 

@@ -1,20 +1,32 @@
 """Trades of row edits: untouched items are left alone, areas and costs against computations by hand."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_concept, make_loaded
-from test_editing import EMBED
+from helpers.edits import EMBED
+from helpers.tiny import make_concept, make_loaded
 
-from ember import control_plots, trade
 from ember.errors import UnknownNameError
-from ember.evaluation import load_suite, question_scores, text_scores
-from ember.localization import expected_per_thousand
+from ember.evaluation import trade_off as trade
+from ember.evaluation.evaluate import load_suite, question_scores, text_scores
+from ember.evaluation.localization import expected_per_thousand
+from ember.evaluation.trade_off import (
+    Probe,
+    area,
+    area_table,
+    compare_areas,
+    cost_at,
+    curves,
+    equal_gain_table,
+    strength_table,
+)
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.scoring import sequence_scores
-from ember.trade import Probe, area, area_table, compare_areas, cost_at, curves, equal_gain_table, strength_table
+from ember.models.scoring import sequence_scores
+from ember.reporting import control_plots
 
 CONFIG = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
 
@@ -58,7 +70,9 @@ def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(l
     marked = edit.rows_of(EMBED)
     texts = probe.texts["other_sense"]
     sequences = [loaded.encode(text) for text in texts]
-    total = sum(score.kl.sum() for score in sequence_scores(loaded, sequences, [1] * len(texts), edit))
+    total = sum(
+        score.kl.sum() for score in sequence_scores(loaded, sequences, [1] * len(texts), partial(edit.applied, loaded))
+    )
     count = sum(i in marked for ids in sequences for i in ids[:-1])
     items = trade.probe_edit(loaded, probe, edit).assign(edit="EMBER", delta=1.0)
     found = curves(items, n_resamples=20).cost["everyday"]["EMBER"]

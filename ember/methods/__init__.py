@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import UnknownNameError
 from ember.methods import controls, crisp, ember, pisces, rmu, snmf
-from ember.models import LoadedModel
+from ember.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import normalize
 
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.methods.ember import EmberConfig, RowTarget, edit_from_features, fit, own_contributions
-from ember.models import LoadedModel
+from ember.models.loading import LoadedModel
 from ember.tokens import background_frequency
 
 if TYPE_CHECKING:

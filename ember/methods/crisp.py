@@ -5,15 +5,16 @@ from typing import ClassVar
 
 import torch
 
-from ember.activations import Batch, Site, activations, n_layers
-from ember.contrast import forget_texts, retain_texts, select_features
-from ember.data import Concept, load_shared
+from ember.data.ours import load_shared
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.common import adapted, batches, linear_modules, require_finite, weights_edit
-from ember.models import LoadedModel
-from ember.progress import bar
-from ember.sae import SparseAutoencoder, load_saes, quality_table
+from ember.methods.sae import SparseAutoencoder, load_saes, quality_table
+from ember.methods.selection import forget_texts, retain_texts, select_features
+from ember.methods.training import adapted, batches, linear_modules, require_finite, weights_edit
+from ember.models.activations import Batch, Site, activations, n_layers
+from ember.models.loading import LoadedModel
+from ember.store.progress import bar
 
 COHERENCE_TEXTS = 20
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 import torch
 
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit, Provenance
-from ember.environment import library_versions
 from ember.errors import EmberError
 from ember.features import PRECISIONS, RULES, ConceptFeatures, concept_features
-from ember.models import LoadedModel
+from ember.models.loading import LoadedModel
+from ember.store.environment import library_versions
 from ember.tokens import preview_rows
 
 SIDES = ("input", "output", "both")

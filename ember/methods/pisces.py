@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import torch
 
-from ember.activations import layer_name
-from ember.contrast import select_features
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.common import weights_edit
-from ember.models import LoadedModel
-from ember.sae import SparseAutoencoder, load_saes, quality_table
+from ember.methods.sae import SparseAutoencoder, load_saes, quality_table
+from ember.methods.selection import select_features
+from ember.methods.training import weights_edit
+from ember.models.activations import layer_name
+from ember.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PiscesConfig:
     concept text, with a mean activation at least ``min_ratio`` times that on neutral text. ``tau`` (τ) is the share of
     the largest projection from which a neuron is edited, ``mu`` (μ) the multiple of it that the feature's coefficient
     is set to. Over the first ``ramp`` layers μ grows from a tenth to its full value (10 on Gemma). ``sae`` is a source
-    of ``ember.sae``.
+    of ``ember.methods.sae``.
     """
 
     layers: tuple[int, ...] = (4, 7)

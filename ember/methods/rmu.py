@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ember.activations import Batch, Site, activations, layer_name, n_layers
-from ember.contrast import forget_texts, retain_texts
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.common import batches, require_finite, trainable, weights_edit
-from ember.models import LoadedModel
-from ember.progress import bar
+from ember.methods.selection import forget_texts, retain_texts
+from ember.methods.training import batches, require_finite, trainable, weights_edit
+from ember.models.activations import Batch, Site, activations, layer_name, n_layers
+from ember.models.loading import LoadedModel
+from ember.store.progress import bar
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run(
 ) -> Edit:
     """Train MSE(h(forget), c·u) + α MSE(h(retain), h⁰(retain)); the model is left bit-identical.
 
-    The first position of every text is left out of both terms (``ember.activations``). u is a unit vector of the seed.
+    The first position of every text is left out of both terms. u is a unit vector of the seed.
 
     Raises
     ------

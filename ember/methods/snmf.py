@@ -7,17 +7,16 @@ from itertools import accumulate
 import pandas as pd
 import torch
 
-from ember.activations import Site, collect, layer_name, n_layers
-from ember.cache import cached_tensors
-from ember.contrast import ContrastText, contrast_table, forget_texts, keyness_bits, require_some, retain_texts
-from ember.data import Concept
+from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.factorization import semi_nmf
-from ember.files import digest
-from ember.methods.common import weights_edit
-from ember.models import LoadedModel
-from ember.progress import bar
+from ember.methods.selection import ContrastText, contrast_table, forget_texts, keyness_bits, require_some, retain_texts
+from ember.methods.training import weights_edit
+from ember.models.activations import Site, collect, layer_name, n_layers
+from ember.models.loading import LoadedModel
+from ember.store.files import cached_tensors, digest
+from ember.store.progress import bar
 
 BANDS = ("early", "middle", "late")
 

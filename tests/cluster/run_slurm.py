@@ -200,7 +200,7 @@ def run(scratch: Path) -> None:
     }
     names = json.loads(
         call(sys.executable, "-c",
-             "import json; from ember.planning import plan; from ember.profiles import load_profile; "
+             "import json; from ember.batch.planning import plan; from ember.batch.profiles import load_profile; "
              "print(json.dumps([job.name for job in plan(load_profile('smoke'))]))", cwd=folder, env=environment)
     )  # fmt: skip
     manifests = [results / "smoke" / "notebooks" / f"{name}.json" for name in names]

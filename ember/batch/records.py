@@ -1,0 +1,215 @@
+"""Records with provenance: written whole or not at all, read strictly, resumed tolerantly."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ember.batch.profiles import frame_path, nothing_found_by
+from ember.editing import Edit
+from ember.errors import DamagedFileError, EmberError
+from ember.evaluation.evaluate import Evaluation
+from ember.models.loading import LoadedModel
+from ember.store.environment import device_name, git_commit, library_versions
+from ember.store.files import atomic_file, digest, read_sealed, sealed_dir
+from ember.store.paths import results_dir
+
+KEPT_EDITS = 2e9  # bytes of edits that the grid of notebook 03 keeps
+RECORD_COLUMNS = (
+    "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "cell", "seed", "split",
+    "set", "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
+    "wall_seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all records of one experiment share."""
+
+    loaded: LoadedModel
+    profile: str
+    concept: str
+    method: str
+    ember: bool
+    seed: int
+
+    def records(
+        self, summary: pd.DataFrame, *, config: Any, cell: str, split: str, wall_seconds: float
+    ) -> pd.DataFrame:
+        """Rows of ``RECORD_COLUMNS`` for a comparison's summary. Missing values are NaN, never 0.
+
+        ``cell`` is the label of ``config`` in its grid.
+        """
+        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+        return summary.assign(
+            model=self.loaded.name,
+            revision=self.loaded.spec.revision,
+            weights_hash=self.loaded.weights_hash,
+            profile=self.profile,
+            concept=self.concept,
+            method=self.method,
+            ember=self.ember,
+            config=json.dumps(settings, sort_keys=True),
+            cell=cell,
+            seed=self.seed,
+            split=split,
+            git_commit=git_commit(),
+            versions=json.dumps(library_versions()),
+            device=device_name(self.loaded.device),
+            dtype=self.loaded.dtype,
+            wall_seconds=wall_seconds,
+        )[list(RECORD_COLUMNS)]
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> Path:
+    """Write a frame as parquet or, by the suffix, CSV; atomically."""
+    with atomic_file(path) as temporary:
+        if path.suffix == ".csv":
+            frame.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        else:
+            frame.to_parquet(temporary, index=False)
+    return path
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Read what ``write_frame`` wrote; a missing or damaged file is an error that names it, never an empty table."""
+    try:
+        if path.suffix != ".csv":
+            return pd.read_parquet(path)
+        if not path.read_text(encoding="utf-8").endswith("\n"):
+            raise ValueError("it ends in the middle of a line")
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's and pandas' parse errors are both
+        raise DamagedFileError(f"{path} is damaged ({error}). Delete it and run the notebook that writes it") from error
+
+
+def read_records(paths: Iterable[Path]) -> pd.DataFrame:
+    """Concatenate record files strictly: each must hold all of ``RECORD_COLUMNS``."""
+    frames = []
+    for path in sorted(paths):
+        frame = read_frame(path)
+        missing = sorted(set(RECORD_COLUMNS) - set(frame.columns))
+        if missing:
+            raise DamagedFileError(f"{path} lacks the record columns {', '.join(missing)}")
+        frames.append(frame)
+    if not frames:
+        raise FileNotFoundError("no records found; run the profile's notebooks first (python -m ember reproduce)")
+    return pd.concat(frames, ignore_index=True)
+
+
+class EvaluationCache:
+    """Evaluations on disk, so that an interrupted grid resumes at the last finished cell.
+
+    The key must name everything a value depends on; build it with ``key``, which puts the weights' hash first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def key(loaded: LoadedModel, *parts: object) -> str:
+        """Cache key of the model's weights and dtype and whatever else the value depends on."""
+        return digest(loaded.weights_hash, loaded.dtype, *parts)
+
+    def get_or_run(self, key: str, run: Callable[[], Evaluation]) -> Evaluation:
+        """The stored evaluation, or a fresh one that is stored. A damaged entry is named, dropped and redone."""
+        entry = self.folder / key
+        if entry.exists():
+            try:
+                read_sealed(entry)
+                return Evaluation(read_frame(entry / "items.parquet"), read_frame(entry / "samples.parquet"))
+            except DamagedFileError as error:
+                warnings.warn(f"recomputing a damaged cell: {error}", stacklevel=2)
+        value = run()
+        with sealed_dir(entry, ours=True) as target:
+            value.items.to_parquet(target / "items.parquet", index=False)
+            value.samples.to_parquet(target / "samples.parquet", index=False)
+        return value
+
+
+class KeptEdits:
+    """The edits of a grid by label, each made when it is asked for and kept while those kept stay small.
+
+    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same.
+    """
+
+    def __init__(self, make: Callable[[str], Edit], *, limit: float = KEPT_EDITS) -> None:
+        self._make, self._limit = make, limit
+        self._kept: dict[str, Edit] = {}
+
+    def __call__(self, label: str) -> Edit:
+        if label not in self._kept:
+            if sum(edit.nbytes for edit in self._kept.values()) > self._limit:
+                self._kept.clear()
+            self._kept[label] = self._make(label)
+        return self._kept[label]
+
+
+def saved_edit(profile: str, run: str) -> Edit:
+    """The edit that a run of ``03_erase_concept`` saved.
+
+    Raises
+    ------
+    EmberError
+        If it has saved none.
+    """
+    folder = results_dir(profile) / "edits" / run
+    if not folder.exists():
+        raise EmberError(
+            f"no edit of {run} in {results_dir(profile)}; run 03_erase_concept with those parameters first"
+        )
+    return Edit.load(folder)
+
+
+def write_run(profile: str, run: str, **frames: pd.DataFrame) -> Path:
+    """Write the result frames of one notebook run to ``records/RUN/NAME.parquet``; return the folder."""
+    for name, frame in frames.items():
+        write_frame(frame_path(profile, run, name), frame)
+    return frame_path(profile, run, "x").parent
+
+
+def read_runs(profile: str, notebook: str, frame: str) -> pd.DataFrame:
+    """One frame of all runs of a notebook, one under the other, with the run's name in column ``run``.
+
+    Runs that found nothing to edit have no frames; ``nothing_found`` lists them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no run of the notebook has written it.
+    DamagedFileError
+        If a file cannot be read.
+    """
+    empty = set(nothing_found(profile).run)
+    paths = sorted((results_dir(profile) / "records").glob(f"{notebook}__*/{frame}.parquet"))
+    paths = [path for path in paths if path.parent.name not in empty]
+    if not paths:
+        raise FileNotFoundError(
+            f"no {frame!r} of {notebook} in {results_dir(profile)}; run: python -m ember reproduce --profile {profile}"
+        )
+    reader = (lambda path: read_records([path])) if frame == "records" else read_frame
+    return pd.concat([reader(path).assign(run=path.parent.name) for path in paths], ignore_index=True)
+
+
+def nothing_found(profile: str) -> pd.DataFrame:
+    """The runs that found nothing of the concept to edit: run, reason."""
+    runs = sorted(path.stem for path in (results_dir(profile) / "notebooks").glob("*.json"))
+    reasons = [(run, nothing_found_by(profile, run)) for run in runs]
+    return pd.DataFrame([row for row in reasons if row[1]], columns=["run", "reason"])
+
+
+def save_figure(figure: Figure, profile: str, name: str) -> None:
+    """Write a figure as PNG and SVG to the profile's figures, the same bytes for the same figure."""
+    folder = results_dir(profile) / "figures"
+    with plt.rc_context({"svg.hashsalt": name}), atomic_file(folder / f"{name}.svg") as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
+    with atomic_file(folder / f"{name}.png") as temporary:
+        figure.savefig(temporary, metadata={"Software": None})

@@ -1,0 +1,96 @@
+"""Concepts, questions and texts, whoever wrote them."""
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ember.store.files import digest
+from ember.store.paths import slug
+
+QUESTION_SETS = ("concept", "simdom", "general")
+SPLITS = ("train", "test")
+SOURCES = ("ours", "released")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with one right answer, three wrong ones, and other accepted forms of the right one."""
+
+    id: str
+    set: str
+    split: str
+    question: str
+    answer: str
+    distractors: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The four options in an order fixed by the question's id."""
+        shuffled = [self.answer, *self.distractors]
+        random.Random(self.id).shuffle(shuffled)
+        return tuple(shuffled)
+
+    @property
+    def gold(self) -> int:
+        """Index of the right answer in ``options``."""
+        return self.options.index(self.answer)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An everyday instruction with a reference response."""
+
+    id: str
+    split: str
+    instruction: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Everything known about one concept.
+
+    ``sentences`` and ``neutral`` fit the factorization; ``further_neutral`` sentences only tell which tokens are not
+    concept-only; ``questions`` hold the concept and similar-domain (``simdom``) sets; ``paragraphs`` are for
+    relearning; ``other_sense`` uses the concept's words in another sense; ``source`` is one of ``SOURCES``.
+    """
+
+    name: str
+    simdom: str
+    sentences: tuple[str, ...]
+    neutral: tuple[str, ...]
+    questions: tuple[Question, ...]
+    paragraphs: tuple[str, ...]
+    other_sense: tuple[str, ...]
+    further_neutral: tuple[str, ...] = ()
+    source: str = "ours"
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
+
+    @property
+    def data_hash(self) -> str:
+        """Short hash of all its texts; part of every cache key."""
+        return digest(self)
+
+
+@dataclass(frozen=True)
+class SharedData:
+    """General-knowledge questions, held-out neutral sentences by split, instructions, neutral sentences of the fit.
+
+    ``revisions`` pairs data sets that are no part of this project with their commits.
+    """
+
+    questions: tuple[Question, ...]
+    neutral: Mapping[str, tuple[str, ...]]
+    instructions: tuple[Instruction, ...]
+    neutral_fit: tuple[str, ...]
+    revisions: tuple[tuple[str, str], ...] = ()
+
+
+def plain_name(name: str) -> str:
+    """What names are compared by; empty for one with the parts of a path in it, which is no name."""
+    return "" if re.search(r"[/\\]|\.\.", name) else slug(name)

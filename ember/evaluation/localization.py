@@ -1,0 +1,207 @@
+"""Where an edit changes predictions: token by token, by how many edited tokens came before and how far back."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from ember.editing import Edit
+from ember.evaluation.metrics import wilson
+from ember.models.loading import LoadedModel
+from ember.models.scoring import sequence_scores
+from ember.tokens import background_frequency
+
+EXPOSURES = ("none", "1", "2-3", "4-7", "8 or more")
+EXPOSED = ("before any edited token", "after one")
+DISTANCES = ("none before", "1", "2-4", "5-16", "17 or more")
+
+
+def token_changes(
+    loaded: LoadedModel,
+    edit: Edit,
+    texts: Mapping[str, Sequence[str]],
+    marked: Collection[int],
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """What the edit does to the prediction of every token but the first of each text.
+
+    ``texts`` maps sets to texts, ``marked`` are the token ids to watch for: those an EMBER edit changes.
+
+    Columns
+    -------
+    set, text, position
+        Where the token stands; texts of a set are numbered.
+    token, marked
+        The predicted token, and whether it is a marked one itself.
+    before, since
+        How many of the tokens before it are marked, and how far back the last of them is (1: the token just before;
+        NaN: none).
+    loss, change, kl
+        Its loss with the edit, the rise in loss, and KL(p_base ‖ p_edited), all in nats.
+    """
+    frames = []
+    for name, chosen in texts.items():
+        sequences = [loaded.encode(text) for text in chosen]
+        edited = partial(edit.applied, loaded)
+        scores = sequence_scores(loaded, sequences, [1] * len(sequences), edited, progress=progress)
+        for number, (ids, score) in enumerate(zip(sequences, scores, strict=True)):
+            hits = np.array([i in marked for i in ids])
+            last = np.maximum.accumulate(np.where(hits, np.arange(len(ids)), -1))[:-1]
+            since = np.where(last < 0, np.nan, np.arange(1, len(ids)) - last)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "set": name, "text": number, "position": range(1, len(ids)),
+                        "token": [loaded.decode([i]) for i in ids[1:]], "marked": hits[1:],
+                        "before": hits.cumsum()[:-1], "since": since, "loss": score.loss,
+                        "change": score.loss - score.base_loss, "kl": score.kl,
+                    }
+                )
+            )  # fmt: skip
+    return pd.concat(frames, ignore_index=True)
+
+
+def by_exposure(changes: pd.DataFrame) -> pd.DataFrame:
+    """``share_table`` by the number of marked tokens before (``EXPOSURES``)."""
+    classes = np.digitize(changes.before, [1, 2, 4, 8])
+    return share_table(changes.assign(group=np.array(EXPOSURES)[classes]), EXPOSURES)
+
+
+def by_distance(changes: pd.DataFrame) -> pd.DataFrame:
+    """``share_table`` by the distance to the last marked token (``DISTANCES``)."""
+    classes = np.where(changes.since.isna(), 0, np.digitize(changes.since, [1, 2, 5, 17]))
+    return share_table(changes.assign(group=np.array(DISTANCES)[classes]), DISTANCES)
+
+
+def by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
+    """``share_table`` of every arm (concept, method, ember), its seeds together: before any marked token, and after.
+
+    ``tokens`` are ``token_changes`` with columns concept, method, ember and seed.
+    """
+    groups = np.where(tokens.before > 0, EXPOSED[1], EXPOSED[0])
+    return _each_arm(tokens.assign(group=groups), lambda part: share_table(part, EXPOSED))
+
+
+def half_by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
+    """``concentration`` of every arm (concept, method, ember), its seeds together; ``tokens`` as in ``by_arm``."""
+    return _each_arm(tokens, concentration)
+
+
+def _each_arm(tokens: pd.DataFrame, table: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    """A table of each arm, texts of different seeds kept apart."""
+    keys = ["concept", "method", "ember"]
+    tables = []
+    for arm, part in tokens.groupby(keys, sort=False):
+        text = part.seed.astype(str) + " " + part.text.astype(str)
+        tables.append(table(part.assign(text=text)).assign(**dict(zip(keys, arm, strict=True))))
+    found = pd.concat(tables, ignore_index=True)
+    return found[keys + [column for column in found if column not in keys]]
+
+
+def share_table(
+    changes: pd.DataFrame, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Of each set and value of column ``group``: how many tokens, how much they change, and their share of all KL.
+
+    Columns: set, group, tokens, share_of_tokens, change (mean rise in loss, nats), kl (mean, nats), share_of_kl, the
+    last three with 95 % intervals ``…_low`` and ``…_high`` from resampled texts, NaN where a single text bears it all.
+    Groups without a token are left out.
+    """
+    rows = []
+    for name, part in changes.groupby("set", sort=False):
+        sums = part.groupby(["text", "group"])[["change", "kl"]].sum().unstack(fill_value=0.0)
+        counts = part.groupby(["text", "group"]).size().unstack(fill_value=0)
+        chosen = np.random.default_rng(seed).integers(0, len(counts), (n_resamples, len(counts)))
+        total = sums["kl"].to_numpy().sum(1)
+        for group in (g for g in groups if g in counts):
+            tokens = counts[group].to_numpy()
+            row: dict[str, object] = {"set": name, "group": group, "tokens": int(tokens.sum())}
+            row["share_of_tokens"] = tokens.sum() / len(part)
+            for measure, above, below in (
+                ("change", sums["change"][group].to_numpy(), tokens), ("kl", sums["kl"][group].to_numpy(), tokens),
+                ("share_of_kl", sums["kl"][group].to_numpy(), total),
+            ):  # fmt: skip
+                row |= _ratio(measure, above, below, chosen)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def concentration(changes: pd.DataFrame, *, share: float = 0.5, n_resamples: int = 500, seed: int = 0) -> pd.DataFrame:
+    """The smallest share of each set's tokens that holds ``share`` of its KL, with a 95 % interval over texts.
+
+    0.5 where the change is the same at every token; near 0 where few tokens bear it all. NaN where nothing changes.
+    Columns: set, tokens, value, ci_low, ci_high.
+    """
+    rows = []
+    for name, part in changes.groupby("set", sort=False):
+        parts = [group.kl.to_numpy() for _, group in part.groupby("text")]
+        generator = np.random.default_rng(seed)
+        draws = [
+            _smallest(np.concatenate([parts[k] for k in generator.integers(0, len(parts), len(parts))]), share)
+            for _ in range(n_resamples)
+        ]
+        value = _smallest(part.kl.to_numpy(), share)
+        low, high = np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(value) else (np.nan, np.nan)
+        rows.append((name, len(part), value, low, high))
+    return pd.DataFrame(rows, columns=["set", "tokens", "value", "ci_low", "ci_high"])
+
+
+def _smallest(kl: np.ndarray, share: float) -> float:
+    sums = np.sort(kl.clip(min=0))[::-1].cumsum()
+    if not sums[-1] > 0:
+        return float("nan")
+    return float((np.searchsorted(sums, share * sums[-1]) + 1) / len(kl))
+
+
+def _ratio(name: str, above: np.ndarray, below: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+    """Ratio of two sums over texts with a bootstrap interval; NaN where there is nothing to divide by, or one text."""
+    if not below.sum() > 0:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
+    divided = below[chosen].sum(1)
+    draws = above[chosen].sum(1) / np.where(divided > 0, divided, np.nan)
+    low, high = np.nanpercentile(draws, [2.5, 97.5]) if (below > 0).sum() > 1 else (np.nan, np.nan)
+    return {name: float(above.sum() / below.sum()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def most_damaged(changes: pd.DataFrame, *, top: int = 20, width: int = 6) -> pd.DataFrame:
+    """The tokens whose loss rises most: set, context (the ``width`` tokens before), token, before, since, change."""
+    rows = []
+    order = changes.sort_values("change", ascending=False).head(top)
+    for row in order.itertuples():
+        text = changes[(changes.set == row.set) & (changes.text == row.text)]
+        near = text[(text.position < row.position) & (text.position >= row.position - width)]
+        rows.append((row.set, "".join(near.token), row.token, row.before, row.since, row.change))
+    return pd.DataFrame(rows, columns=["set", "context", "token", "before", "since", "change"])
+
+
+def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """How much everyday text an edit of the rows ``marked`` touches.
+
+    One row for each set of ``texts``: how many, the ``share`` with a marked token with Wilson's interval, and marked
+    tokens ``per_thousand`` tokens; NaN for a set without texts. One row, ``general English``, holds
+    ``expected_per_thousand``.
+    """
+    rows = []
+    for name, chosen in texts.items():
+        if not chosen:
+            rows.append((name, 0, *[float("nan")] * 4))
+            continue
+        encoded = [loaded.encode(text, bos=False) for text in chosen]
+        hits = [sum(i in marked for i in ids) for ids in encoded]
+        touched = sum(hit > 0 for hit in hits)
+        per_thousand = 1000 * sum(hits) / max(1, sum(map(len, encoded)))
+        rows.append((name, len(chosen), touched / len(chosen), *wilson(touched, len(chosen)), per_thousand))
+    expected = expected_per_thousand(loaded, marked)
+    rows.append(("general English", 0, float("nan"), float("nan"), float("nan"), expected))
+    return pd.DataFrame(rows, columns=["set", "n", "share", "ci_low", "ci_high", "per_thousand"])
+
+
+def expected_per_thousand(loaded: LoadedModel, marked: Collection[int]) -> float:
+    """How many of a thousand words of general English bring a marked token, by word frequencies.
+
+    Each form of a word counts with all of the word's frequency (``background_frequency``): an upper bound.
+    """
+    frequency = background_frequency(loaded)
+    return 1000 * sum(frequency.get(i, 0.0) for i in marked)

@@ -1,0 +1,253 @@
+"""Does the same concept feature come back: fits of other seeds, ranks, sparsities and precisions, compared.
+
+One comparison changes nothing but rounding: X with its columns in another order is the same problem, summed in another
+order. A factorization is unique only up to the order, scale and sign of its features, so those of two fits are paired
+by the |cosine| of their directions. Embeddings share directions, so that unlike features reach high values too: what
+counts is more than a feature has with its nearest sibling, another feature of its own fit.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ember.errors import NothingFoundError
+from ember.factorization import Factorization, sparse_mf
+from ember.features import ConceptFeatures, scaled_rows, score_features
+from ember.models.loading import LoadedModel
+from ember.store.files import cached_tensors, digest
+
+MEASURES = (
+    "cosine", "sibling", "mate_selected", "returned", "cosine_all", "same", "rows_a", "rows_b", "rows_jaccard",
+    "edit_cosine", "tokens_jaccard",
+)  # fmt: skip
+_VARIED = ("rank", "sparsity", "seed", "precision", "reordered")
+_FIT_KEYS = ("rank", "sparsity", "ridge", "max_iter", "patience", "tol", "seed")
+
+
+class Matching(NamedTuple):
+    """Arrays [m]: feature ``first[i]`` of one fit belongs to ``second[i]`` of another, at |cosine| ``cosine[i]``."""
+
+    first: np.ndarray
+    second: np.ndarray
+    cosine: np.ndarray
+
+
+def match_features(F_a: torch.Tensor, F_b: torch.Tensor) -> Matching:
+    """Pair the columns of F_a [d, K_a] one to one with those of F_b [d, K_b]: the largest sum of |cosines| there is.
+
+    There are min(K_a, K_b) pairs; a column of zeros has cosine 0 with all. ``ValueError`` if d is not the same.
+    """
+    similar = _cosines(F_a, F_b)
+    first, second = linear_sum_assignment(similar, maximize=True)
+    return Matching(first, second, similar[first, second])
+
+
+def _cosines(F_a: torch.Tensor, F_b: torch.Tensor) -> np.ndarray:
+    """|cosine| of every column of F_a with every column of F_b [K_a, K_b]."""
+    if F_a.ndim != 2 or F_b.ndim != 2 or F_a.shape[0] != F_b.shape[0]:
+        raise ValueError(f"expected F [d, K] of one width d, got {tuple(F_a.shape)} and {tuple(F_b.shape)}")
+    unit_a, unit_b = (torch.nn.functional.normalize(F.double().cpu(), dim=0, eps=1e-300) for F in (F_a, F_b))
+    return np.asarray((unit_a.T @ unit_b).abs().clamp_max(1))
+
+
+def selected_features(features: ConceptFeatures, /, **selection: Any) -> list[int]:
+    """``features.select(**selection)``; an empty list where it finds nothing."""
+    try:
+        return features.select(**selection)
+    except NothingFoundError:
+        return []
+
+
+def concept_mates(a: ConceptFeatures, b: ConceptFeatures, **selection: Any) -> pd.DataFrame:
+    """What became in ``b`` of each feature that ``selection`` takes from ``a``, best first; no rows if it takes none.
+
+    Columns: feature; mate, its partner in ``b`` (``match_features``; NaN where ``b`` has fewer features and left it
+    none) and their |cosine|; sibling, the largest |cosine| with another feature of ``a``; returned, whether the mate
+    is selected in ``b``; tokens and mate_tokens, the most activating ones. Raises ``ValueError`` if the fits are of
+    different weights or tokens V'.
+    """
+    if a.weights_hash != b.weights_hash or a.table.token_id.tolist() != b.table.token_id.tolist():
+        raise ValueError(f"the fits of {a.concept!r} and {b.concept!r} are not of the same weights and tokens V'")
+    pairs, own = match_features(a.factorization.F, b.factorization.F), _cosines(a.factorization.F, a.factorization.F)
+    np.fill_diagonal(own, 0)
+    mates = {int(k): (int(mate), float(cosine)) for k, mate, cosine in zip(*pairs, strict=True)}
+    chosen = selected_features(b, **selection)
+    tokens, mate_tokens = (fit.scores.set_index("feature").top_tokens for fit in (a, b))
+    rows = []
+    for k in selected_features(a, **selection):
+        mate, cosine = mates.get(k, (math.nan, math.nan))
+        rows.append((k, mate, cosine, float(own[k].max()), mate in chosen, tokens[k], mate_tokens.get(mate, "")))
+    return pd.DataFrame(rows, columns=["feature", "mate", "cosine", "sibling", "returned", "tokens", "mate_tokens"])
+
+
+def compare_fits(a: ConceptFeatures, b: ConceptFeatures, **selection: Any) -> dict[str, float]:
+    """``MEASURES`` of how well the concept features of ``a`` come back in ``b``; ``ValueError`` as ``concept_mates``.
+
+    ``cosine``, ``sibling``, ``mate_selected``: of the best selected feature of ``a``; ``cosine_all``: median of all
+    pairs, and ``same`` the share of them at 0.99 or more; ``returned``: share of the selected features of ``a`` whose
+    mate is selected in ``b``; ``rows_a``, ``rows_b``: rows that an edit changes; ``rows_jaccard``: those that both
+    change ÷ those that either does; ``edit_cosine``: of the edits, each as one vector, 0 in rows it leaves alone;
+    ``tokens_jaccard``: overlap of the 20 tokens, of any role, that the selected features reach most. NaN where there is
+    no feature, or nothing to overlap.
+    """
+    mates = concept_mates(a, b, **selection)
+    chosen = [selected_features(fit, **selection) for fit in (a, b)]
+    moved = list(map(_displacements, (a, b), chosen))
+    best = (*mates.loc[0, ["cosine", "sibling", "returned"]], mates.returned.mean()) if len(mates) else (math.nan,) * 4
+    every = match_features(a.factorization.F, b.factorization.F).cosine
+    usual = (np.median(every), np.mean(every >= 0.99))
+    product = sum(float(moved[0][i] @ moved[1][i]) for i in moved[0].keys() & moved[1].keys())
+    norm = math.prod(sum(float(c.square().sum()) for c in part.values()) for part in moved) ** 0.5
+    edit_cosine, reached = product / norm if norm else math.nan, map(_top_tokens, (a, b), chosen)
+    overlaps = (_jaccard(*map(set, moved)), edit_cosine, _jaccard(*reached))
+    return dict(zip(MEASURES, map(float, (*best, *usual, *map(len, moved), *overlaps)), strict=True))
+
+
+def _displacements(features: ConceptFeatures, selected: list[int]) -> dict[int, torch.Tensor]:
+    return {i: c.double() for i, c in features.contributions(selected).items()} if selected else {}
+
+
+def _top_tokens(features: ConceptFeatures, selected: list[int], top: int = 20) -> set[int]:
+    """Ids of the tokens with the longest F[:, S] G[i, S]ᵀ."""
+    reach = (features.factorization.G[:, selected] @ features.factorization.F[:, selected].T).norm(dim=1)
+    order = reach.argsort(descending=True, stable=True)[:top].tolist()
+    return {int(features.table.token_id.iloc[i]) for i in order if reach[i] > 0}
+
+
+def _jaccard(a: set[int], b: set[int]) -> float:
+    return len(a & b) / len(a | b) if a | b else math.nan
+
+
+def fit_label(features: ConceptFeatures) -> str:
+    """Name of a fit among others of its concept, such as ``"rank 300, sparsity 0.01, seed 42, float64"``."""
+    name = "rank {rank}, sparsity {sparsity:g}, seed {seed}, {precision}".format(**features.settings)
+    order = features.settings.get("reordered", 0)
+    return f"{name}, order {order}" if order else name
+
+
+def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection: Any) -> pd.DataFrame:
+    """One row a fit of X [n, d] (``scaled_rows``).
+
+    Columns: fit, rank, sparsity, seed, precision, reordered, iterations, unexplained (‖X − G Fᵀ‖² / ‖X‖²), best_score
+    (bits), selected (features), rows (that their edit changes), top_tokens (of the best feature, selected or not).
+    """
+    rows = []
+    for name, fit in fits.items():
+        chosen, best, result = selected_features(fit, **selection), fit.scores.nlargest(1, "score"), fit.factorization
+        about = {"fit": name, **{key: fit.settings[key] for key in _VARIED[:-1]}}
+        about["reordered"] = fit.settings.get("reordered", 0)
+        about |= {"iterations": len(result.loss_curve), "unexplained": result.loss / float(X.double().square().sum())}
+        about |= {"best_score": best.score.item(), "selected": len(chosen), "rows": len(_displacements(fit, chosen))}
+        rows.append({**about, "top_tokens": best.top_tokens.item()})
+    return pd.DataFrame(rows)
+
+
+def pair_table(fits: Mapping[str, ConceptFeatures], *, reference: str | None = None, **selection: Any) -> pd.DataFrame:
+    """``compare_fits`` of all ordered pairs of fits, or of the reference with the others: fit, other, ``MEASURES``."""
+    pairs = [(a, b) for a, b in itertools.permutations(fits, 2) if reference in (None, a)]
+    rows = [(a, b, *compare_fits(fits[a], fits[b], **selection).values()) for a, b in pairs]
+    return pd.DataFrame(rows, columns=["fit", "other", *MEASURES])
+
+
+def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs whose fits differ in one thing only, and in which: ``pairs`` with a column ``varied``.
+
+    ``fits`` is ``fit_table``'s. ``varied`` is ``rank``, ``sparsity``, ``seed``, ``precision``, or ``rounding in``
+    float64 or float32: the same fit with its columns in another order.
+    """
+    about = fits.set_index("fit")[list(_VARIED)]
+    rows = []
+    for pair in pairs.itertuples():
+        one, other = about.loc[pair.fit], about.loc[pair.other]
+        differing = [name for name in _VARIED if one[name] != other[name]]
+        name = f"rounding in {one.precision}" if differing == ["reordered"] else "".join(differing)
+        rows.append(name if len(differing) == 1 else None)
+    return pairs.assign(varied=rows).dropna(subset="varied").reset_index(drop=True)
+
+
+def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
+    """What comes back when one thing varies (``varied_pairs``): one row a kind of variation.
+
+    Columns: varied, pairs; found, the share of them whose first fit selects a feature; returned, the share of those
+    whose best feature has a selected mate; of cosine, same, rows_jaccard and edit_cosine the median, least and most.
+    """
+    rows = []
+    for name, part in varied.groupby("varied", sort=False):
+        known = part[part.cosine.notna()]
+        row = {
+            "varied": name,
+            "pairs": len(part),
+            "found": len(known) / len(part),
+            "returned": known.mate_selected.mean(),
+        }
+        for measure in ("cosine", "same", "rows_jaccard", "edit_cosine"):
+            values = part[measure].dropna()
+            row |= {measure: values.median(), f"{measure}_low": values.min(), f"{measure}_high": values.max()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def outcome_table(
+    scores: Mapping[str, pd.DataFrame], *, reference: str, n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Change of the right answer's probability by each fit's edit (``scores``: fit → ``trade.probe_edit``'s frame).
+
+    Columns: fit, set, n, change, ci_low, ci_high and the same of its ``difference`` from the reference's edit, item by
+    item (NaN if that has none). 95 % bootstrap intervals over items; all fits draw the same.
+    """
+    gold = {fit: frame[frame.metric == "gold_prob"].set_index(["set", "item"]) for fit, frame in scores.items()}
+    rows = []
+    for name in dict.fromkeys(key for frame in gold.values() for key, _ in frame.index):
+        wide = pd.DataFrame({fit: (frame.edited - frame.base)[name] for fit, frame in gold.items()})
+        drawn = np.random.default_rng(seed).integers(0, len(wide), (n_resamples, len(wide)))
+        for fit in wide:
+            parts = [wide[fit], wide[fit] - wide.get(reference, math.nan)]
+            spans = [(part.mean(), *np.percentile(part.to_numpy()[drawn].mean(1), [2.5, 97.5])) for part in parts]
+            rows.append((fit, name, len(wide), *map(float, (*spans[0], *spans[1]))))
+    columns = ["change", "ci_low", "ci_high", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame(rows, columns=["fit", "set", "n", *columns])
+
+
+def refit(
+    loaded: LoadedModel,
+    features: ConceptFeatures,
+    *,
+    precision: str | None = None,
+    reordered: int = 0,
+    progress: bool = False,
+) -> ConceptFeatures:
+    """The same factorization from the same start G₀, in another precision or with the columns of X reordered.
+
+    ``reordered`` numbers the order, 0 leaves them as they are. Either changes only how numbers are rounded. Kept in the
+    user cache; ``ValueError`` for features of other weights.
+    """
+    if features.weights_hash != loaded.weights_hash:
+        raise ValueError(f"the features were fitted on other weights of {features.model}, not this model's")
+    settings = {name: features.settings[name] for name in _FIT_KEYS}
+    precision = precision or features.settings["precision"]
+
+    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        X = scaled_rows(loaded, features.table, precision)
+        order = torch.arange(X.shape[1])
+        if reordered:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(reordered))
+        fit = sparse_mf(X[:, order], progress=progress, **settings)
+        F = torch.empty_like(fit.F)
+        F[order] = fit.F
+        curve = torch.tensor(fit.loss_curve, dtype=torch.float64)
+        return {"F": F.float(), "G": fit.G.float(), "loss_curve": curve}, {"converged": fit.converged}
+
+    ids = features.table.token_id.tolist()
+    key = digest(loaded.weights_hash, ids, sorted(settings.items()), precision, reordered)
+    kept, about = cached_tensors("refits", key, compute)
+    result = Factorization(kept["F"], kept["G"], tuple(kept["loss_curve"].tolist()), about["converged"])
+    chosen = features.settings | {"precision": precision, "reordered": reordered}
+    scores = score_features(features.table, result.G)
+    return replace(features, factorization=result, scores=scores, settings=chosen)

@@ -1,0 +1,281 @@
+"""Sparse autoencoders: train small ones on our own text, or read released ones through ``sae-lens``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from ember.data.ours import list_concepts, load_concept, load_shared
+from ember.data.types import Concept
+from ember.errors import EmberError, UnknownNameError, require_at_least
+from ember.models.activations import Site, collect, tapped
+from ember.models.loading import LoadedModel
+from ember.models.scoring import sequence_losses
+from ember.store.files import cached_tensors, digest
+from ember.store.progress import bar
+
+
+@dataclass(frozen=True)
+class SparseAutoencoder:
+    """x ≈ decode(encode(x)) for activations x [n, d] at one site, with m features.
+
+    ``W_enc`` [d, m], ``b_enc`` [m], ``W_dec`` [m, d], ``b_dec`` [d]. Activations are multiplied by ``scale`` first;
+    ``centred`` subtracts b_dec before encoding. TopK keeps the ``k`` largest features of a token, JumpReLU those above
+    ``threshold`` [m]; with neither it is a ReLU. ``quality`` holds what was measured in training.
+    """
+
+    site: Site
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+    k: int | None = None
+    threshold: torch.Tensor | None = None
+    scale: float = 1.0
+    centred: bool = True
+    quality: Mapping[str, float] = field(default_factory=dict)
+
+    def pre(self, x: torch.Tensor) -> torch.Tensor:
+        """Pre-activations [n, m]."""
+        scaled = x * self.scale
+        return (scaled - self.b_dec if self.centred else scaled) @ self.W_enc + self.b_enc
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations [n, m], at least 0."""
+        pre = self.pre(x)
+        if self.k is not None:
+            return top_k(pre, self.k)
+        active = pre.clamp_min(0)
+        return active if self.threshold is None else active * (pre > self.threshold)
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        """Reconstruction [n, d] from feature activations [n, m]."""
+        return (features @ self.W_dec + self.b_dec) / self.scale
+
+
+def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
+    """Each row's ``k`` largest values where positive, zeros elsewhere."""
+    best = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, best.indices, best.values.clamp_min(0))
+
+
+def quality_table(saes: Sequence[SparseAutoencoder]) -> list[dict[str, Any]]:
+    """What is known of each autoencoder's quality, for the record."""
+    return [{"site": sae.site.kind, "layer": sae.site.layer, "width": len(sae.b_enc), **sae.quality} for sae in saes]
+
+
+@dataclass(frozen=True)
+class SaeTraining:
+    """Settings of the small TopK autoencoders (Gao et al. 2024): width m, k, epochs over the tokens, batch, Adam."""
+
+    width: int = 1536
+    k: int = 24
+    epochs: int = 4
+    batch_size: int = 512
+    lr: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "width", "k", "epochs", "batch_size")
+        if self.k > self.width:
+            raise ValueError(f"k must be 1..width = {self.width}, got {self.k}")
+
+
+# Released ones: where sae-lens finds them, by the kind of site.
+RELEASED = {
+    "gemma-scope": {
+        "residual": ("gemma-scope-2b-pt-res-canonical", "layer_{layer}/width_16k/canonical"),
+        "mlp_out": ("gemma-scope-2b-pt-mlp-canonical", "layer_{layer}/width_16k/canonical"),
+    },
+    "llama-scope": {
+        "residual": ("llama_scope_lxr_8x", "l{layer}r_8x"),
+        "mlp_out": ("llama_scope_lxm_8x", "l{layer}m_8x"),
+    },
+}
+SOURCES = ("trained", *RELEASED)
+_PARTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def load_saes(
+    loaded: LoadedModel,
+    concept: Concept,
+    kind: str,
+    layers: Sequence[int],
+    *,
+    source: str = "trained",
+    training: SaeTraining = SaeTraining(),
+    progress: bool = False,
+) -> list[SparseAutoencoder]:
+    """Autoencoders for a kind of site (``residual`` or ``mlp_out``) at some layers.
+
+    ``source="trained"`` trains them on the model as it was loaded and keeps them in the user cache; the other sources
+    are released ones (``RELEASED``), which need the optional extra ``sae``.
+
+    Raises
+    ------
+    UnknownNameError
+        If the source is unknown.
+    EmberError
+        If training would see an edited model, or ``sae-lens`` is not installed.
+    """
+    if source not in SOURCES:
+        raise UnknownNameError("SAE source", source, SOURCES)
+    sites = [Site(kind, layer) for layer in layers]
+    if source != "trained":
+        return [_released(site, source, loaded) for site in sites]
+    return _trained(loaded, sites, training_texts(concept), training, progress)
+
+
+def training_texts(concept: Concept) -> tuple[str, ...]:
+    """What autoencoders are trained on: all fit sentences, neutral train sentences, train instructions with responses.
+
+    No text on which anything is measured, and no relearning paragraph, is among them.
+    """
+    shared = load_shared()
+    concepts = [load_concept(name) for name in list_concepts()]
+    sentences = dict.fromkeys(s for c in (*concepts, concept) for s in c.sentences)
+    instructions = [f"{i.instruction}\n{i.response}" for i in shared.instructions if i.split == "train"]
+    return (*sentences, *shared.neutral_fit, *shared.neutral["train"], *instructions)
+
+
+def _trained(
+    loaded: LoadedModel, sites: list[Site], texts: tuple[str, ...], training: SaeTraining, progress: bool
+) -> list[SparseAutoencoder]:
+    @lru_cache(maxsize=1)
+    def states() -> dict[Site, torch.Tensor]:
+        # One pass over the texts for all sites, and only if one of them is not in the cache.
+        if loaded.weights_hash != loaded.base_hash:
+            raise EmberError("autoencoders are trained on the unedited model; load them before applying an edit")
+        return collect(loaded, texts, sites, progress=progress)[0]
+
+    def compute(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        sae = train_sae(states()[site].to(loaded.device), site, training, progress=progress)
+        tensors = {name: getattr(sae, name).cpu() for name in _PARTS}
+        quality = dict(sae.quality) | measure(loaded, sae, load_shared().neutral["test"])
+        return tensors, {"scale": sae.scale, "quality": quality}
+
+    saes = []
+    for site in sites:
+        key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
+        tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
+        W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
+        saes.append(
+            SparseAutoencoder(
+                site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=about["scale"], quality=about["quality"]
+            )
+        )
+    return saes
+
+
+def train_sae(
+    states: torch.Tensor, site: Site, training: SaeTraining = SaeTraining(), *, progress: bool = False
+) -> SparseAutoencoder:
+    """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
+
+    Minimizes the squared error. The decoder starts as random unit directions with the encoder its transpose, and is
+    brought back to unit rows after each step; b_dec starts at the mean.
+    """
+    n, d = states.shape
+    generator = torch.Generator().manual_seed(training.seed)
+    scale = float((d / states.square().sum(1).mean()).sqrt())
+    X = states * scale
+    W_dec = normalize(torch.randn(training.width, d, generator=generator), dim=1).to(X)
+    parameters = [W_dec.T.clone(), torch.zeros(training.width).to(X), W_dec, X.mean(0)]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    W_enc, b_enc, W_dec, b_dec = parameters
+    optimizer = torch.optim.Adam(parameters, lr=training.lr)
+    size = min(training.batch_size, n)
+    steps = training.epochs * (n // size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
+    used = torch.zeros(training.width, dtype=torch.bool, device=X.device)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(training.epochs)])
+    with torch.enable_grad():
+        for step in bar(range(steps), show=progress, desc=f"SAE {site.kind} {site.layer}"):
+            x = X[order[step * size : (step + 1) * size].to(X.device)]
+            features = top_k((x - b_dec) @ W_enc + b_enc, training.k)
+            loss = (features @ W_dec + b_dec - x).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                W_dec.copy_(normalize(W_dec, dim=1))
+                if step >= steps - n // size:
+                    used |= (features > 0).any(0)
+    quality = {"tokens": n, "dead": float((~used).float().mean())}
+    W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters)
+    return SparseAutoencoder(site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=scale, quality=quality)
+
+
+@torch.no_grad()
+def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *, limit: int = 20) -> dict[str, float]:
+    """Quality on held-out texts.
+
+    ``variance_explained``: 1 − squared error over squared deviation from the mean. ``loss_recovered``: with the
+    reconstruction in the activations' place, the share of the loss gap between zeroing them and leaving them that is
+    recovered. The first position always keeps its activations.
+    """
+    texts = list(texts)[:limit]
+    states, _ = collect(loaded, texts, [sae.site])
+    x = states[sae.site].to(loaded.device)
+    error = (sae.decode(sae.encode(x)) - x).square().sum()
+    explained = 1 - float(error / (x - x.mean(0)).square().sum())
+    sequences = [loaded.encode(text) for text in texts]
+
+    def loss(change) -> float:  # type: ignore[no-untyped-def]
+        def replace(_: Site, value: torch.Tensor) -> torch.Tensor:
+            return torch.cat([value[:, :1], change(value[:, 1:].float()).to(value)], 1)
+
+        with tapped(loaded, [sae.site], replace):
+            losses = sequence_losses(loaded, sequences, [1] * len(sequences))
+        return float(np.concatenate(losses).mean())
+
+    kept, zeroed = loss(lambda v: v), loss(torch.zeros_like)
+    rebuilt = loss(lambda v: sae.decode(sae.encode(v)))
+    return {"variance_explained": explained, "loss_recovered": (zeroed - rebuilt) / (zeroed - kept)}
+
+
+def _released(site: Site, source: str, loaded: LoadedModel) -> SparseAutoencoder:
+    if site.kind not in RELEASED[source]:
+        raise UnknownNameError(f"site of {source}", site.kind, RELEASED[source])
+    try:
+        sae_lens = import_module("sae_lens")
+    except ImportError as error:
+        raise EmberError("released autoencoders need the optional extra: pip install -e '.[sae]'") from error
+    release, name = RELEASED[source][site.kind]
+    found = sae_lens.SAE.from_pretrained(release, name.format(layer=site.layer), device=str(loaded.device))
+    return from_sae_lens(found[0] if isinstance(found, tuple) else found, site)
+
+
+def from_sae_lens(sae: Any, site: Site) -> SparseAutoencoder:
+    """Our form of a TopK, JumpReLU or standard autoencoder of ``sae-lens``.
+
+    Raises
+    ------
+    EmberError
+        If it is of another kind, or normalizes its input in a way that cannot be folded into the weights.
+    """
+    kind = sae.cfg.architecture()
+    if kind not in ("standard", "topk", "jumprelu"):
+        raise EmberError(f"a {kind} autoencoder is not supported; known: standard, topk, jumprelu")
+    normalization = getattr(sae.cfg, "normalize_activations", "none")
+    if normalization not in ("none", "expected_average_only_in"):
+        raise EmberError(f"an autoencoder that normalizes by {normalization!r} is not supported")
+    W_enc, W_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float()
+    b_enc = sae.b_enc.detach().float() if hasattr(sae, "b_enc") else W_enc.new_zeros(W_enc.shape[1])
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        # Features are compared as if the decoder's rows had norm 1; with such rows the same code does without.
+        norms = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
+    return SparseAutoencoder(
+        site, W_enc, b_enc, W_dec, sae.b_dec.detach().float(),
+        k=int(sae.cfg.k) if kind == "topk" else None,
+        threshold=sae.threshold.detach().float() if kind == "jumprelu" else None,
+        centred=bool(sae.cfg.apply_b_dec_to_input),
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""What the methods share: batches of texts, parameters that are trained and put back, the edit at the end."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ember.data.types import Concept
+from ember.editing import Edit, Provenance
+from ember.errors import EmberError
+from ember.models.activations import Batch, layer_name, text_batch
+from ember.models.loading import LoadedModel
+from ember.store.environment import library_versions
+
+
+def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless batches of ``size`` texts, in a new random order each time round."""
+    if not texts:
+        raise EmberError("no texts to train on")
+    pending: list[int] = []
+    while True:
+        while len(pending) < size:
+            pending += torch.randperm(len(texts), generator=generator).tolist()
+        chosen, pending = pending[:size], pending[size:]
+        yield text_batch(loaded, [texts[k] for k in chosen])
+
+
+@contextmanager
+def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Open the named parameters for training, and no other; on exit all are as they were, bit for bit."""
+    model = loaded.model
+    wanted = {name: model.get_parameter(name) for name in names}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in wanted.items()}
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in wanted.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield wanted
+    finally:
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(before[name])
+                parameter.grad = None
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+Merged = Callable[[], dict[str, torch.Tensor]]
+
+
+def linear_modules(loaded: LoadedModel, layers: Iterable[int]) -> list[str]:
+    """Module paths of all linear maps in the layers: those of attention and MLP, not embeddings or head."""
+    names = []
+    for path in (layer_name(loaded, layer) for layer in layers):
+        modules = loaded.model.get_submodule(path).named_modules(prefix=path)
+        names += [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+    return names
+
+
+@contextmanager
+def adapted(
+    loaded: LoadedModel, targets: Sequence[str], *, rank: int, scale: int, seed: int
+) -> Iterator[tuple[dict[str, torch.nn.Parameter], Merged]]:
+    """LoRA on the linear modules named, through ``peft``; its product is multiplied by ``scale``.
+
+    Yields the adapter's parameters by name and a function that gives the merged weights by name. On exit the adapter
+    is gone and the model as it was.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(targets))
+    original = {name: loaded.model.get_submodule(name) for name in targets}
+    state = torch.get_rng_state()
+    with trainable(loaded, []):
+        try:
+            torch.manual_seed(seed)
+            inject_adapter_in_model(lora, loaded.model)
+            torch.set_rng_state(state)
+            layers = {name: loaded.model.get_submodule(name) for name in targets}
+            parameters = {
+                f"{name}.{part}": parameter
+                for name, module in layers.items()
+                for part, parameter in module.named_parameters()
+                if "lora_" in part
+            }
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+
+            def merged() -> dict[str, torch.Tensor]:
+                return {
+                    f"{name}.weight": (original[name].weight + module.get_delta_weight("default")).detach()
+                    for name, module in layers.items()
+                }
+
+            yield parameters, merged
+        finally:
+            torch.set_rng_state(state)
+            for name, module in original.items():
+                parent, _, child = name.rpartition(".")
+                setattr(loaded.model.get_submodule(parent), child, module)
+            # peft also leaves a note on the model, and would take the next adapter for a second one.
+            vars(loaded.model).pop("peft_config", None)
+
+
+def require_finite(loss: torch.Tensor, method: str, step: int) -> None:
+    """Stop a training run that has diverged."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise EmberError(f"{method} diverged at step {step}: the loss is {value}; lower the learning rate")
+
+
+def weights_edit(
+    loaded: LoadedModel,
+    concept: Concept,
+    method: str,
+    config: Any,
+    values: Mapping[str, torch.Tensor],
+    *,
+    seed: int,
+    **extra: Any,
+) -> Edit:
+    """The edit that sets whole parameters, kept to the rows that differ; ``extra`` joins the config on record."""
+    changed = {}
+    for name, new in values.items():
+        old = loaded.model.get_parameter(name).detach()
+        new = new.detach().to(old)
+        rows = (new != old).flatten(1).any(1).nonzero().squeeze(1)
+        if len(rows):
+            changed[name] = (rows.cpu(), new[rows])
+    provenance = Provenance(
+        base_model=loaded.name, base_hash=loaded.weights_hash, method=method, seed=seed, concept=concept.name,
+        config=asdict(config) | extra, side="none", versions=library_versions(),
+    )  # fmt: skip
+    return Edit.from_values(loaded, changed, provenance)

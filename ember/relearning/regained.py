@@ -1,0 +1,160 @@
+"""How much of what an edit erased has come back, as a ratio with an interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ember.evaluation.metrics import accuracy_table
+
+KEYS = ["set", "item", "metric"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What has come ``back``, after − erased, as a share of the ``gap`` base − erased, all with intervals.
+
+    The share and its interval are NaN where the gap's interval reaches 0: then nothing sure was erased, and ``note``
+    says so.
+    """
+
+    value: float
+    low: float
+    high: float
+    back: float
+    back_low: float
+    back_high: float
+    gap: float
+    gap_low: float
+    gap_high: float
+    n: int
+
+    @property
+    def note(self) -> str:
+        """Why there is no share, or nothing."""
+        if np.isfinite(self.value):
+            return ""
+        return f"gap {self.gap:.3f} [{self.gap_low:.3f}, {self.gap_high:.3f}] too small to divide by"
+
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int = 0) -> Share:
+    """Share of the erased score that has come back, pooled over parts (seeds, concepts).
+
+    Each part holds one score a question: base, erased and after [n]. Numerator and denominator are means over parts of
+    means over questions. Each bootstrap draw resamples the parts and, in each of them, the questions; the interval is
+    the middle 95 % of the draws' ratios.
+
+    Raises
+    ------
+    ValueError
+        If a part is empty, holds NaN, or its three scores are not equally many.
+    """
+    changes = []
+    for base, erased, after in parts:
+        if not len(base) or not len(base) == len(erased) == len(after):
+            raise ValueError("base, erased and after must hold the same questions, at least one")
+        if not np.isfinite([base, erased, after]).all():
+            raise ValueError("a score is missing")
+        changes.append(np.stack([after - erased, base - erased]))
+    generator = np.random.default_rng(seed)
+    means = np.stack([
+        change[:, generator.integers(0, change.shape[1], (n_resamples, change.shape[1]))].mean(-1) for change in changes
+    ])  # fmt: skip
+    chosen = generator.integers(0, len(parts), (len(parts), n_resamples))
+    draws = np.take_along_axis(means, chosen[:, None, :], axis=0).mean(0)
+    back, gap = np.mean([change.mean(1) for change in changes], axis=0)
+    (back_low, gap_low), (back_high, gap_high) = np.percentile(draws, [2.5, 97.5], axis=1)
+    share = np.full(3, np.nan)
+    if gap_low > 0:
+        ratios = draws[0] / np.where(draws[1] > 0, draws[1], np.nan)
+        share = np.array([back / gap, *np.nanpercentile(ratios, [2.5, 97.5])])
+    n = sum(change.shape[1] for change in changes)
+    return Share(
+        float(share[0]), float(share[1]), float(share[2]), float(back), float(back_low), float(back_high),
+        float(gap), float(gap_low), float(gap_high), n,
+    )  # fmt: skip
+
+
+def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
+    """Item scores of a relearning run beside those before it: point, tokens, set, item, metric, base, erased, after.
+
+    ``base`` holds the unedited model's scores (set, item, metric, value), ``relearned`` the run's (tokens as well; 0
+    is the edited model before training). Points are numbered from 0.
+
+    Raises
+    ------
+    ValueError
+        If ``base`` lacks one of the run's items.
+    """
+    erased = relearned[relearned.tokens == 0].drop(columns="tokens").rename(columns={"value": "erased"})
+    after = relearned.rename(columns={"value": "after"})
+    items = after.merge(erased, on=KEYS).merge(base[[*KEYS, "value"]].rename(columns={"value": "base"}), on=KEYS)
+    if len(items) != len(after):
+        raise ValueError("the unedited model was not asked all questions of the run")
+    order = {tokens: point for point, tokens in enumerate(sorted(items.tokens.unique()))}
+    items = items.assign(point=items.tokens.map(order))
+    return items[["point", "tokens", *KEYS, "base", "erased", "after"]]
+
+
+def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str = "gold_prob") -> pd.DataFrame:
+    """Share regained at every point, on all questions and on those that the texts state and do not state.
+
+    ``items`` is that of ``regained_items`` with columns stated and run and those of ``by``; runs with the same ``by``
+    (seeds, concepts) are pooled. Columns: those of ``by``, point, tokens (mean over runs), questions, metric, base and
+    after (means), and those of ``Share`` with the note.
+    """
+    scores = items[items.metric == metric]
+    groups = {"all": scores, "stated": scores[scores.stated], "not stated": scores[~scores.stated]}
+    rows = []
+    for questions, group in groups.items():
+        for key, part in group.groupby([*by, "point"], sort=False):
+            parts = [
+                (run.base.to_numpy(float), run.erased.to_numpy(float), run.after.to_numpy(float))
+                for _, run in part.groupby("run", sort=False)
+            ]
+            share = share_regained(parts)
+            means = (part.tokens.mean(), questions, metric, part.base.mean(), part.after.mean())
+            rows.append((*key, *means, *vars(share).values(), share.note))
+    columns = [*by, "point", "tokens", "questions", "metric", "base", "after", "share", "ci_low", "ci_high"]
+    columns += ["back", "back_low", "back_high", "gap", "gap_low", "gap_high", "n", "note"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def net_of_reference(items: pd.DataFrame, pairing: Sequence[str]) -> pd.DataFrame:
+    """The items with ``after`` lowered by what the same training does to the unedited model, question by question.
+
+    Fine-tuning moves the scores of a model that has lost nothing, too. Runs of the unedited model have method
+    ``none``; ``pairing`` names the columns in which an edited run and its reference agree (concept, attack, …); of
+    several references (seeds, which order the texts) the mean is taken. Runs without a reference are left out.
+    """
+    keys = [*pairing, "point", *KEYS]
+    unedited = items[items.method == "none"]
+    drift = unedited.assign(drift=unedited.after - unedited.base)
+    reference = drift.groupby(keys, as_index=False).drift.mean()
+    net = items[items.method != "none"].merge(reference, on=keys)
+    return net.assign(after=net.after - net.drift)
+
+
+def regained_summary(items: pd.DataFrame) -> pd.DataFrame:
+    """The scores of one run for the record: tokens, set, metric, value, ci_low, ci_high, effect_size, n.
+
+    By set (``concept``, ``concept stated``, ``concept not stated``): ``accuracy``; of ``gold_prob`` and
+    ``gold_logprob`` the change ``delta_…`` from before training and the share ``regained_…``, NaN where there is none.
+    """
+    rows = []
+    names = {"all": "concept", "stated": "concept stated", "not stated": "concept not stated"}
+    for questions, part in {"all": items, "stated": items[items.stated], "not stated": items[~items.stated]}.items():
+        for tokens, point in part.groupby("tokens"):
+            for row in accuracy_table(point.assign(value=point.after)).itertuples():
+                rows.append((tokens, names[questions], "accuracy", row.accuracy, row.ci_low, row.ci_high, row.n))
+    for metric in ("gold_prob", "gold_logprob"):
+        for row in regained_table(items, metric=metric).itertuples():
+            where = (round(row.tokens), names[row.questions])
+            rows.append((*where, f"delta_{metric}", row.back, row.back_low, row.back_high, row.n))
+            rows.append((*where, f"regained_{metric}", row.share, row.ci_low, row.ci_high, row.n))
+    columns = ["tokens", "set", "metric", "value", "ci_low", "ci_high", "n"]
+    return pd.DataFrame(rows, columns=columns).assign(effect_size=np.nan)

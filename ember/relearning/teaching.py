@@ -1,0 +1,171 @@
+"""Ground truth for erasure: teach a model what it does not know, erase it, compare with one that never learned it.
+
+One copy of a model is taught an invented subject, another copy reads as much neutral text.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+
+from ember.data.types import SPLITS, Question
+from ember.editing import Edit
+from ember.errors import EmberError, require_at_least
+from ember.evaluation.evaluate import question_scores, text_scores
+from ember.methods.training import require_finite
+from ember.models.loading import LoadedModel
+from ember.relearning.optimizers import make_optimizer, stepping_backward
+from ember.relearning.regained import KEYS, Share, share_regained
+from ember.relearning.train import RelearnConfig, packed_loss, training_plan
+from ember.store.progress import bar
+
+METRICS = ("gold_prob", "gold_logprob", "correct")
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Settings of teaching: AdamW on all parameters in float32, next-token loss.
+
+    Texts come in a seeded order, each once before any comes again, until ``tokens`` are reached; a step takes
+    ``batch_size`` of them, each cut at ``max_tokens``.
+    """
+
+    tokens: int = 11_000
+    lr: float = 1e-4
+    batch_size: int = 4
+    max_tokens: int = 256
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "tokens", "batch_size")
+        require_at_least(self, 2, "max_tokens")
+        require_at_least(self, 0, "weight_decay")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
+
+def round_tokens(loaded: LoadedModel, texts: Sequence[str]) -> int:
+    """How many tokens a model reads when it reads each text once."""
+    return sum(len(loaded.encode(text)) for text in texts)
+
+
+def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int) -> tuple[str, ...]:
+    """The first texts that together have at least so many tokens; all of them if they have fewer."""
+    totals = list(itertools.accumulate(len(loaded.encode(text)) for text in texts))
+    return tuple(texts[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(texts))])
+
+
+def teach(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    config: TeachConfig = TeachConfig(),
+    *,
+    seed: int = 42,
+    progress: bool = False,
+) -> LoadedModel:
+    """Fine-tune a copy of the model on texts; the model itself is left bit-identical.
+
+    The copy has a weights hash of its own. A model that is not in float32, no texts, or training that diverges is an
+    ``EmberError``.
+    """
+    if loaded.dtype != "float32":
+        raise EmberError(f"teaching needs a model in float32, not in {loaded.dtype}")
+    order = RelearnConfig((config.tokens,), batch_size=config.batch_size, max_tokens=config.max_tokens)
+    plan = training_plan(loaded, texts, order, seed)
+    model = copy.deepcopy(loaded.model)
+    # Hashing it can wait until it has been trained.
+    student = LoadedModel(model, loaded.tokenizer, loaded.spec, loaded.architecture, {"": "in training"})
+    _train(student, plan, config, progress)
+    return LoadedModel(model.requires_grad_(False), loaded.tokenizer, loaded.spec, loaded.architecture)
+
+
+def _train(student: LoadedModel, plan: Sequence[Sequence[Sequence[int]]], config: TeachConfig, progress: bool) -> None:
+    """Train all parameters in place, one step for each entry of the plan."""
+    steps = {}
+    for parameter in student.model.requires_grad_(True).parameters():
+        optimizer = make_optimizer("adamw", [parameter], lr=config.lr, weight_decay=config.weight_decay)
+        steps[parameter] = partial(_update, optimizer)
+    with torch.enable_grad(), stepping_backward(steps):
+        for step, sequences in enumerate(bar(plan, show=progress, desc="teaching"), 1):
+            loss = packed_loss(student, sequences)
+            require_finite(loss, "teaching", step)
+            loss.backward()
+
+
+def _update(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def item_scores(
+    loaded: LoadedModel, questions: Iterable[Question], texts: Sequence[str], edit: Edit | None = None
+) -> pd.DataFrame:
+    """Scores of questions, by their sets, and of neutral texts, with the edit applied if given: ``KEYS`` and value."""
+    asked = list(questions)
+    scored = question_scores(loaded, asked, edit)
+    scored["set"] = scored["item"].map({question.id: question.set for question in asked})
+    losses = text_scores(loaded, texts, edit).assign(set="neutral")
+    return pd.concat([scored, losses[losses.metric == "loss"]], ignore_index=True)[[*KEYS, "value"]]
+
+
+def arrival(taught: pd.DataFrame, untaught: pd.DataFrame, erased: pd.DataFrame) -> Share:
+    """Where erasure stands between the taught model (0) and the one that never learned (1); above 1 it overshoots.
+
+    The share (taught − erased) / (taught − untaught) of means over items, with a bootstrap interval over items. Its
+    ``back`` is what erasure took, its ``gap`` what teaching gave; where the gap is not surely above 0, the share is NaN
+    and the note says so. The frames hold one measure of the same items, or it is a ``ValueError``.
+    """
+    before, target, after = _aligned(taught, untaught, erased).to_numpy(float).T
+    # What comes back there is what goes away here.
+    return share_regained([(-target, -before, -after)])
+
+
+def arrival_table(
+    taught: pd.DataFrame, untaught: pd.DataFrame, erased: Mapping[str, pd.DataFrame], questions: Sequence[Question]
+) -> pd.DataFrame:
+    """``arrival`` of every cell by half of the questions: cell, split, metric and what ``Share`` holds."""
+    rows = []
+    for split in SPLITS:
+        mine = {question.id for question in questions if question.split == split}
+        for metric in METRICS:
+            for cell, scores in erased.items():
+                frames = (taught, untaught, scores)
+                found = arrival(*(f[f["item"].isin(mine) & (f.metric == metric)] for f in frames))
+                rows.append((cell, split, metric, *vars(found).values(), found.note))
+    columns = ["cell", "split", "metric", "share", "ci_low", "ci_high", "back", "back_low", "back_high"]
+    return pd.DataFrame(rows, columns=[*columns, "gap", "gap_low", "gap_high", "n", "note"])
+
+
+def nearest(table: pd.DataFrame) -> str:
+    """The cell that is nearest to never having learned on the train half; the first listed of equals.
+
+    It has the smallest |back − gap| of ``gold_prob``: the share nearest to 1, without the division.
+    """
+    train = table[(table.split == "train") & (table.metric == "gold_prob")]
+    return str(train.cell[(train.back - train.gap).abs().idxmin()])
+
+
+def damage(reference: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
+    """Mean change from a reference model, item by item: set, metric, change, ci_low, ci_high, n.
+
+    From the taught copy it is what erasure did, from the one that never learned how far off erasure ends. The two
+    frames hold the same items, or it is a ``ValueError``.
+    """
+    rows = []
+    for key, part in _aligned(reference, erased).groupby(level=["set", "metric"], sort=False):
+        before, after = part.to_numpy(float).T
+        found = share_regained([(before, before, after)])
+        rows.append((*key, found.back, found.back_low, found.back_high, found.n))
+    return pd.DataFrame(rows, columns=["set", "metric", "change", "ci_low", "ci_high", "n"])
+
+
+def _aligned(*frames: pd.DataFrame) -> pd.DataFrame:
+    """The scores of several models side by side, one row an item."""
+    columns = [frame.set_index(KEYS).value for frame in frames]
+    if any(set(column.index) != set(columns[0].index) for column in columns):
+        raise ValueError("the models were not scored on the same items")
+    return pd.concat(columns, axis=1)

@@ -1,0 +1,322 @@
+"""Relearning: fine-tune an edited model on concept text and watch what comes back."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ember.editing import Edit
+from ember.errors import EmberError, UnknownNameError, require_at_least
+from ember.models.loading import LoadedModel
+from ember.models.scoring import packed_mask
+from ember.relearning.attacks import PRECISIONS, Attack, Trained, opened, working_copy
+from ember.relearning.optimizers import OPTIMIZERS, make_optimizer, require_optimizer, stepping_backward
+from ember.store.files import read_sealed, sealed_dir
+from ember.store.progress import bar
+
+
+@dataclass(frozen=True)
+class RelearnConfig:
+    """Settings of a relearning run (paper: AdamW, lr 1e-5, weight decay 0.01, one paragraph a step, ≤ 256 tokens).
+
+    ``points`` are numbers of training tokens after which knowledge is measured, the last one the whole budget.
+    ``batch_size`` paragraphs are packed into a step without padding; the loss is the mean over paragraphs of their
+    mean loss per token, so the gradient is that of one paragraph at a time, accumulated. ``precision`` is one of
+    ``PRECISIONS``, ``optimizer`` one of ``OPTIMIZERS``. ``gradient_checkpointing`` keeps
+    only each layer's input for the backward pass and computes the rest anew: less memory, the same steps.
+    """
+
+    points: tuple[int, ...] = (3000, 6000, 12000)
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    batch_size: int = 1
+    max_tokens: int = 256
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple(self.points))
+        if not self.points or list(self.points) != sorted(set(self.points)) or self.points[0] < 1:
+            raise ValueError(f"points must be positive numbers of tokens in rising order, got {self.points}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.optimizer not in OPTIMIZERS:
+            raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
+        require_at_least(self, 1, "batch_size")
+
+
+@dataclass
+class Relearning:
+    """What a run has shown so far.
+
+    ``steps``: step, tokens (seen up to and with this step), loss (nats per token, before the step). ``items``: tokens,
+    set, item, metric, value; tokens is 0 before training. ``moved`` tells how far weights came (``movement``).
+    ``diverged`` says at which step and how, or is empty. ``seconds`` counts training alone.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    items: pd.DataFrame = field(default_factory=pd.DataFrame)
+    moved: list[dict[str, float | str]] = field(default_factory=list)
+    diverged: str = ""
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen so far."""
+        return int(self.steps[-1]["tokens"]) if self.steps else 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+
+def relearn(
+    loaded: LoadedModel,
+    edit: Edit | None,
+    texts: Sequence[str],
+    attack: Attack,
+    config: RelearnConfig,
+    measure: Callable[[int], pd.DataFrame],
+    *,
+    seed: int = 42,
+    store: Path | None = None,
+    progress: bool = False,
+) -> Relearning:
+    """Attack the model with ``edit`` applied (None: as loaded) and measure before training and at every point.
+
+    Parameters
+    ----------
+    measure
+        Item scores (set, item, metric, value) of the model as it is when called, with how many tokens it has been
+        trained on; it is in float32 then, whatever the precision of the training.
+    seed
+        Orders the texts, each of which is seen once before any is seen again, and starts a LoRA.
+    store
+        A folder for the state at the last point. An interrupted run goes on there and gives the same curve; a
+        finished one is read back.
+
+    Returns
+    -------
+    Relearning
+        The loss turning NaN, or exceeding twice that of a uniform guess, ends the run as diverged; that is a result
+        and no error. The model is left bit-identical.
+
+    Raises
+    ------
+    EmberError
+        If there are no texts, nothing to train, or the optimizer cannot run here.
+    """
+    require_optimizer(config.optimizer, loaded.device)
+    plan = training_plan(loaded, texts, config, seed)
+    edited = _edited_rows(loaded, edit)
+    found = _read(store) if store else None
+    if found and (found.diverged or found.tokens >= config.points[-1]):
+        return found
+    with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
+        settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+        optimizers = {name: make_optimizer(config.optimizer, [t.leaf], **settings) for name, t in trained.items()}
+        # New memory for each gradient would take longer than what is done with it.
+        largest = max((t.leaf.numel() for t in trained.values() if t.leaf is not t.live), default=0)
+        room = next(iter(trained.values())).leaf.new_empty(largest, requires_grad=False)
+        steps = {t.live: partial(_update, t, optimizers[name], room) for name, t in trained.items()}
+        if found is None:
+            found = Relearning(items=_measured(loaded, measure, 0))
+        else:
+            _restore(store, trained, optimizers)
+        shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
+        for step in range(len(found.steps), len(plan)):
+            started, before = time.perf_counter(), found.tokens
+            with checkpointed(loaded) if config.gradient_checkpointing else nullcontext(), stepping_backward(steps):
+                loss, taken = _step(loaded, plan[step])
+            if not taken:
+                found.diverged = f"the loss is {loss:.3g} nats per token at step {step + 1}, after {before} tokens"
+                break
+            tokens = before + sum(map(len, plan[step]))
+            found.steps.append({"step": step + 1, "tokens": tokens, "loss": loss})
+            found.seconds += time.perf_counter() - started
+            shown.update(tokens - before)
+            if any(before < point <= tokens for point in config.points):
+                found.items = pd.concat([found.items, _measured(loaded, measure, tokens)], ignore_index=True)
+                if store and tokens < config.points[-1]:
+                    _write(store, found, trained, optimizers)
+        shown.close()
+        found.moved = movement(trained, edited)
+    if store:
+        _write(store, found)
+    return found
+
+
+def _edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each embedding matrix that the edit changes: the rows, and their values before the edit."""
+    return {
+        name: (change.rows, loaded.model.get_parameter(name).detach()[change.rows.to(loaded.device)].clone())
+        for name, change in (edit.tensors.items() if edit else ())
+        if name in (loaded.embedding_name, loaded.head_name)
+    }
+
+
+def _update(trained: Trained, optimizer: torch.optim.Optimizer, room: torch.Tensor) -> None:
+    trained.pull(room)
+    optimizer.step()
+    trained.push()
+
+
+def _step(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> tuple[float, bool]:
+    """The loss, and whether the step was taken: not with a loss that is NaN or over twice that of a uniform guess."""
+    loss = packed_loss(loaded, sequences)
+    value = float(loss.detach())
+    if not value <= 2 * math.log(loaded.embedding.shape[0]):
+        return value, False
+    loss.backward()
+    return value, True
+
+
+@contextmanager
+def checkpointed(loaded: LoadedModel) -> Iterator[None]:
+    """Gradient checkpointing in every layer; nothing else goes into training mode, so dropout stays off."""
+    # transformers 5 has another name for it, and warns of the old one.
+    kind = "activation" if hasattr(loaded.model, "activation_checkpointing_enable") else "gradient"
+    getattr(loaded.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    layers = [m for m in loaded.model.modules() if isinstance(m, GradientCheckpointingLayer) and not m.training]
+    try:
+        for layer in layers:
+            layer.training = True  # of itself alone: checkpoints are kept in training mode only
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        getattr(loaded.model, f"{kind}_checkpointing_disable")()
+
+
+def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConfig, seed: int) -> list[list[list[int]]]:
+    """The token ids of every step's texts, in seeded order, until the last point is reached.
+
+    The budget counts tokens, so concepts with long and with short paragraphs train equally long.
+    """
+    sequences = [ids for ids in (loaded.encode(text)[: config.max_tokens] for text in texts) if len(ids) > 1]
+    if not sequences:
+        raise EmberError("no texts to train on")
+    generator = torch.Generator().manual_seed(seed)
+    plan: list[list[list[int]]] = []
+    pending: list[int] = []
+    total = 0
+    while total < config.points[-1]:
+        while len(pending) < config.batch_size:
+            pending += torch.randperm(len(sequences), generator=generator).tolist()
+        plan.append([sequences[k] for k in pending[: config.batch_size]])
+        pending = pending[config.batch_size :]
+        total += sum(map(len, plan[-1]))
+    return plan
+
+
+def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Mean over sequences of their mean next-token loss (nats), in one pass over all of them laid end to end.
+
+    Positions start anew with each sequence and none sees another, so this is what separate passes would give.
+    """
+    lengths = torch.tensor([len(s) for s in sequences])
+    ids = torch.tensor([i for s in sequences for i in s], device=loaded.device)[None]
+    positions = torch.cat([torch.arange(int(n)) for n in lengths]).to(loaded.device)[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(loaded.device)
+    if len(sequences) > 1:
+        seen = (owner[:, None] == owner[None]) & (positions[0][:, None] >= positions[0][None])
+        inputs["attention_mask"] = packed_mask(loaded, seen, positions[0])
+    logits = loaded.model(**inputs).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    inside = owner[1:] == owner[:-1]
+    weights = 1 / ((lengths - 1) * len(sequences))
+    return (losses * weights.to(losses)[owner[1:]])[inside].sum()
+
+
+def _measured(loaded: LoadedModel, measure: Callable[[int], pd.DataFrame], tokens: int) -> pd.DataFrame:
+    """The scores at one point, taken in float32 so that only the training differs between precisions."""
+    if loaded.embedding.dtype == torch.float32:
+        return measure(tokens).assign(tokens=tokens)
+    with working_copy(loaded.model, torch.float32):
+        return measure(tokens).assign(tokens=tokens)
+
+
+@torch.no_grad()
+def movement(
+    trained: Mapping[str, Trained], edited: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> list[dict[str, float | str]]:
+    """How far training moved the weights; ``edited`` maps embedding matrices to edited rows and their base values.
+
+    One row for all that was trained and one for each matrix of embeddings with edited rows: how many ``values`` there
+    are and what share of them ``changed`` at all; and for edited rows the share of their displacement by the edit
+    that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
+    """
+    counts = [(int((t.value().to(t.start.device) != t.start).sum()), t.start.numel()) for t in trained.values()]
+    changed, values = map(sum, zip(*counts, strict=True))
+    rows: list[dict[str, float | str]] = [
+        {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
+    ]
+    for name, (where, base) in edited.items():
+        if name not in trained:
+            continue
+        t = trained[name]
+        # An attack on the edited rows alone trains just these, in this order.
+        inside = torch.arange(len(where)) if t.rows is not None else where
+        start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
+        back = base.to(start) - start
+        travelled = float(((after - start) * back).sum() / back.square().sum())
+        values, share = start.numel(), float((after != start).float().mean())
+        rows.append({"part": f"edited rows of {name}", "values": values, "changed": share, "travelled": travelled})
+    return rows
+
+
+# On disk: items.parquet and, while the run goes on, weights.safetensors with the optimizer's moments.
+
+
+def _write(
+    store: Path,
+    found: Relearning,
+    trained: Mapping[str, Trained] | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+) -> None:
+    about = {key: value for key, value in asdict(found).items() if key != "items"}
+    with sealed_dir(store, about, ours=True) as target:
+        if trained and optimizers:
+            tensors: dict[str, torch.Tensor] = {}
+            for name, t in trained.items():
+                state = {k: torch.as_tensor(v) for k, v in optimizers[name].state[t.leaf].items()}
+                tensors |= {f"{name}::leaf": t.leaf.detach(), **{f"{name}::{k}": v for k, v in state.items()}}
+            save_file({key: value.contiguous() for key, value in tensors.items()}, target / "weights.safetensors")
+        found.items.to_parquet(target / "items.parquet", index=False)
+
+
+def _read(store: Path) -> Relearning | None:
+    if not store.exists():
+        return None
+    about = read_sealed(store)
+    return Relearning(items=pd.read_parquet(store / "items.parquet"), **about)
+
+
+@torch.no_grad()
+def _restore(
+    store: Path | None, trained: Mapping[str, Trained], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> None:
+    assert store is not None
+    tensors = load_file(store / "weights.safetensors")
+    for name, t in trained.items():
+        t.leaf.copy_(tensors.pop(f"{name}::leaf"))
+        t.push()
+        for key in [key for key in tensors if key.rpartition("::")[0] == name]:
+            value = tensors.pop(key).to(t.leaf.device)
+            # bitsandbytes counts steps with a plain number.
+            number = value.ndim == 0 and not value.is_floating_point()
+            optimizers[name].state[t.leaf][key.rpartition("::")[2]] = int(value) if number else value

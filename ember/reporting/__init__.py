@@ -1,0 +1,1 @@
+"""Frames to tables and figures. No experiment is run, read or written here."""

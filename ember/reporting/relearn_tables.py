@@ -1,0 +1,209 @@
+"""Records of relearning → its tables."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pandas as pd
+
+from ember.evaluation.metrics import pooled
+from ember.relearning.attacks import PRECISIONS
+from ember.relearning.regained import net_of_reference, regained_table
+from ember.reporting.tables import ALL, arm_name, ember_first
+
+RECIPE = ["precision", "lr", "budget"]
+ATTACKED = ["method", "ember", "attack", *RECIPE]
+_BACK = ["back", "back_low", "back_high"]
+
+
+def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
+    """Every attack on every arm, per concept and over all of them: what came back at each point, and the accuracy.
+
+    ``items`` are the item scores of all relearning runs (column run tells them apart). Columns: concept, those of
+    ``ATTACKED``, seeds, runs, diverged (any run), accuracy (after; mean over runs), and those of ``regained_table``,
+    for ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
+    """
+    items = ember_first(items)
+    parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
+    if len(parts) > 1:
+        parts.append((ALL, items))
+    tables = []
+    for concept, part in parts:
+        right = part[part.metric == "correct"]
+        groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
+        accuracy = pd.concat(
+            group.groupby([*ATTACKED, "point"]).after.mean().rename("accuracy").reset_index().assign(questions=name)
+            for name, group in groups.items()
+        )
+        seeds = part.groupby(ATTACKED).agg(
+            seeds=("seed", "nunique"), runs=("run", "nunique"), diverged=("diverged", "any")
+        ).reset_index()  # fmt: skip
+        net = net_of_reference(part, ["concept", "attack", *RECIPE])
+        keys = [*ATTACKED, "point", "questions"]
+        for metric in ("gold_prob", "gold_logprob"):
+            table = regained_table(part, ATTACKED, metric=metric)
+            table = table.merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
+            if len(net):
+                renamed = {
+                    "back": "net_back", "back_low": "net_back_low", "back_high": "net_back_high",
+                    "share": "net_share", "ci_low": "net_share_low", "ci_high": "net_share_high",
+                }  # fmt: skip
+                beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
+                table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
+            tables.append(table.assign(concept=concept))
+    found = pd.concat(tables, ignore_index=True)
+    # Rounding its weights may move the unedited model's scores: a gap, but none to divide by.
+    unedited = found.method == "none"
+    found.loc[unedited, ["share", "ci_low", "ci_high"]] = np.nan
+    found.loc[unedited, "note"] = "nothing was erased: no gap to divide by"
+    front = ["concept", *ATTACKED, "seeds", "runs", "diverged"]
+    return found[front + [column for column in found if column not in front]]
+
+
+def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
+    """The last point of every attack on every arm, with the arm's name in column arm."""
+    rows = table[(table.metric == metric) & (table.questions == questions)]
+    last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
+    return last.assign(arm=list(map(arm_name, last.method, last.ember)))
+
+
+def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
+    """The last points as a reader wants them: one row an attack and arm, with intervals."""
+    last = final_points(table)
+    likelihood = final_points(table, metric="gold_logprob")
+    # What a run that diverged has shown ends early.
+    tokens = last.tokens.round().astype(int).astype(str) + np.where(last.diverged, " (diverged)", "")
+    return pd.DataFrame(
+        {
+            "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
+            "lr": last.lr, "runs": last.runs, "tokens": tokens, "accuracy after": last.accuracy.round(3),
+            "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
+            "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
+            "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),
+        }
+    ).reset_index(drop=True)  # fmt: skip
+
+
+def _with_interval(rows: pd.DataFrame, name: str) -> list[str]:
+    parts = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+    return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
+
+
+def _share(rows: pd.DataFrame, name: str, interval: str) -> list[str]:
+    """Shares in per cent; an en dash where there is nothing to divide by, or nothing to compare with."""
+    if name not in rows:
+        return ["–"] * len(rows)
+    parts = zip(rows[name], rows[f"{interval}_low"], rows[f"{interval}_high"], strict=True)
+    return [f"{v:.0%} [{low:.0%}, {high:.0%}]" if np.isfinite(v) else "–" for v, low, high in parts]
+
+
+def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
+    """The rows of the one precision, learning rate and budget that covers most values of column ``most``.
+
+    Of several such the first: float32 before other precisions, then the lowest learning rate.
+    """
+    counts = table.groupby(RECIPE)[most].agg(lambda column: len(set(column))).reset_index()
+    counts["rounded"] = counts.precision != "fp32"
+    best = counts.sort_values([most, "rounded", "lr", "budget"], ascending=[False, True, True, True]).iloc[0]
+    return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
+
+
+def control_table(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFrame:
+    """By how much less is known after an attack on each control edit of EMBER's rows than after one on EMBER.
+
+    Paired question by question, at the last point, in probability and log-likelihood (nats per character) of the right
+    answer; negative: the control leaves less. Columns: concept, method, attack, ``RECIPE``, metric, runs, value,
+    ci_low, ci_high (95 % interval over questions, seeds and concepts).
+    """
+    own = items[(items.method == "ember") & ~items.ember].drop(columns="method")
+    return _known_beside(items[items.method.isin(controls)], own, [])
+
+
+def ember_table(items: pd.DataFrame) -> pd.DataFrame:
+    """By how much less is known after an attack where EMBER went before a method than where it did not.
+
+    As ``control_table``; negative: with EMBER less is left.
+    """
+    alone = items[~items.ember & ~items.method.isin(["none", "ember"])]
+    return _known_beside(items[items.ember], alone, ["method"])
+
+
+def _known_beside(first: pd.DataFrame, second: pd.DataFrame, also: Sequence[str]) -> pd.DataFrame:
+    """What is known at the last point, first less second; paired by concept, seed, attack, question and ``also``."""
+    columns = ["concept", "method", "attack", *RECIPE, "metric", "runs", "value", "ci_low", "ci_high"]
+    keys = ["concept", "seed", "attack", *RECIPE, "metric", "item", *also]
+    first, second = (part[part.point == part.groupby("run").point.transform("max")] for part in (first, second))
+    both = first.merge(second[[*keys, "after"]], on=keys, suffixes=("", "_beside"))
+    both = both.assign(gap=both.after - both.after_beside)
+    parts = [(str(concept), part) for concept, part in both.groupby("concept", sort=False)]
+    rows = []
+    for concept, part in [*parts, (ALL, both)] if len(parts) > 1 else parts:
+        for key, group in part.groupby(["method", "attack", *RECIPE, "metric"], sort=False):
+            runs = {name: run.gap for name, run in group.groupby(["concept", "seed"], sort=False)}
+            draws = [(gap.mean(), _draws(gap)) for gap in runs.values()]
+            rows.append((concept, *key, len(runs), *pooled(draws, groups=[name for name, _ in runs])))
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _draws(values: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Bootstrap means [n_resamples]; equally many values are drawn alike."""
+    chosen = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
+    means: np.ndarray = values.to_numpy()[chosen].mean(1)
+    return means
+
+
+def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
+    """What the precision of the attack on all parameters does: one row a concept, lr, budget, arm and precision.
+
+    Of each arm, lr and budget only the runs (concept and seed) that were made in every precision with which it was
+    tried, so that they can be compared; nothing where that was float32 alone. Columns: concept, arm, ``RECIPE``, runs,
+    tokens, changed (share of trained values that moved at all), travelled (share of the edited rows' displacement
+    undone) and, in probability and log-likelihood (nats per character) of the right answer, what came back with its
+    95 % interval.
+    """
+    columns = ["concept", "arm", *RECIPE, "runs", "tokens", "changed", "travelled", *_BACK]
+    columns += [f"{name}_logprob" for name in _BACK]
+    items, moved = (_in_every_precision(frame[frame.attack == "all"]) for frame in (items, moved))
+    if not len(items):
+        return pd.DataFrame(columns=columns)
+    table = relearning_table(items)
+    likelihood = final_points(table, metric="gold_logprob")[["concept", "arm", *RECIPE, *_BACK]]
+    found = final_points(table).merge(likelihood, on=["concept", "arm", *RECIPE], suffixes=("", "_logprob"))
+    movements = [mean_movement(moved, concept).assign(concept=concept) for concept in dict.fromkeys(found.concept)]
+    found = found.merge(pd.concat(movements), on=["concept", "arm", *RECIPE])
+    place = [list(PRECISIONS).index(precision) for precision in found.precision]
+    order = ["concept", "lr", "budget", "arm", "place"]
+    return found.assign(place=place).sort_values(order)[columns].reset_index(drop=True)
+
+
+def _in_every_precision(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of runs made in every precision that their arm, lr and budget were tried in, if that was more than one."""
+    arm = ["method", "ember", "lr", "budget"]
+    tried = rows.groupby(arm).precision.transform("nunique")
+    made = rows.groupby([*arm, "concept", "seed"]).precision.transform("nunique")
+    return rows[(tried > 1) & (made == tried)]
+
+
+def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
+    """Per arm and ``RECIPE`` of the attack on all parameters: share of values changed, way back of edited rows.
+
+    Means over the runs of a concept, or over all runs for ``ALL``.
+    """
+    mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
+    keys = ["arm", *RECIPE]
+    mine = mine.assign(arm=list(map(arm_name, mine.method, mine.ember)))
+    everything = mine.part == "all that is trained"
+    changed = mine[everything].groupby(keys).changed.mean()
+    travelled = mine[~everything].groupby(keys).travelled.mean()
+    return pd.concat([changed, travelled], axis=1).reset_index()
+
+
+def beside_the_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Accuracy after the paper's attack (all parameters, the recipe of most arms), in the columns of its figures."""
+    last = final_points(table)
+    last = recipe(last[last.attack == "all"], most="arm")
+    source = [
+        f"here: {concept}, {tokens:.0f} tokens, lr {lr:g}, {precision}"
+        for concept, tokens, lr, precision in zip(last.concept, last.tokens, last.lr, last.precision, strict=True)
+    ]
+    columns = {"figure": "accuracy on concept questions after relearning", "model": model, "arm": last.arm}
+    return pd.DataFrame({**columns, "value": last.accuracy.round(3), "source": source})

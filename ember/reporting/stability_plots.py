@@ -1,0 +1,116 @@
+"""Figures of the stability of features: tidy frame in, matplotlib Axes out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ember.reporting.plots import LABELS, PALETTE
+
+_NAMES = {
+    "cosine": "|cosine| with its mate", "rows_jaccard": "rows changed by both ÷ by either",
+    "edit_cosine": "cosine of the edits", "tokens_jaccard": "overlap of the top 20 tokens",
+    "returned": "share of features whose mate is selected",
+}  # fmt: skip
+
+
+def _grid(ax: Axes, values: np.ndarray, across: Sequence[str], down: Sequence[str], label: str) -> None:
+    """Cells in 0..1 with their numbers; a dash where there is none."""
+    colours = plt.get_cmap("cividis").with_extremes(bad="#EEEEEE")
+    image = ax.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap=colours, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        text = f"{value:.2f}" if np.isfinite(value) else "–"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if not value < 0.6 else "white")
+    ax.set_xticks(range(len(across)), [name.replace(", ", "\n") for name in across], fontsize=7)
+    ax.set_yticks(range(len(down)), down, fontsize=8)
+    ax.grid(visible=False)
+    ax.figure.colorbar(image, ax=ax).set_label(label, fontsize=8)
+
+
+def pair_grid(pairs: pd.DataFrame, *, value: str = "cosine", ax: Axes | None = None) -> Axes:
+    """One measure of every ordered pair of fits; ``pairs`` is ``stability.pair_table``'s, of all pairs."""
+    names = list(dict.fromkeys([*pairs.fit, *pairs.other]))
+    if ax is None:
+        size = (0.95 * len(names) + 4.4, 0.55 * len(names) + 2.2)
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    wide = pairs.pivot(index="fit", columns="other", values=value).reindex(index=names, columns=names)
+    _grid(ax, wide.to_numpy(dtype=float), names, names, _NAMES.get(value, value))
+    ax.set(xlabel="other fit", ylabel="fit", title=_NAMES.get(value, value))
+    return ax
+
+
+def variation_points(varied: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """|cosine| of the best concept feature with its mate in a fit that differs in one thing only, by what that is.
+
+    Filled where the mate is selected too; the grey span holds the nearest siblings. ``varied`` is
+    ``stability.varied_pairs``'s.
+    """
+    names = list(dict.fromkeys(varied.varied))
+    if ax is None:
+        ax = plt.subplots(figsize=(7.4, 0.5 * len(names) + 1.9), layout="constrained")[1]
+    for k, name in enumerate(names):
+        mine = varied[(varied.varied == name) & varied.cosine.notna()]
+        if mine.empty:
+            ax.text(0.01, k, "nothing selected", va="center", fontsize=8, color=PALETTE["base"])
+            continue
+        width = max(mine.sibling.max() - mine.sibling.min(), 0.004)  # one sibling alone is to be seen too
+        ax.barh(k, width, 0.7, mine.sibling.min(), color=PALETTE["base"], alpha=0.25)
+        y = k + np.linspace(-0.25, 0.25, len(mine)) if len(mine) > 1 else np.array([float(k)])
+        faces = [PALETTE["concept"] if share == 1 else "white" for share in mine.mate_selected]
+        ax.scatter(mine.cosine, y, c=faces, edgecolors=PALETTE["concept"], s=32, zorder=3)
+    point: dict[str, Any] = {"marker": "o", "ls": "", "color": PALETTE["concept"]}
+    ax.plot([], [], label="mate, selected there too", **point)
+    ax.plot([], [], label="mate, not selected there", **point, mfc="white")
+    ax.plot([], [], label="nearest sibling in its own fit", color=PALETTE["base"], lw=6, alpha=0.25)
+    ax.set_yticks(range(len(names)), [f"another {n}" if not n.startswith("rounding") else n for n in names])
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="|cosine| of feature directions")
+    ax.grid(visible=False, axis="y")
+    ax.set_title("Does the best concept feature come back when one thing changes?")
+    ax.figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    return ax
+
+
+def row_overlap(fits: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
+    """How many rows each fit's edit changes, and how many of them two edits share.
+
+    ``fits`` is ``stability.fit_table``'s, ``pairs`` is ``stability.pair_table``'s of all pairs.
+    """
+    names = list(fits.fit)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(0.85 * len(names) + 8.0, 0.55 * len(names) + 2.2), layout="constrained", width_ratios=[1, 1.6]
+    )
+    left.barh(range(len(names)), fits.rows, color=PALETTE["concept"])
+    for k, row in enumerate(fits.itertuples()):
+        count = f"{row.selected} feature{'s' * (row.selected != 1)}" if row.selected else "nothing selected"
+        left.text(row.rows, k, f" {row.rows} ({count})", va="center", fontsize=8)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.margins(x=0.6)
+    left.grid(visible=False, axis="y")
+    left.set(xlabel="embedding rows changed (count)", ylim=(len(names) - 0.5, -0.5), title="Rows selected")
+    wide = pairs.pivot(index="fit", columns="other", values="rows_jaccard").reindex(index=names, columns=names)
+    _grid(right, wide.to_numpy(dtype=float), names, [""] * len(names), _NAMES["rows_jaccard"])
+    right.set(xlabel="fit", title="Overlap of rows")
+    return figure
+
+
+def outcome_points(outcomes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Change of the right answer's probability by each fit's edit, with 95 % intervals; one colour a question set."""
+    names, sets = list(dict.fromkeys(outcomes.fit)), list(dict.fromkeys(outcomes.set))
+    if ax is None:
+        ax = plt.subplots(figsize=(7.6, 0.45 * len(names) + 1.9), layout="constrained")[1]
+    for k, name in enumerate(sets):
+        mine = outcomes[outcomes.set == name].set_index("fit").reindex(names)
+        y = np.arange(len(names)) + 0.2 * (k - (len(sets) - 1) / 2)
+        error = [(mine.change - mine.ci_low).clip(lower=0), (mine.ci_high - mine.change).clip(lower=0)]
+        colour, label = PALETTE.get(str(name), PALETTE["neutral"]), LABELS.get(str(name), str(name))
+        ax.errorbar(mine.change, y, xerr=error, fmt="o", color=colour, capsize=3, label=f"{label} questions")
+    ax.axvline(0, color=PALETTE["base"], lw=1, ls="--", label="base model")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="change in probability of the right answer (95 % interval)")
+    ax.set_title("What the choice of fit changes")
+    ax.figure.legend(*ax.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    return ax

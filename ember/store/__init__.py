@@ -1,0 +1,1 @@
+"""What is written and read safely: paths, whole files and sealed folders, provenance, pickles. It knows no model."""

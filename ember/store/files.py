@@ -1,0 +1,171 @@
+"""Writing files and folders whole or not at all, sealing them with hashes, and the cache of derived tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ember.errors import DamagedFileError, DataError, EmberError
+from ember.store.paths import cache_dir
+
+if TYPE_CHECKING:  # files are read without it
+    from torch import Tensor
+
+MANIFEST = "ember.json"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it into place only if the block succeeds.
+
+    After an exception (a full disk, an interrupt) the target is as it was and the temporary file is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sealed_dir(
+    folder: Path, about: Mapping[str, Any] | None = None, *, manifest: str = MANIFEST, ours: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder`` that replaces it, whole or not at all, if the block succeeds.
+
+    Written last, ``manifest`` holds ``about`` (JSON; the block may still add to it) and, under ``sha256``, the hash of
+    every file, which ``read_sealed`` verifies. ``ours`` is for folders of the cache, where whatever is there goes.
+
+    Raises
+    ------
+    EmberError
+        If ``folder`` holds anything that was not written here, or was changed since: it is not replaced then.
+    """
+    if not ours:
+        _refuse_foreign(folder, manifest)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        hashes = {str(path.relative_to(temporary)): sha256_of(path) for path in _files(temporary)}
+        text = json.dumps({**(about or {}), "sha256": hashes}, indent=1, default=_plain)
+        (temporary / manifest).write_text(text + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_sealed(folder: Path, *, manifest: str = MANIFEST, mend: str = "Delete it") -> dict[str, Any]:
+    """What the manifest of a sealed folder says, once every file has proved to be what was written.
+
+    Raises
+    ------
+    DamagedFileError
+        If the manifest or a file is missing or damaged; the message names it and ends with ``mend``.
+    """
+    try:
+        about = json.loads((folder / manifest).read_text(encoding="utf-8"))
+        hashes = dict(about.pop("sha256"))
+        damaged = next((name for name in hashes if sha256_of(folder / name) != hashes[name]), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"{folder} is incomplete or damaged ({error!r}). {mend}") from error
+    if damaged is not None:
+        raise DamagedFileError(f"{folder / damaged} is damaged: its SHA-256 is not the one in {manifest}. {mend}")
+    return dict(about)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def _refuse_foreign(folder: Path, manifest: str) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise EmberError(f"{folder} is a file; name a folder")
+    try:
+        sealed = json.loads((folder / manifest).read_text(encoding="utf-8"))["sha256"]
+        names = [str(path.relative_to(folder)) for path in _files(folder)]
+        foreign = [n for n in names if n != manifest and (n not in sealed or sha256_of(folder / n) != sealed[n])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        foreign = [path.name for path in folder.iterdir()]
+    if foreign:
+        names = ", ".join(sorted(foreign)[:5])
+        raise EmberError(
+            f"{folder} holds other files, or changed ones ({names}); nothing was replaced. Name a folder of its own"
+        )
+
+
+def cached_tensors(
+    kind: str, key: str, compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON facts of the user cache under ``kind/key``, or computed and stored; errors of ``read_sealed``.
+
+    The key names everything that they depend on.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = cache_dir() / kind / key
+    if not folder.exists():
+        tensors, about = compute()
+        with sealed_dir(folder, {"about": dict(about)}, ours=True) as target:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "tensors.safetensors")
+    about = read_sealed(folder)["about"]
+    return load_file(folder / "tensors.safetensors"), about
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a data file; a missing, empty or wrongly encoded one is a ``DataError`` that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    return text
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(*parts: object) -> str:
+    """Short SHA-256 over the representations of ``parts``; for cache keys."""
+    running = hashlib.sha256()
+    for part in parts:
+        running.update(part if isinstance(part, bytes) else repr(part).encode())
+        running.update(b"\0")
+    return running.hexdigest()[:20]
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of numpy scalars."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

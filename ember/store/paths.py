@@ -1,0 +1,43 @@
+"""Where things are. Nothing here creates a directory; writers do."""
+
+import os
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded and derived files: ``$EMBER_CACHE``, else ``~/.cache/ember``."""
+    override = os.environ.get("EMBER_CACHE")
+    if override:
+        return Path(override).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ember"
+
+
+def data_dir() -> Path:
+    """Folder of the concept data: ``$EMBER_DATA``, else ``data/`` of this repository."""
+    override = os.environ.get("EMBER_DATA")
+    return Path(override).expanduser() if override else REPOSITORY / "data"
+
+
+def results_root() -> Path:
+    """Folder of all results: ``$EMBER_RESULTS``, else ``results/`` of this repository."""
+    override = os.environ.get("EMBER_RESULTS")
+    return Path(override).expanduser().resolve() if override else REPOSITORY / "results"
+
+
+def results_dir(profile: str) -> Path:
+    """Folder of one profile's results."""
+    return results_root() / profile
+
+
+def notebooks_dir() -> Path:
+    """Folder of the numbered notebooks and their profiles."""
+    return REPOSITORY / "notebooks"
+
+
+def slug(name: str) -> str:
+    """File name for a display name: ``"Ancient Rome"`` → ``"ancient-rome"``."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
