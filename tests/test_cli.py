@@ -18,7 +18,8 @@ from helpers.tiny import make_loaded
 
 from ember.batch.planning import plan
 from ember.batch.profiles import list_profiles, load_profile
-from ember.data.ours import list_concepts, load_concept, released
+from ember.data import released
+from ember.data.ours import list_concepts, load_concept
 from ember.features import ConceptFeatures, concept_features
 from ember.models.loading import load_model
 from ember.models.specs import MODELS

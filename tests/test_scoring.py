@@ -14,7 +14,8 @@ from ember.batch.records import EvaluationCache
 from ember.data.types import Question
 from ember.editing import Edit, Provenance
 from ember.evaluation.evaluate import PROMPT, Evaluation, blind_scores, question_scores, text_scores
-from ember.models.loading import LoadedModel, scoring, weights_hash
+from ember.models import scoring
+from ember.models.loading import LoadedModel, weights_hash
 from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
 TOLERANCE = 1e-4
