@@ -1,4 +1,4 @@
-"""An arm: a method on its own, or after EMBER. How profiles key it, tables name it and figures colour it."""
+"""What is compared: a method on its own, or after EMBER. How profiles key it, tables name it, figures colour it."""
 
 from typing import NamedTuple
 
