@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,22 +12,18 @@ from helpers.tiny import make_loaded
 
 from ember.batch.records import (
     RECORD_COLUMNS,
-    EvaluationCache,
-    KeptEdits,
     RunContext,
     nothing_found,
-    read_frame,
     read_records,
     read_runs,
     save_figure,
     saved_edit,
-    write_frame,
     write_run,
 )
 from ember.editing import Edit, Provenance
 from ember.errors import DamagedFileError, EmberError
-from ember.evaluation.evaluate import Evaluation
 from ember.methods.ember import EmberConfig
+from ember.store.frames import write_frame
 
 SUMMARY = pd.DataFrame(
     {
@@ -54,22 +48,6 @@ def records(loaded) -> pd.DataFrame:
     context = RunContext(loaded, "smoke", "Tiny Rome", "ember", False, 42)
     config = EmberConfig(delta=2.0, rank=8)
     return context.records(SUMMARY, config=config, cell="delta=2", split="test", wall_seconds=1.5)
-
-
-@pytest.fixture(params=["frame.parquet", "frame.csv"])
-def path(request, tmp_path):
-    return tmp_path / request.param
-
-
-@contextmanager
-def full_disk(limit: int):
-    """The system refuses to let any file grow beyond ``limit`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # Records
@@ -127,41 +105,7 @@ def test_records_of_a_comparison():
     assert out[~out.metric.str.startswith("delta_")].effect_size.isna().all()
 
 
-def test_missing_stays_missing(records, path):
-    write_frame(path, records)
-    back = read_frame(path)
-    assert (
-        back[["value", "ci_low", "ci_high", "effect_size"]]
-        .isna()
-        .equals(records[["value", "ci_low", "ci_high", "effect_size"]].isna())
-    )
-    assert back.value[0] == 0.5
-
-
 # Writing
-
-
-def test_frames_come_back(path):
-    frame = pd.DataFrame({"a": [1, 2], "b": [0.5, -1.25], "c": ["δ", "x, y"]})
-    assert write_frame(path, frame) == path
-    pd.testing.assert_frame_equal(read_frame(path), frame)
-
-
-def test_same_frame_same_bytes(path, records):
-    write_frame(path, records)
-    first = path.read_bytes()
-    write_frame(path, records)
-    assert path.read_bytes() == first
-
-
-def test_full_disk_leaves_the_old_file(path):
-    write_frame(path, pd.DataFrame({"a": [1]}))
-    old = path.read_bytes()
-    big = pd.DataFrame({"a": np.random.default_rng(0).random(100_000)})
-    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
-        write_frame(path, big)
-    assert path.read_bytes() == old
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_write_run_names_the_files(tmp_path, monkeypatch):
@@ -172,27 +116,6 @@ def test_write_run_names_the_files(tmp_path, monkeypatch):
 
 
 # Reading
-
-
-@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.97])
-def test_truncated_file(path, share):
-    write_frame(path, pd.DataFrame({"first": range(40), "second": 0.5}))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(DamagedFileError, match=path.name):
-        read_frame(path)
-
-
-@pytest.mark.parametrize("content", [b"\x00" * 500, b"\xff\xfe\x8f" * 50, bytes(range(128, 256)) * 4], ids=len)
-def test_garbage(path, content):
-    path.write_bytes(content)
-    with pytest.raises(DamagedFileError, match=path.name):
-        read_frame(path)
-
-
-def test_missing_file(path):
-    with pytest.raises(FileNotFoundError, match=path.name):
-        read_frame(path)
 
 
 def test_record_files_are_put_together(tmp_path, records):
@@ -278,54 +201,6 @@ def test_a_damaged_saved_edit_is_named(tmp_path, monkeypatch, an_edit, damage):
         saved_edit("p", RUN)
 
 
-# Cached evaluations
-
-
-def an_evaluation(value: float) -> Evaluation:
-    items = pd.DataFrame({"set": ["concept"], "item": ["1"], "metric": ["loss"], "value": [value]})
-    return Evaluation(items, pd.DataFrame({"item": ["1"], "prompt": ["?"], "text": ["!"]}))
-
-
-def never() -> Evaluation:
-    raise AssertionError("the stored evaluation was not used")
-
-
-def test_a_finished_cell_is_not_run_again(tmp_path):
-    cache = EvaluationCache(tmp_path / "cells")
-    cache.get_or_run("k", lambda: an_evaluation(0.5))
-    assert cache.get_or_run("k", never).items.value.tolist() == [0.5]
-
-
-def test_a_cell_without_generations_is_stored_too(tmp_path):
-    value = an_evaluation(0.5)
-    cache, empty = EvaluationCache(tmp_path), Evaluation(value.items, value.samples.iloc[:0])
-    cache.get_or_run("k", lambda: empty)
-    found = cache.get_or_run("k", never)
-    assert found.items.value.tolist() == [0.5]
-    assert found.samples.empty and found.samples.columns.tolist() == ["item", "prompt", "text"]
-
-
-def test_a_damaged_cell_is_named_and_redone(tmp_path):
-    cache = EvaluationCache(tmp_path)
-    cache.get_or_run("k", lambda: an_evaluation(0.5))
-    (tmp_path / "k" / "items.parquet").write_bytes(b"PAR1")
-    with pytest.warns(UserWarning, match=r"items\.parquet"):
-        assert cache.get_or_run("k", lambda: an_evaluation(0.7)).items.value.tolist() == [0.7]
-    assert cache.get_or_run("k", never).items.value.tolist() == [0.7]
-
-
-def test_an_interrupted_cell_is_not_stored(tmp_path):
-    cache = EvaluationCache(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        cache.get_or_run("k", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert cache.get_or_run("k", lambda: an_evaluation(0.7)).items.value.tolist() == [0.7]
-
-
-def test_cells_of_two_models_are_kept_apart(loaded):
-    """Same name, other weights."""
-    assert EvaluationCache.key(loaded, "x") != EvaluationCache.key(make_loaded(seed=1), "x")
-
-
 # Figures
 
 
@@ -358,21 +233,3 @@ def test_a_run_that_found_nothing_is_listed_and_left_out(tmp_path, monkeypatch):
     (folder / "03_x__seed=2.json").write_text('{"notebook": "03_x", "nothing_found": "no feature"}')
     assert read_runs("p", "03_x", "cells").cell.tolist() == ["c1"]
     assert nothing_found("p").to_dict("list") == {"run": ["03_x__seed=2"], "reason": ["no feature"]}
-
-
-def test_edits_are_made_once_while_they_are_small_and_again_when_they_were_given_up(loaded):
-    asked = []
-
-    def make(label: str) -> Edit:
-        asked.append(label)
-        values = {loaded.embedding_name: (torch.tensor([int(label)]), torch.zeros(1, loaded.embedding.shape[1]))}
-        return Edit.from_values(loaded, values, Provenance("m", loaded.base_hash, "x", {}, 1))
-
-    size = make("1").nbytes
-    assert size == 4 * loaded.embedding.shape[1]
-    for limit, expected in ((3 * size, ["1", "2", "3"]), (size / 2, ["1", "2", "3", "1"])):
-        asked.clear()
-        edits = KeptEdits(make, limit=limit)
-        found = [edits(label) for label in ("1", "2", "2", "3", "1")]
-        assert asked == expected
-        assert [min(edit.rows_of(loaded.embedding_name)) for edit in found] == [1, 2, 2, 3, 1]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
-from ember.batch.records import EvaluationCache
 from ember.data.types import Question
 from ember.editing import Edit, Provenance
+from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import PROMPT, Evaluation, blind_scores, question_scores, text_scores
 from ember.models import scoring
 from ember.models.loading import LoadedModel, weights_hash

@@ -50,7 +50,7 @@ def write_run_times(profile: Profile) -> Path:
 
     ``start`` counts seconds from the start of the first run.
     """
-    from ember.batch.records import write_frame
+    from ember.store.frames import write_frame
 
     rows = pd.DataFrame([_run_time(profile, job) for job in plan(profile)])
     rows["start"] = (rows.start - rows.start.min()).round(1)

@@ -1,8 +1,7 @@
 """Records with provenance: written whole or not at all, read strictly, resumed tolerantly."""
 
 import json
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from matplotlib.figure import Figure
 from ember.batch.profiles import frame_path, nothing_found_by
 from ember.editing import Edit
 from ember.errors import DamagedFileError, EmberError
-from ember.evaluation.evaluate import Evaluation
 from ember.models.loading import LoadedModel
 from ember.store.environment import device_name, git_commit, library_versions
-from ember.store.files import atomic_file, digest, read_sealed, sealed_dir
+from ember.store.files import atomic_file
+from ember.store.frames import read_frame, write_frame
 from ember.store.paths import results_dir
 
-KEPT_EDITS = 2e9  # bytes of edits that the grid of notebook 03 keeps
 RECORD_COLUMNS = (
     "model", "revision", "weights_hash", "profile", "concept", "method", "ember", "config", "cell", "seed", "split",
     "set", "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
@@ -67,30 +65,6 @@ class RunContext:
         )[list(RECORD_COLUMNS)]
 
 
-def write_frame(path: Path, frame: pd.DataFrame) -> Path:
-    """Write a frame as parquet or, by the suffix, CSV; atomically."""
-    with atomic_file(path) as temporary:
-        if path.suffix == ".csv":
-            frame.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-        else:
-            frame.to_parquet(temporary, index=False)
-    return path
-
-
-def read_frame(path: Path) -> pd.DataFrame:
-    """Read what ``write_frame`` wrote; a missing or damaged file is an error that names it, never an empty table."""
-    try:
-        if path.suffix != ".csv":
-            return pd.read_parquet(path)
-        if not path.read_text(encoding="utf-8").endswith("\n"):
-            raise ValueError("it ends in the middle of a line")
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's and pandas' parse errors are both
-        raise DamagedFileError(f"{path} is damaged ({error}). Delete it and run the notebook that writes it") from error
-
-
 def read_records(paths: Iterable[Path]) -> pd.DataFrame:
     """Concatenate record files strictly: each must hold all of ``RECORD_COLUMNS``."""
     frames = []
@@ -103,54 +77,6 @@ def read_records(paths: Iterable[Path]) -> pd.DataFrame:
     if not frames:
         raise FileNotFoundError("no records found; run the profile's notebooks first (python -m ember reproduce)")
     return pd.concat(frames, ignore_index=True)
-
-
-class EvaluationCache:
-    """Evaluations on disk, so that an interrupted grid resumes at the last finished cell.
-
-    The key must name everything a value depends on; build it with ``key``, which puts the weights' hash first.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @staticmethod
-    def key(loaded: LoadedModel, *parts: object) -> str:
-        """Cache key of the model's weights and dtype and whatever else the value depends on."""
-        return digest(loaded.weights_hash, loaded.dtype, *parts)
-
-    def get_or_run(self, key: str, run: Callable[[], Evaluation]) -> Evaluation:
-        """The stored evaluation, or a fresh one that is stored. A damaged entry is named, dropped and redone."""
-        entry = self.folder / key
-        if entry.exists():
-            try:
-                read_sealed(entry)
-                return Evaluation(read_frame(entry / "items.parquet"), read_frame(entry / "samples.parquet"))
-            except DamagedFileError as error:
-                warnings.warn(f"recomputing a damaged cell: {error}", stacklevel=2)
-        value = run()
-        with sealed_dir(entry, ours=True) as target:
-            value.items.to_parquet(target / "items.parquet", index=False)
-            value.samples.to_parquet(target / "samples.parquet", index=False)
-        return value
-
-
-class KeptEdits:
-    """The edits of a grid by label, each made when it is asked for and kept while those kept stay small.
-
-    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same.
-    """
-
-    def __init__(self, make: Callable[[str], Edit], *, limit: float = KEPT_EDITS) -> None:
-        self._make, self._limit = make, limit
-        self._kept: dict[str, Edit] = {}
-
-    def __call__(self, label: str) -> Edit:
-        if label not in self._kept:
-            if sum(edit.nbytes for edit in self._kept.values()) > self._limit:
-                self._kept.clear()
-            self._kept[label] = self._make(label)
-        return self._kept[label]
 
 
 def saved_edit(profile: str, run: str) -> Edit:

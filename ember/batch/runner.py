@@ -273,7 +273,7 @@ def _canonical(source: str) -> str:
 
 def base_evaluation(loaded: LoadedModel, suite: Suite, split: str, *, progress: bool = False) -> Evaluation:
     """The evaluation of the unedited model, which all notebooks and arms share through the cache of cells."""
-    from ember.batch.records import EvaluationCache
+    from ember.evaluation.cache import EvaluationCache
     from ember.evaluation.evaluate import evaluate
 
     cache = EvaluationCache(results_root() / "cells")
