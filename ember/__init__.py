@@ -1,5 +1,9 @@
 """Robust concept erasure by precise editing of token embeddings (EMBER, arXiv 2606.03695).
 
+The root of the package is the core: ``tokens``, ``factorization``, ``features`` and ``editing``. Everything else is in a
+room with one charter, which its ``__init__`` states; each imports only from those before it: ``store``, ``data``,
+``models``, the core, ``methods``, ``evaluation``, ``relearning``, ``judging``, ``reporting``, ``batch``.
+
 The names below load lazily, so that ``import ember`` and the command line stay fast.
 """
 
@@ -12,15 +16,18 @@ _EXPORTS = {
     "load_model": "ember.models.loading",
     "load_concept": "ember.data.ours",
     "concept_from_sentences": "ember.data.ours",
-    "load_suite": "ember.evaluation.evaluate",
     "sparse_mf": "ember.factorization",
     "semi_nmf": "ember.factorization",
     "concept_features": "ember.features",
-    "preview_rows": "ember.tokens",
+    "preview": "ember.methods.ember",
     "Edit": "ember.editing",
+    "METHODS": "ember.methods",
+    "erase": "ember.methods",
+    "load_suite": "ember.evaluation.evaluate",
     "evaluate": "ember.evaluation.evaluate",
     "compare": "ember.evaluation.metrics",
-    "METHODS": "ember.methods",
+    "ATTACKS": "ember.relearning.attacks",
+    "relearn": "ember.relearning.train",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,10 +1,7 @@
-"""Records with provenance: written whole or not at all, read strictly, resumed tolerantly."""
+"""The files of a profile's results: records with provenance, frames, saved edits and figures; read strictly."""
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,8 +10,6 @@ from matplotlib.figure import Figure
 from ember.batch.profiles import frame_path, nothing_found_by
 from ember.editing import Edit
 from ember.errors import DamagedFileError, EmberError
-from ember.models.loading import LoadedModel
-from ember.store.environment import device_name, git_commit, library_versions
 from ember.store.files import atomic_file
 from ember.store.frames import read_frame, write_frame
 from ember.store.paths import results_dir
@@ -24,45 +19,6 @@ RECORD_COLUMNS = (
     "set", "metric", "value", "n", "ci_low", "ci_high", "effect_size", "git_commit", "versions", "device", "dtype",
     "wall_seconds",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What all records of one experiment share."""
-
-    loaded: LoadedModel
-    profile: str
-    concept: str
-    method: str
-    ember: bool
-    seed: int
-
-    def records(
-        self, summary: pd.DataFrame, *, config: Any, cell: str, split: str, wall_seconds: float
-    ) -> pd.DataFrame:
-        """Rows of ``RECORD_COLUMNS`` for a comparison's summary. Missing values are NaN, never 0.
-
-        ``cell`` is the label of ``config`` in its grid.
-        """
-        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-        return summary.assign(
-            model=self.loaded.name,
-            revision=self.loaded.spec.revision,
-            weights_hash=self.loaded.weights_hash,
-            profile=self.profile,
-            concept=self.concept,
-            method=self.method,
-            ember=self.ember,
-            config=json.dumps(settings, sort_keys=True),
-            cell=cell,
-            seed=self.seed,
-            split=split,
-            git_commit=git_commit(),
-            versions=json.dumps(library_versions()),
-            device=device_name(self.loaded.device),
-            dtype=self.loaded.dtype,
-            wall_seconds=wall_seconds,
-        )[list(RECORD_COLUMNS)]
 
 
 def read_records(paths: Iterable[Path]) -> pd.DataFrame:

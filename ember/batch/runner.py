@@ -1,84 +1,22 @@
 """Running a notebook as a batch job: checked parameters, private folders, success only when a manifest is there."""
 
-from __future__ import annotations
-
-import ast
-import hashlib
 import json
 import os
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ember.batch.code import code_hash
+from ember.batch.notebooks import check_parameters, default_parameters
 from ember.batch.planning import FRAMES, plan
 from ember.batch.profiles import frame_path, list_profiles, load_profile, manifest_path, nothing_found_by, run_name
 from ember.errors import EmberError, NothingFoundError, UnknownNameError
 from ember.store.files import atomic_file, write_text
-from ember.store.paths import REPOSITORY, notebooks_dir, results_root
-
-if TYPE_CHECKING:  # both bring torch, which starting a run does without
-    from ember.evaluation.evaluate import Evaluation, Suite
-    from ember.models.loading import LoadedModel
-
-# A change of the figures' looks must not rerun the experiments; the report draws them all again.
-_LOOKS = {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots"}
-
-
-def list_notebooks() -> list[str]:
-    """Names of the numbered notebooks."""
-    return sorted(path.stem for path in notebooks_dir().glob("[0-9][0-9]_*.ipynb"))
-
-
-def read_notebook(name: str) -> dict[str, Any]:
-    """The parsed notebook; an unknown name is an error that lists the known ones."""
-    if name not in list_notebooks():
-        raise UnknownNameError("notebook", name, list_notebooks())
-    notebook: dict[str, Any] = json.loads((notebooks_dir() / f"{name}.ipynb").read_text(encoding="utf-8"))
-    return notebook
-
-
-def default_parameters(name: str) -> dict[str, Any]:
-    """The literals of the notebook's ``parameters`` cell.
-
-    Raises
-    ------
-    EmberError
-        If there is not exactly one such cell, or it holds anything but assignments of literals.
-    """
-    cells = [c for c in read_notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(cells) != 1:
-        raise EmberError(f"{name} needs exactly one cell tagged 'parameters', found {len(cells)}")
-    values = {}
-    for node in ast.parse("".join(cells[0]["source"])).body:
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise EmberError(f"{name}: the parameters cell may only assign literals, line {node.lineno} does not")
-        try:
-            values[node.targets[0].id] = ast.literal_eval(node.value)
-        except ValueError as error:
-            raise EmberError(f"{name}: parameter {node.targets[0].id!r} is not a literal") from error
-    return values
-
-
-def check_parameters(name: str, given: Mapping[str, Any]) -> None:
-    """Refuse names the notebook does not have and values of another type than its default's (None takes any)."""
-    defaults = default_parameters(name)
-    for key, value in given.items():
-        if key not in defaults:
-            raise UnknownNameError(f"parameter of {name}", key, defaults)
-        default = defaults[key]
-        accepted = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (
-            not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise EmberError(
-                f"parameter {key!r} of {name} must be {type(default).__name__}, got {type(value).__name__} {value!r}"
-            )
+from ember.store.paths import notebooks_dir
 
 
 def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = False) -> Path:
@@ -207,81 +145,3 @@ def refresh_outputs(name: str) -> None:
             cell.execution_count = cell.execution_count if checked else None
             cell.outputs = [o for o in cell.outputs if checked and o.output_type == "stream" and o.name == "stdout"]
     write_text(path, nbformat.writes(notebook) + "\n")
-
-
-def code_hash(name: str) -> str:
-    """Hash of what a notebook's results depend on: its code cells and the ``ember`` modules they reach.
-
-    Markdown, comments, docstrings and layout do not count, nor do the figures' looks, except for the report.
-    """
-    cells = [c for c in read_notebook(name)["cells"] if c["cell_type"] == "code"]
-    sources = ["".join(c["source"]) for c in cells]
-    skipped = set() if name.startswith("08_") else _LOOKS
-    pending = {module for source in sources for module in _imports(source)}
-    seen: dict[str, str] = {}
-    while pending:
-        module = pending.pop()
-        path = _module_path(module)
-        if module in seen or path is None or module.split(".")[-1] in skipped:
-            continue
-        text = path.read_text(encoding="utf-8")
-        seen[module] = _canonical(text)
-        pending |= _imports(text)
-    running = hashlib.sha256()
-    for part in [*map(_canonical, sources), *(f"{k}\n{seen[k]}" for k in sorted(seen))]:
-        running.update(part.encode() + b"\0")
-    return running.hexdigest()[:16]
-
-
-@cache
-def _imports(source: str) -> frozenset[str]:
-    """Dotted names of ``ember`` modules that a source imports."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "ember"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ember":
-            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-    # ``from ember import x`` resolves lazily; the export table says where x lives.
-    from ember import _EXPORTS
-
-    return frozenset(found) | {
-        _EXPORTS[name.split(".")[1]] for name in found if name.count(".") == 1 and name.split(".")[1] in _EXPORTS
-    }
-
-
-def _module_path(module: str) -> Path | None:
-    # Without importing anything: what imports torch takes seconds, and every job on a cluster comes through here.
-    path = REPOSITORY.joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
-
-
-@cache
-def _canonical(source: str) -> str:
-    """The syntax tree without docstrings, as text."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and body
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = body[1:]
-    return ast.dump(tree)
-
-
-def base_evaluation(loaded: LoadedModel, suite: Suite, split: str, *, progress: bool = False) -> Evaluation:
-    """The evaluation of the unedited model, which all notebooks and arms share through the cache of cells."""
-    from ember.evaluation.cache import EvaluationCache
-    from ember.evaluation.evaluate import evaluate
-
-    cache = EvaluationCache(results_root() / "cells")
-    key = cache.key(loaded, code_hash("03_erase_concept"), suite, split, "base")
-    return cache.get_or_run(key, lambda: evaluate(loaded, suite, split, progress=progress))
-
-
-def run_summary(started: float) -> str:
-    """One line for a notebook's last cell: minutes since ``started`` and this process's peak memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-    return f"{(time.time() - started) / 60:.1f} minutes, peak memory {peak / 1024:.1f} GB"

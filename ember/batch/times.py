@@ -1,0 +1,62 @@
+"""What a profile's runs will do and take, from what they took when they were last measured."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ember.batch.planning import Job, plan
+from ember.batch.profiles import Profile, manifest_path
+from ember.store.frames import write_frame
+from ember.store.paths import REPOSITORY, results_dir
+
+
+def describe(profile: Profile) -> str:
+    """What a profile's run consists of, and how long each part took when it was last measured."""
+    runs = measured_times(profile.name)
+    measured = dict(zip(runs.run, runs.wall_seconds, strict=True))
+    lines = [f"Profile {profile.name}: {profile.model}; {', '.join(profile.concepts)}; {', '.join(profile.methods)}"]
+    total = 0.0
+    for job in plan(profile):
+        done = manifest_path(profile.name, job.name).exists()
+        seconds = measured.get(job.name)
+        total += 0.0 if done or seconds is None else seconds
+        time = "not measured yet" if seconds is None else f"about {max(1, round(seconds))} s"
+        lines.append(f"  {job.notebook:<26} {time:<18} {'done before' if done else 'to run'}")
+    if profile.needs:
+        return "\n".join([*lines, profile.needs])
+    total *= busy_seconds(runs) / max(1.0, runs.wall_seconds.sum())
+    return "\n".join([*lines, f"About {total / 60:.0f} minutes to go on a machine like the one measured (2 cores)."])
+
+
+def busy_seconds(runs: pd.DataFrame) -> float:
+    """Seconds in which at least one of the runs (columns start, wall_seconds) was going on."""
+    total, end = 0.0, float("-inf")
+    for start, seconds in sorted(zip(runs.start, runs.wall_seconds, strict=True)):
+        total += max(0.0, start + seconds - max(start, end))
+        end = max(end, start + seconds)
+    return total
+
+
+def measured_times(profile: str) -> pd.DataFrame:
+    """A profile's ``run_times.csv``: its own, or the committed one; empty if there is neither."""
+    paths = (root / "tables" / "run_times.csv" for root in (results_dir(profile), REPOSITORY / "results" / profile))
+    path = next((path for path in paths if path.exists()), None)
+    columns = ["run", "notebook", "start", "wall_seconds", "peak_memory_mb"]
+    return pd.read_csv(path) if path else pd.DataFrame({column: [] for column in columns})
+
+
+def write_run_times(profile: Profile) -> Path:
+    """Collect start, wall seconds and peak memory of a profile's runs into ``tables/run_times.csv``.
+
+    ``start`` counts seconds from the start of the first run.
+    """
+    rows = pd.DataFrame([_run_time(profile, job) for job in plan(profile)])
+    rows["start"] = (rows.start - rows.start.min()).round(1)
+    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", rows)
+
+
+def _run_time(profile: Profile, job: Job) -> dict[str, object]:
+    about = json.loads(manifest_path(profile.name, job.name).read_text(encoding="utf-8"))
+    keep = {key: about[key] for key in ("wall_seconds", "peak_memory_mb")}
+    return {"run": job.name, "notebook": job.notebook, "start": about["started"]} | keep
