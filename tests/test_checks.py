@@ -14,13 +14,19 @@ from helpers.sound_folder import write_sound
 from helpers.tiny import make_concept, make_loaded
 from helpers.wordings import DIFFERENT_PAIRS, PARAPHRASES, question
 
-from ember.batch.around import check_data, check_table
-from ember.batch.pages import fill_blocks
 from ember.data import wording
 from ember.data.types import Concept, Question, SharedData
 from ember.errors import EmberError
 from ember.evaluation import data_checks as checks
-from ember.evaluation.data_checks import GUESSES, CheckReport, check_concept, check_shared, mark_answers
+from ember.evaluation.data_checks import (
+    GUESSES,
+    CheckReport,
+    check_concept,
+    check_data,
+    check_shared,
+    check_table,
+    mark_answers,
+)
 
 SOUND, SHARED = sound_concept(), sound_shared()
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.
@@ -631,27 +637,3 @@ def test_check_table_shows_counts_whole():
     shown = check_table([check_concept(SOUND)]).set_index("check")["Sound Rome"]
     assert shown["sentences"] == "150"
     assert shown["repeated text"] == "0"
-
-
-# Generated blocks of a document
-
-
-def test_blocks_are_filled_in_place_and_filling_again_changes_nothing():
-    text = "a <!-- n -->old<!-- /n --> b\n<!-- t -->\nold\nolder\n<!-- /t -->\nc <!-- n -->x<!-- /n -->"
-    blocks = {"n": "7", "t": r"| \d | \1 |" + "\n| - |"}
-    filled = fill_blocks(text, blocks)
-    assert filled == (
-        "a <!-- n -->7<!-- /n --> b\n<!-- t -->\n| \\d | \\1 |\n| - |\n<!-- /t -->\nc <!-- n -->7<!-- /n -->"
-    )
-    assert fill_blocks(filled, blocks) == filled
-
-
-def test_blocks_that_are_not_named_stay():
-    text = "<!-- a -->1<!-- /a --> <!-- b -->2<!-- /b -->"
-    assert fill_blocks(text, {"b": "3"}) == "<!-- a -->1<!-- /a --> <!-- b -->3<!-- /b -->"
-
-
-@pytest.mark.parametrize("text", ["", "<!-- a -->1", "<!-- /a --><!-- a -->"])
-def test_a_missing_block_is_an_error(text):
-    with pytest.raises(EmberError, match="'a'"):
-        fill_blocks(text, {"a": "1"})

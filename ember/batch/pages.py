@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ember.batch.around import busy_seconds, check_data, check_table
+from ember.batch.around import busy_seconds
 from ember.batch.profiles import Profile, load_profile
 from ember.errors import EmberError
+from ember.evaluation.data_checks import check_data, check_table
 from ember.store.paths import REPOSITORY, notebooks_dir
 
 if TYPE_CHECKING:  # brings torch, which most commands do without

@@ -1,15 +1,21 @@
 """Checks of concept data: leaks between splits and from the fit texts, guessable answers, sizes, duplicates."""
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ember.data.ours import list_concepts, load_concept, load_shared
+from ember.data.released import list_released
 from ember.data.types import SPLITS, Concept, Question, SharedData
 from ember.data.wording import Texts, content_stems, paraphrases, rarity, stems
+from ember.errors import EmberError
 from ember.evaluation.evaluate import blind_scores
 from ember.evaluation.metrics import CHANCE
 from ember.models.loading import LoadedModel
@@ -24,12 +30,8 @@ OPTION_WORDS = 12
 UNSEEN = 40  # test questions whose answer occurs in no text of the concept
 GUESS_MARGIN = 0.05
 EMPTY_LIMIT = 0.35
-FILES = {
-    "sentences": "sentences.txt",
-    "paragraphs": "paragraphs.txt",
-    "other_sense": "other_sense.txt",
-    "questions": "questions.jsonl",
-}
+TEXTS = ("sentences", "paragraphs", "other_sense")
+Located = list[tuple[str, str]]  # where a text stands, as its reader would look for it, and the text
 
 
 def longest_option(question: Question) -> float:
@@ -60,14 +62,14 @@ def _share(question: Question, values: Sequence[float]) -> float:
     return (values[question.gold] == best) / sum(value == best for value in values)
 
 
-def _trigrams(text: str) -> pd.Series:
+def _trigrams(text: str) -> Counter[str]:
     plain = " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
-    return pd.Series([plain[k : k + 3] for k in range(len(plain) - 2)], dtype=object).value_counts()
+    return Counter(plain[k : k + 3] for k in range(len(plain) - 2))
 
 
-def _cosine(a: pd.Series, b: pd.Series) -> float:
-    shared = a.index.intersection(b.index)
-    return float((a[shared] * b[shared]).sum() / np.sqrt((a**2).sum() * (b**2).sum())) if len(shared) else 0.0
+def _cosine(a: Counter[str], b: Counter[str]) -> float:
+    product = sum(count * b[gram] for gram, count in a.items())
+    return product / math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values())) if product else 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class _Ledger:
 
     subject: str
     rows: list[tuple[Any, ...]] = field(default_factory=list)
-    found: list[tuple[str, ...]] = field(default_factory=list)
+    findings: list[tuple[str, ...]] = field(default_factory=list)
 
     def count(self, check: str, value: int) -> None:
         """For the record; nothing is demanded."""
@@ -111,15 +113,16 @@ class _Ledger:
         self.rows.append((self.subject, check, value, f"{target - margin:.2f}-{target + margin:.2f}", ok))
 
     def none(self, check: str, findings: Iterable[tuple[str, str]]) -> None:
-        found = list(findings)
-        self.rows.append((self.subject, check, len(found), "0", not found))
-        self.found += [(self.subject, check, where, what) for where, what in found]
+        before = len(self.findings)
+        self.findings += [(self.subject, check, where, what) for where, what in findings]
+        count = len(self.findings) - before
+        self.rows.append((self.subject, check, count, "0", count == 0))
 
     def report(self, items: pd.DataFrame) -> CheckReport:
         # As objects, so that counts stay whole numbers.
         table = pd.DataFrame(self.rows, columns=["subject", "check", "value", "wanted", "ok"], dtype=object)
         table["ok"] = table.ok.astype(bool)
-        return CheckReport(table, pd.DataFrame(self.found, columns=["subject", "check", "where", "what"]), items)
+        return CheckReport(table, pd.DataFrame(self.findings, columns=["subject", "check", "where", "what"]), items)
 
 
 def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckReport:
@@ -131,32 +134,28 @@ def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckR
     right option after an empty question at most 0.35.
     """
     ledger = _Ledger(concept.name)
-    where = _Places(concept)
-    for name in ("sentences", "paragraphs", "other_sense"):
-        texts = getattr(concept, name)
-        ledger.at_least(name.replace("_", " "), len(texts), MINIMUM[name])
-        ledger.none(f"length of {name.replace('_', ' ')}", _out_of_bounds(texts, WORDS[name], where.text(name)))
-    sources = [(where.text(name)(k), text) for name in FILES if name != "questions"
-               for k, text in enumerate(getattr(concept, name))]  # fmt: skip
-    sources += [
-        (f"neutral sentence {k}", text) for k, text in enumerate([*concept.neutral, *concept.further_neutral], 1)
-    ]
-    ledger.none("repeated text", _repeated(sources))
-    for set_ in ("concept", "simdom"):
-        for split in SPLITS:
-            count = sum((q.set, q.split) == (set_, split) for q in concept.questions)
-            ledger.at_least(f"questions, {set_} {split}", count, MINIMUM[split])
-    _check_questions(ledger, concept.questions, ("concept", "simdom"), where.question, loaded)
+    released = concept.source == "released"
+    texts = {
+        name: _located(getattr(concept, name), *((f"{name}[{{}}]", 0) if released else (f"{name}.txt, line {{}}", 1)))
+        for name in TEXTS
+    }
+    for name, located in texts.items():
+        said = name.replace("_", " ")
+        ledger.at_least(said, len(located), MINIMUM[name])
+        ledger.none(f"length of {said}", _out_of_bounds(located, WORDS[name]))
+    neutral = _located([*concept.neutral, *concept.further_neutral], "neutral sentence {}")
+    ledger.none("repeated text", _repeated([*itertools.chain(*texts.values()), *neutral]))
+    for set_, split in itertools.product(("concept", "simdom"), SPLITS):
+        count = sum((q.set, q.split) == (set_, split) for q in concept.questions)
+        ledger.at_least(f"questions, {set_} {split}", count, MINIMUM[split])
+    lines = {q.id: q.id if released else f"questions.jsonl, line {k}" for k, q in enumerate(concept.questions, 1)}
+    _check_questions(ledger, concept.questions, ("concept", "simdom"), lines, loaded)
     items = mark_answers(concept)
     test = items[items.split == "test"]
     stated = test[test.stated != ""]
-    ledger.none(
-        "fit sentence states a test fact",
-        [
-            (where.text("sentences")(int(row.stated) - 1), f"answers {row.id}: {row.question}")
-            for row in stated.itertuples()
-        ],
-    )
+    answers = zip(stated.stated, stated.id, stated.question, strict=True)
+    stating = [(texts["sentences"][int(k) - 1][0], f"answers {name}: {asked}") for k, name, asked in answers]
+    ledger.none("fit sentence states a test fact", stating)
     asked = test[test.set == "concept"]
     ledger.count("concept test answers in fit sentences", int(asked.in_sentences.sum()))
     ledger.count("concept test answers in paragraphs", int(asked.in_paragraphs.sum()))
@@ -167,34 +166,42 @@ def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckR
 def check_shared(shared: SharedData, loaded: LoadedModel | None = None) -> CheckReport:
     """Check what all concepts share, by the same rules."""
     ledger = _Ledger("shared")
-    neutral = [text for texts in shared.neutral.values() for text in texts]
-    neutral += list(shared.neutral_fit)
+    neutral = _located([*itertools.chain(*shared.neutral.values()), *shared.neutral_fit], "neutral sentence {}")
     ledger.at_least("neutral sentences", len(neutral), MINIMUM["neutral"])
     ledger.at_least("general questions", len(shared.questions), MINIMUM["general"])
     ledger.at_least("instructions", len(shared.instructions), MINIMUM["instructions"])
-    ledger.none("length of neutral", _out_of_bounds(neutral, WORDS["neutral"], lambda k: f"neutral sentence {k + 1}"))
-    texts = [(f"neutral sentence {k}", text) for k, text in enumerate(neutral, 1)]
-    texts += [(f"instructions.jsonl, {i.id}", i.instruction) for i in shared.instructions]
-    ledger.none("repeated text", _repeated(texts))
-    numbers = {q.id: k for k, q in enumerate(shared.questions, 1)}
-    _check_questions(ledger, shared.questions, ("general",), lambda q: f"general.jsonl, line {numbers[q.id]}", loaded)
+    ledger.none("length of neutral", _out_of_bounds(neutral, WORDS["neutral"]))
+    instructions = [(f"instructions.jsonl, {i.id}", i.instruction) for i in shared.instructions]
+    ledger.none("repeated text", _repeated([*neutral, *instructions]))
+    lines = {q.id: f"general.jsonl, line {k}" for k, q in enumerate(shared.questions, 1)}
+    _check_questions(ledger, shared.questions, ("general",), lines, loaded)
     return ledger.report(pd.DataFrame())
 
 
-class _Places:
-    """Where a text or question stands, as an editor or a reader of the file would look for it."""
+def check_data(
+    folder: str | None = None, *, source: str = "ours", loaded: LoadedModel | None = None
+) -> list[CheckReport]:
+    """Check every concept and what they share; or one folder of your own; or the released data (in a folder)."""
+    if source == "released":
+        concepts = [load_concept(name, source=source, folder=folder) for name in list_released(folder)]
+    elif folder is not None:
+        concepts = [load_concept(folder=folder)]
+    else:
+        concepts = [load_concept(name) for name in list_concepts()]
+    if not concepts:
+        raise EmberError("the data folder holds no concept")
+    reports = [check_concept(concept, loaded) for concept in concepts]
+    return reports if folder is not None or source == "released" else [*reports, check_shared(load_shared(), loaded)]
 
-    def __init__(self, concept: Concept) -> None:
-        self.released = concept.source == "released"
-        self.lines = {q.id: number for number, q in enumerate(concept.questions, 1)}
 
-    def text(self, name: str) -> Callable[[int], str]:
-        if self.released:
-            return lambda k: f"{name}[{k}]"
-        return lambda k: f"{FILES[name]}, line {k + 1}"
-
-    def question(self, question: Question) -> str:
-        return question.id if self.released else f"{FILES['questions']}, line {self.lines[question.id]}"
+def check_table(reports: Sequence[CheckReport]) -> pd.DataFrame:
+    """One row a check, one column a subject; what fails is marked with "!"."""
+    rows = pd.concat([report.table for report in reports], ignore_index=True)
+    digits = rows.value.map(lambda v: f"{v:.2f}" if isinstance(v, float) else str(v))
+    rows["shown"] = digits + rows.ok.map({True: "", False: " !"})
+    wide = rows.pivot(index="check", columns="subject", values="shown").fillna("")
+    order = rows.drop_duplicates("check")[["check", "wanted"]]
+    return order.merge(wide[rows.subject.unique()], left_on="check", right_index=True)
 
 
 def mark_answers(concept: Concept) -> pd.DataFrame:
@@ -217,52 +224,51 @@ def _check_questions(
     ledger: _Ledger,
     questions: Sequence[Question],
     sets: Sequence[str],
-    where: Callable[[Question], str],
+    where: Mapping[str, str],
     loaded: LoadedModel | None,
 ) -> None:
-    ledger.none("repeated question", _repeated([(where(q), q.question) for q in questions]))
+    """``where`` maps ids to places."""
+    ledger.none("repeated question", _repeated([(where[q.id], q.question) for q in questions]))
     train, test = ([q for q in questions if q.split == split] for split in SPLITS)
+    pairs = [(train[i], test[j]) for i, j in paraphrases(train, test)]
     ledger.none(
         "question in two splits",
-        [
-            (where(test[j]), f"{test[j].question} | {where(train[i])}: {train[i].question}")
-            for i, j in paraphrases(train, test)
-        ],
+        [(where[b.id], f"{b.question} | {where[a.id]}: {a.question}") for a, b in pairs],
     )
-    bounds = [(where(q), f"{len(q.question.split())} words: {q.question}") for q in questions
-              if not WORDS["question"][0] <= len(q.question.split()) <= WORDS["question"][1]]  # fmt: skip
-    bounds += [(where(q), f"option of more than {OPTION_WORDS} words: {option}") for q in questions
-               for option in q.options if len(option.split()) > OPTION_WORDS]  # fmt: skip
-    ledger.none("length of questions and options", bounds)
-    given = [(where(q), f"{q.question} [{q.answer}]") for q in questions if Texts([q.question]).holding(q)]
+    least, most = WORDS["question"]
+    counted = [(q, len(q.question.split())) for q in questions]
+    unfit = [(where[q.id], f"{n} words: {q.question}") for q, n in counted if not least <= n <= most]
+    unfit += [
+        (where[q.id], f"option of more than {OPTION_WORDS} words: {option}")
+        for q in questions for option in q.options if len(option.split()) > OPTION_WORDS
+    ]  # fmt: skip
+    ledger.none("length of questions and options", unfit)
+    given = [(where[q.id], f"{q.question} [{q.answer}]") for q in questions if Texts([q.question]).holding(q)]
     ledger.none("question holds its answer", given)
-    blind = (
-        None
-        if loaded is None
-        else blind_scores(loaded, questions).pivot(index="item", columns="metric", values="value")
-    )
-    for set_ in sets:
-        for split in SPLITS:
-            part = [q for q in questions if (q.set, q.split) == (set_, split)]
-            if not part:
-                continue
-            for name, guess in GUESSES.items():
-                ledger.near(f"{name}, {set_} {split}", float(np.mean([guess(q) for q in part])), CHANCE, GUESS_MARGIN)
-            if blind is not None:
-                scores = blind.loc[[q.id for q in part]]
-                ledger.at_most(f"empty question, probability, {set_} {split}", scores.gold_prob.mean(), EMPTY_LIMIT)
-                ledger.at_most(f"empty question, accuracy, {set_} {split}", scores.correct.mean(), EMPTY_LIMIT)
+    blind = blind_scores(loaded, questions).pivot(index="item", columns="metric", values="value") if loaded else None
+    for set_, split in itertools.product(sets, SPLITS):
+        part = [q for q in questions if (q.set, q.split) == (set_, split)]
+        if not part:
+            continue
+        for name, guess in GUESSES.items():
+            ledger.near(f"{name}, {set_} {split}", float(np.mean([guess(q) for q in part])), CHANCE, GUESS_MARGIN)
+        if blind is not None:
+            scores = blind.loc[[q.id for q in part]]
+            ledger.at_most(f"empty question, probability, {set_} {split}", scores.gold_prob.mean(), EMPTY_LIMIT)
+            ledger.at_most(f"empty question, accuracy, {set_} {split}", scores.correct.mean(), EMPTY_LIMIT)
 
 
-def _out_of_bounds(
-    texts: Sequence[str], bounds: tuple[int, int], where: Callable[[int], str]
-) -> Iterable[tuple[str, str]]:
-    for k, text in enumerate(texts):
+def _located(texts: Sequence[str], place: str, start: int = 1) -> Located:
+    return [(place.format(k), text) for k, text in enumerate(texts, start)]
+
+
+def _out_of_bounds(texts: Located, bounds: tuple[int, int]) -> Iterable[tuple[str, str]]:
+    for where, text in texts:
         if not bounds[0] <= len(text.split()) <= bounds[1]:
-            yield where(k), f"{len(text.split())} words, wanted {bounds[0]}-{bounds[1]}: {text[:60]}"
+            yield where, f"{len(text.split())} words, wanted {bounds[0]}-{bounds[1]}: {text[:60]}"
 
 
-def _repeated(texts: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+def _repeated(texts: Located) -> Iterable[tuple[str, str]]:
     """Texts whose words stood in an earlier one in the same order."""
     seen: dict[tuple[str, ...], str] = {}
     for where, text in texts:
