@@ -15,7 +15,8 @@ from ember.judging.settings import deciding
 from ember.batch.runner import code_hash
 from ember.store.paths import data_dir, results_dir
 from ember.batch.planning import FRAMES, plan
-from ember.batch.profiles import frame_path, load_profile, manifest_path
+from ember.batch.planning import frame_path, manifest_path
+from ember.batch.profiles import load_profile
 
 PROFILE = load_profile(config.get("profile", "laptop"))
 JOBS = {job.name: job for job in plan(PROFILE)}

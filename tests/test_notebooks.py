@@ -16,8 +16,7 @@ import pytest
 from helpers.tiny import NEUTRAL, make_concept, make_loaded
 
 from ember.batch import runner as notebooks
-from ember.batch.planning import Job
-from ember.batch.profiles import frame_path, manifest_path, run_name
+from ember.batch.planning import Job, frame_path, manifest_path, run_name
 from ember.batch.runner import (
     base_evaluation,
     check_parameters,

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from helpers.tokenizers import KINDS, WORDS, planted, save_tiny, tokenizer_of
 
-from ember.batch.planning import Job, plan
-from ember.batch.profiles import load_profile, run_name
+from ember.batch.planning import Job, plan, run_name
+from ember.batch.profiles import load_profile
 from ember.editing import Edit
 from ember.store.paths import REPOSITORY
 

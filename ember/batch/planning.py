@@ -1,13 +1,18 @@
-"""The notebook runs that a profile consists of, and what each of them needs."""
+"""The notebook runs that a profile consists of: what each needs, its name, and where its results lie."""
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ember.batch.profiles import Profile, run_name
+from ember.batch.profiles import Profile
+from ember.data.arms import UNEDITED, Arm
 from ember.errors import UnknownNameError
+from ember.store.paths import results_dir, slug
 
+TOUR, REPORT = "00_tour", "10_report"
 FACTORIZE, SELECT, ERASE = "01_factorize_embeddings", "02_select_features", "03_erase_concept"
 RELEARN, LOCALIZE, CONTROL = "04_relearn", "05_localize_coherence", "06_control_edits"
 STABILITY, TEACH = "08_factor_stability", "09_teach_and_erase"
@@ -22,111 +27,140 @@ FRAMES = {
     TEACH: ("records", "cells", "items", "knowledge", "damage", "samples"),
 }
 
+_ORDER = ("model", "concept", "method", "ember", "attack", "precision", "lr", "budget", "rank", "sparsity", "seed")
+
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook run: its parameters, the runs it needs, and the result frames it writes."""
+    """One notebook run: its parameters, and the runs it needs."""
 
     notebook: str
     parameters: Mapping[str, Any]
     needs: tuple[str, ...] = ()
-    frames: tuple[str, ...] = field(default=())
 
     @property
     def name(self) -> str:
         return run_name(self.notebook, **self.parameters)
 
+    @property
+    def frames(self) -> tuple[str, ...]:
+        """The result frames it writes."""
+        return FRAMES.get(self.notebook, ())
 
-def arms(profile: Profile) -> list[tuple[str, bool]]:
-    """(method, after EMBER?) of every arm: EMBER first, then each other method alone and after it, then controls."""
-    others = [(method, ember) for method in profile.methods if method != "ember" for ember in (False, True)]
-    return [("ember", False), *others, *((control, False) for control in profile.controls)]
+
+def arms(profile: Profile) -> list[Arm]:
+    """Every arm: EMBER first, then each other method alone and after it, then controls."""
+    others = [Arm(method, ember) for method in profile.methods if method != "ember" for ember in (False, True)]
+    return [Arm("ember"), *others, *map(Arm, profile.controls)]
 
 
 def plan(profile: Profile) -> list[Job]:
     """The notebook runs of a profile, in an order in which each finds what it needs."""
     jobs = []
-    common = {"profile": profile.name, "model": profile.model}
-    fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
     for concept in profile.concepts:
+        erased = ""
         for seed in profile.seeds:
-            chosen = {**common, "concept": concept}
-            first = Job(FACTORIZE, {**chosen, **fit, "seed": seed}, (), FRAMES[FACTORIZE])
-            second = Job(SELECT, {**chosen, **fit, "seed": seed}, (first.name,), FRAMES[SELECT])
+            chosen = {"profile": profile.name, "model": profile.model, "concept_name": concept, "seed": seed}
+            first = Job(FACTORIZE, chosen | _fit(profile))
+            second = Job(SELECT, chosen | _fit(profile), (first.name,))
             jobs += [first, second]
             for method, ember in arms(profile):
-                arm = {**chosen, "seed": seed}
-                before = [run_name(ERASE, **arm, method=m, ember=False) for m in ("ember", method)]
+                alone = [run_name(ERASE, **chosen, method=m, ember=False) for m in ("ember", method)]
                 # After EMBER: its saved edit, and what the method alone has put into the cache (autoencoders).
-                needs = before if ember else [second.name] if method in profile.factorizing else []
-                jobs.append(Job(ERASE, {**arm, "method": method, "ember": ember}, tuple(needs), FRAMES[ERASE]))
-        alone = {"concept": concept, "method": "ember", "seed": profile.seeds[0]}
-        erased = [job.name for job in jobs if alone.items() <= job.parameters.items()]
-        jobs.append(Job("00_tour", {**common, "concept": concept}, tuple(erased)))
+                needs = alone if ember else [second.name] if method in profile.factorizing else []
+                jobs.append(Job(ERASE, {**chosen, "method": method, "ember": ember}, tuple(needs)))
+                erased = erased or alone[0]
+        jobs.append(Job(TOUR, {"profile": profile.name, "model": profile.model, "concept_name": concept}, (erased,)))
     further = (_relearnings, _localizations, _trades, _stabilities, _teachings)
     jobs += {job.name: job for part in further for job in part(profile)}.values()
-    jobs.append(Job("10_report", {"profile": profile.name}, tuple(job.name for job in jobs)))
+    jobs.append(Job(REPORT, {"profile": profile.name}, tuple(job.name for job in jobs)))
     return jobs
 
 
-def _named(profile: Profile, names: Sequence[str], use: str, *, unedited: bool = False) -> list[tuple[str, bool]]:
+def _fit(profile: Profile) -> dict[str, int | float]:
+    return {"rank": profile.fit["rank"], "sparsity": profile.fit["sparsity"]}
+
+
+def _choices(profile: Profile, seeds: int | None, concepts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Parameters of the profile's concepts (or some of them) on the first seeds."""
+    common = {"profile": profile.name, "model": profile.model}
+    chosen = itertools.product(concepts or profile.concepts, profile.seeds[:seeds])
+    return [common | {"concept_name": concept, "seed": seed} for concept, seed in chosen]
+
+
+def _named(profile: Profile, names: Sequence[str], use: str, *unedited: Arm) -> list[Arm]:
     """The arms that a part of the profile names."""
-    named = {arm_key(*arm): arm for arm in [*([("none", False)] if unedited else []), *arms(profile)]}
+    known = {arm.key: arm for arm in [*unedited, *arms(profile)]}
     for name in names:
-        if name not in named:
-            raise UnknownNameError(f"arm in {use} of profile {profile.name}", name, named)
-    return [named[name] for name in names]
+        if name not in known:
+            raise UnknownNameError(f"arm in {use} of profile {profile.name}", name, known)
+    return [known[name] for name in names]
 
 
 def _localizations(profile: Profile) -> Iterator[Job]:
-    chosen = _named(profile, profile.localize["arms"], "localize")
-    seeds = profile.seeds[: profile.localize.get("seeds")]
-    for concept, seed, (method, ember) in itertools.product(profile.concepts, seeds, chosen):
-        arm = {"model": profile.model, "concept": concept, "method": method, "ember": ember, "seed": seed}
+    chosen = _named(profile, profile.localize.arms, "localize")
+    for one, (method, ember) in itertools.product(_choices(profile, profile.localize.seeds), chosen):
         # Whatever the arm, EMBER's edit says which tokens to watch.
-        needed = dict.fromkeys(run_name(ERASE, **arm | one) for one in ({"method": "ember", "ember": False}, {}))
-        yield Job(LOCALIZE, {"profile": profile.name, **arm}, tuple(needed), FRAMES[LOCALIZE])
+        watched, own = ({**one, "method": m, "ember": e} for m, e in (("ember", False), (method, ember)))
+        needed = dict.fromkeys(run_name(ERASE, **arm) for arm in (watched, own))
+        yield Job(LOCALIZE, own, tuple(needed))
 
 
 def _trades(profile: Profile) -> Iterator[Job]:
-    seeds = profile.seeds[: profile.trade.get("seeds")] if profile.trade["edits"] else ()
-    fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
-    for concept, seed in itertools.product(profile.concepts, seeds):
-        chosen = {"model": profile.model, "concept": concept, "seed": seed}
-        yield Job(CONTROL, {"profile": profile.name, **chosen}, (run_name(SELECT, **chosen, **fit),), FRAMES[CONTROL])
+    for one in _choices(profile, profile.trade.seeds) if profile.trade.edits else ():
+        yield Job(CONTROL, one, (run_name(SELECT, **one | _fit(profile)),))
 
 
 def _stabilities(profile: Profile) -> Iterator[Job]:
-    for concept in profile.concepts if profile.stability["seeds"] else ():
-        fit = {key: profile.fit[key] for key in ("rank", "sparsity")}
-        chosen = {"model": profile.model, "concept": concept, **fit, "seed": profile.seeds[0]}
-        yield Job(STABILITY, {"profile": profile.name, **chosen}, (run_name(FACTORIZE, **chosen),), FRAMES[STABILITY])
+    for one in _choices(profile, 1) if profile.stability.seeds else ():
+        yield Job(STABILITY, one | _fit(profile), (run_name(FACTORIZE, **one | _fit(profile)),))
 
 
 def _teachings(profile: Profile) -> Iterator[Job]:
     """One run a seed: all arms erase from one taught copy."""
-    if _named(profile, profile.teach["arms"], "teach"):
-        for seed in profile.seeds[: profile.teach.get("seeds")]:
-            yield Job(TEACH, {"profile": profile.name, "model": profile.model, "seed": seed}, (), FRAMES[TEACH])
+    if _named(profile, profile.teach.arms, "teach"):
+        for seed in profile.seeds[: profile.teach.seeds]:
+            yield Job(TEACH, {"profile": profile.name, "model": profile.model, "seed": seed})
 
 
 def _relearnings(profile: Profile) -> Iterator[Job]:
     """Each attack of each sweep on each arm; sweeps may overlap."""
-    for sweep in profile.relearn["sweeps"]:
-        named = dict(
-            zip(sweep["arms"], _named(profile, sweep["arms"], "a relearning sweep", unedited=True), strict=True)
-        )
-        seeds = profile.seeds[: sweep.get("seeds")]
-        settings = itertools.product(sweep["attacks"], sweep["precisions"], sweep["lrs"], sweep.get("budgets", [1]))
-        for concept, (attack, precision, lr, budget) in itertools.product(profile.concepts, settings):
-            for seed, name in itertools.product(seeds, sweep["arms"]):
-                method, ember = named[name]
-                arm = {"model": profile.model, "concept": concept, "method": method, "ember": ember, "seed": seed}
-                needs = () if method == "none" else (run_name(ERASE, **arm),)
-                attacked = {**arm, "attack": attack, "precision": precision, "lr": float(lr), "budget": budget}
-                yield Job(RELEARN, {"profile": profile.name, **attacked}, needs, FRAMES[RELEARN])
+    for sweep in profile.relearn.sweeps:
+        chosen = _named(profile, sweep.arms, "a relearning sweep", Arm(UNEDITED))
+        settings = itertools.product(sweep.attacks, sweep.precisions, sweep.lrs, sweep.budgets)
+        attacks = [dict(zip(("attack", "precision", "lr", "budget"), values, strict=True)) for values in settings]
+        for concept, attack in itertools.product(profile.concepts, attacks):
+            for one, (method, ember) in itertools.product(_choices(profile, sweep.seeds, [concept]), chosen):
+                arm = {**one, "method": method, "ember": ember}
+                needs = () if method == UNEDITED else (run_name(ERASE, **arm),)
+                yield Job(RELEARN, arm | attack, needs)
 
 
-def arm_key(method: str, ember: bool) -> str:
-    """How profiles name an arm: ``none`` (the unedited model), ``rmu``, ``ember+rmu``."""
-    return f"ember+{method}" if ember else method
+def run_name(notebook: str, **parameters: Any) -> str:
+    """File name of a run: the notebook's name and its parameters, profile excepted (that is the folder).
+
+    ``concept_name`` is short for itself: ``concept=ancient-rome``.
+    """
+    named = {key.removesuffix("_name"): _text(value) for key, value in parameters.items() if key != "profile"}
+    order = sorted(named, key=lambda key: (_ORDER.index(key) if key in _ORDER else len(_ORDER), key))
+    return "__".join([notebook, *(f"{key}={named[key]}" for key in order)])
+
+
+def _text(value: Any) -> str:
+    return slug(value) if isinstance(value, str) else str(value)
+
+
+def manifest_path(profile: str, name: str) -> Path:
+    """The file that is written last by a successful run."""
+    return results_dir(profile) / "notebooks" / f"{name}.json"
+
+
+def nothing_found_by(profile: str, name: str) -> str:
+    """Why a finished run found nothing of the concept to edit; empty if it did, or has not finished."""
+    path = manifest_path(profile, name)
+    return str(json.loads(path.read_text(encoding="utf-8")).get("nothing_found", "")) if path.exists() else ""
+
+
+def frame_path(profile: str, name: str, frame: str) -> Path:
+    """One of the result frames of a run."""
+    return results_dir(profile) / "records" / name / f"{frame}.parquet"

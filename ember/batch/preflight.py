@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec as find_module
 from pathlib import Path
 
-from ember.batch.memory import Need, device_memory, host_memory, model_shape, needs
 from ember.batch.planning import arms
 from ember.batch.profiles import Profile
 from ember.errors import EmberError
-from ember.judging.settings import JudgeConfig
 from ember.models.specs import ModelSpec, find_spec
 from ember.store.devices import asked_device, choose_device
 
@@ -32,15 +30,15 @@ class Finding:
 
 
 def preflight(profile: Profile) -> list[Finding]:
-    """Everything that a profile's run would miss here: access to the model, a GPU, memory, packages, a judge's key.
+    """Everything that a profile's run would miss here: access to the model, a GPU, packages, a judge's key.
 
-    Only a Hub model that is not in the cache takes the network: its page is asked whether we may have it.
+    Only a Hub model that is not in the cache takes the network: its page is asked whether we may have it. What the
+    profile says that it needs is repeated, as a statement.
     """
     spec = find_spec(profile.model)
-    found = [*model_access(spec)]
     device, problems = find_device(spec)
-    found += [*problems, *memory(profile, device), *packages(profile, device), *judge_key(profile)]
-    return found
+    told = [Finding(profile.needs, fatal=False)] if profile.needs else []
+    return [*told, *model_access(spec), *problems, *packages(profile, device), *judge_key(profile)]
 
 
 def require_ready(profile: Profile) -> list[Finding]:
@@ -97,86 +95,44 @@ def model_access(spec: ModelSpec) -> Iterator[Finding]:
 
 def _cached(spec: ModelSpec) -> bool:
     """Whether the Hub's cache holds the model's config and its weights, all files that their index names."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def cached(file: str) -> str | None:
-        path = try_to_load_from_cache(spec.location, file, revision=spec.revision)
-        return path if isinstance(path, str) else None
-
-    index = cached("model.safetensors.index.json")
-    files = ["model.safetensors"]
-    if index:
-        files = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return all(map(cached, ("config.json", *files)))
-
-
-@dataclass(frozen=True)
-class Device:
-    """``cpu`` or ``cuda``, and which GPU (None: the current one)."""
-
-    kind: str = "cpu"
-    index: int | None = None
+    try:
+        folder = Path(snapshot_download(spec.location, revision=spec.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return False
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / file).exists() for file in ("config.json", *files))
 
 
-def find_device(spec: ModelSpec) -> tuple[Device, list[Finding]]:
-    """Where the model would go. A large Hub model wants a GPU, unless the CPU is asked for by name."""
-    asked = asked_device()
-    if asked == "cpu" or (asked == "auto" and not any(Path(node).exists() for node in _GPU_NODES)):
-        chosen = Device()
-    else:
+def find_device(spec: ModelSpec) -> tuple[str, list[Finding]]:
+    """Kind of device that the model would go to. A large Hub model wants a GPU, unless the CPU is asked for by name."""
+    asked, device = asked_device(), "cpu"
+    if asked != "cpu" and (asked != "auto" or any(Path(node).exists() for node in _GPU_NODES)):
         try:
-            device = choose_device()
+            device = choose_device().type
         except EmberError as error:
-            return Device(), [Finding(str(error).rstrip("."))]
-        chosen = Device(device.type, device.index)
-    if chosen.kind == "cpu" and asked != "cpu" and spec.origin == "hub" and spec.dtype == "bfloat16":
+            return device, [Finding(str(error).rstrip("."))]
+    if device == "cpu" and asked != "cpu" and spec.origin == "hub" and spec.dtype == "bfloat16":
         advice = "Run it on a machine with one, or set EMBER_DEVICE=cpu to do without (slow)"
-        return chosen, [Finding(f"{spec.name} wants a GPU, and PyTorch finds none", advice)]
-    return chosen, []
+        return device, [Finding(f"{spec.name} wants a GPU, and PyTorch finds none", advice)]
+    return device, []
 
 
-def memory(profile: Profile, device: Device) -> Iterator[Finding]:
-    """Whether the largest stage fits; where others use the memory now, a statement."""
-    shape = model_shape(profile.model)
-    if shape is None:
-        yield Finding(f"the size of {profile.model} is not known here, so memory is not checked", fatal=False)
-        return
-    planned = needs(profile, shape)
-    places = [("cpu", "memory", host_memory)]
-    if device.kind == "cuda":
-        places = [("device", "GPU memory", lambda: device_memory(device.index)), ("host", "memory", host_memory)]
-    for place, name, measured in places:
-        worst: Need = max(planned, key=lambda need: float(getattr(need, place)))
-        needed, (total, free) = float(getattr(worst, place)), measured()
-        what = f"{worst.stage} needs about {needed:.0f} GB of {name}"
-        if needed > total:
-            yield Finding(f"{what}, found {total:.0f} GB", _less(worst, place, profile))
-        elif needed > free:
-            yield Finding(f"{what}; {free:.0f} of {total:.0f} GB are free now", fatal=False)
-
-
-def _less(worst: Need, place: str, profile: Profile) -> str:
-    if worst.stage.startswith("relearning") and place != "host":
-        settings = "optimizer: paged_adamw_8bit and gradient_checkpointing: true" if place == "device" else ""
-        known = profile.relearn["settings"].get("optimizer", "adamw") != "adamw"
-        if settings and not known:
-            return f"Take a larger GPU, or {settings} in the profile's relearn settings, or fewer precisions"
-    return "Take a larger machine, or a smaller model"
-
-
-def packages(profile: Profile, device: Device) -> Iterator[Finding]:
+def packages(profile: Profile, device: str) -> Iterator[Finding]:
     """Packages outside the ordinary installation: released autoencoders, eight-bit moments."""
-    methods = {method for method, _ in arms(profile)}
-    released = sorted({
-        str(cell["sae"]) for method in methods for cell in profile.cells(method).values()
-        if cell.get("sae", "trained") != "trained"
-    })  # fmt: skip
+    cells = [cell for arm in arms(profile) for cell in profile.cells(arm.method).values()]
+    released = sorted({cell.get("sae", "trained") for cell in cells} - {"trained"})
     if released and find_module("sae_lens") is None:
         yield Finding(f"{', '.join(released)} autoencoders need sae-lens", "pip install -e '.[sae]'")
-    optimizer = profile.relearn["settings"].get("optimizer", "adamw")
-    if optimizer == "adamw" or not profile.relearn["sweeps"]:
+    optimizer = profile.relearn.settings.get("optimizer", "adamw")
+    if optimizer == "adamw" or not profile.relearn.sweeps:
         return
-    if device.kind != "cuda":
+    if device != "cuda":
         yield Finding(f"optimizer {optimizer} needs a CUDA GPU", "Or choose optimizer: adamw in the relearn settings")
     if find_module("bitsandbytes") is None:
         yield Finding(f"optimizer {optimizer} needs bitsandbytes", "pip install bitsandbytes")
@@ -184,9 +140,7 @@ def packages(profile: Profile, device: Device) -> Iterator[Finding]:
 
 def judge_key(profile: Profile) -> Iterator[Finding]:
     """Whether the key of a judge that the profile names is there. A profile without a judge has no judged scores."""
-    if not profile.judge:
-        return
-    variable = JudgeConfig(**profile.judge).key_variable
+    variable = profile.judge.get("key_variable")
     if variable and not os.environ.get(variable):
         what = f"the judge {profile.judge['model']} needs a key in {variable}"
         yield Finding(what, f"Set {variable}, or clear the profile's judge (judge: {{}}) to run without judged scores")

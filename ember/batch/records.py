@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ember.batch.profiles import frame_path, nothing_found_by
+from ember.batch.planning import frame_path, nothing_found_by
 from ember.editing import Edit
 from ember.errors import DamagedFileError, EmberError
 from ember.store.files import atomic_file

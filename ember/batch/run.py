@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from ember.batch.code import code_hash
-from ember.batch.profiles import load_profile, run_name
+from ember.batch.planning import run_name
+from ember.batch.profiles import load_profile
 from ember.batch.records import RECORD_COLUMNS, saved_edit, write_run
 from ember.data.arms import Arm
 from ember.data.ours import load_concept
@@ -84,6 +85,10 @@ class Run:
         """
         key = self.cache.key(loaded or self.loaded, code_hash(self.notebook), *parts)
         return self.cache.get_or_run(key, lambda: Evaluation(compute(), pd.DataFrame())).items
+
+    def folder(self, kind: str, *parts: object) -> Path:
+        """A folder among the results that is this notebook's for the same weights, code and ``parts``."""
+        return results_root() / kind / self.cache.key(self.loaded, code_hash(self.notebook), *parts)
 
     def base(self, split: str) -> Evaluation:
         """The evaluation of the unedited model on a split of the suite, which all notebooks and arms share."""

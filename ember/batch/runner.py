@@ -12,8 +12,8 @@ from typing import Any
 
 from ember.batch.code import code_hash
 from ember.batch.notebooks import check_parameters, default_parameters
-from ember.batch.planning import FRAMES, plan
-from ember.batch.profiles import frame_path, list_profiles, load_profile, manifest_path, nothing_found_by, run_name
+from ember.batch.planning import FRAMES, frame_path, manifest_path, nothing_found_by, plan, run_name
+from ember.batch.profiles import list_profiles, load_profile
 from ember.errors import EmberError, NothingFoundError, UnknownNameError
 from ember.store.files import atomic_file, write_text
 from ember.store.paths import notebooks_dir

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ember.batch.planning import Job, plan
-from ember.batch.profiles import Profile, manifest_path
+from ember.batch.planning import Job, manifest_path, plan
+from ember.batch.profiles import Profile
 from ember.store.frames import write_frame
 from ember.store.paths import REPOSITORY, results_dir
 
