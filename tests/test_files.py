@@ -1,11 +1,17 @@
-"""Files appear whole or not at all; hashes and file names."""
+"""Files and folders appear whole or not at all, and nothing of a user's goes; hashes and file names."""
 
 import errno
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
-from ember.store.files import atomic_dir, atomic_file, digest, sha256_of, write_text
+from ember.errors import DamagedFileError, EmberError
+from ember.store.files import MANIFEST, atomic_file, digest, read_sealed, sealed_dir, sha256_of, write_text
 from ember.store.paths import slug
 
 FAILURES = [ValueError("bad"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit(1)]
@@ -38,29 +44,39 @@ def test_file_replaces_an_existing_one(tmp_path):
     write_text(target, "δ new")
     assert target.read_text(encoding="utf-8") == "δ new"
     assert names(tmp_path) == ["table.csv"]
-
-
-def test_others_may_read_the_file(tmp_path):
-    """The temporary file is private, as mkstemp makes it."""
-    write_text(tmp_path / "table.csv", "x")
-    assert (tmp_path / "table.csv").stat().st_mode & 0o777 == 0o644
+    assert target.stat().st_mode & 0o777 == 0o644  # others may read it; mkstemp's files are private
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
 @pytest.mark.parametrize("old", [None, "old"])
-def test_failed_file_leaves_everything_as_it_was(tmp_path, failure, old):
-    target = tmp_path / "table.csv"
+def test_a_failure_leaves_everything_as_it_was(tmp_path, failure, old):
+    file, folder = tmp_path / "table.csv", tmp_path / "edit"
     if old is not None:
-        target.write_text(old)
-    with pytest.raises(type(failure)):
-        half_write(atomic_file, target, failure)
-    assert names(tmp_path) == ([] if old is None else ["table.csv"])
-    assert old is None or target.read_text() == old
+        file.write_text(old)
+        sealed(folder, a=old)
+    for writer, target in ((atomic_file, file), (sealed_dir, folder)):
+        with pytest.raises(type(failure)):
+            half_write(writer, target, failure)
+    assert names(tmp_path) == ([] if old is None else ["edit", "table.csv"])
+    assert old is None or file.read_text() == (folder / "a").read_text() == old
+
+
+# Sealed folders
+
+
+def sealed(folder: Path, about: dict[str, Any] | None = None, **files: str) -> Path:
+    """A sealed folder with these files; a double underscore is a slash."""
+    with sealed_dir(folder, about) as target:
+        for name, text in files.items():
+            path = target / name.replace("__", "/")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return folder
 
 
 def test_folder_is_in_place_after_the_block(tmp_path):
     target = tmp_path / "deep" / "edit"
-    with atomic_dir(target) as temporary:
+    with sealed_dir(target) as temporary:
         assert temporary.parent == target.parent
         (temporary / "a").write_text("new")
         assert not target.exists()
@@ -69,24 +85,86 @@ def test_folder_is_in_place_after_the_block(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o755
 
 
-def test_folder_replaces_an_existing_one_whole(tmp_path):
-    target = tmp_path / "edit"
-    for name in ("a", "b"):
-        with atomic_dir(target) as temporary:
-            (temporary / name).write_text(name)
-    assert names(target) == ["b"]
+def test_an_intact_folder_of_ours_is_replaced_whole(tmp_path):
+    """Subfolders and all; so is an empty folder."""
+    (tmp_path / "edit").mkdir()
+    for files in ({"a": "a", "deep__b": "b"}, {"c": "c"}):
+        sealed(tmp_path / "edit", **files)
+    assert names(tmp_path / "edit") == ["c", MANIFEST]
     assert names(tmp_path) == ["edit"]
 
 
-@pytest.mark.parametrize("failure", FAILURES, ids=repr)
-def test_failed_folder_leaves_everything_as_it_was(tmp_path, failure):
-    target = tmp_path / "edit"
-    with atomic_dir(target) as temporary:
-        (temporary / "a").write_text("old")
-    with pytest.raises(type(failure)):
-        half_write(atomic_dir, target, failure)
+def test_what_was_said_of_a_folder_comes_back(tmp_path):
+    """Also what the block adds, and NumPy's numbers."""
+    about: dict[str, Any] = {"rank": np.int64(3)}
+    with sealed_dir(tmp_path / "edit", about):
+        about["late"] = [np.float64(0.5)]
+    assert read_sealed(tmp_path / "edit") == {"rank": 3, "late": [0.5]}
+    with pytest.raises(TypeError, match="set has no JSON form"):
+        sealed(tmp_path / "other", {"x": {1}})
     assert names(tmp_path) == ["edit"]
-    assert (target / "a").read_text() == "old"
+
+
+FOREIGN = {
+    "a further file": (lambda folder: (folder / "mine.txt").write_text("mine"), "mine.txt"),
+    "a changed file": (lambda folder: (folder / "a").write_text("mine"), "a"),
+    "a further file in a subfolder": (lambda folder: (folder / "deep" / "mine.txt").write_text("mine"), "mine.txt"),
+    "an empty subfolder": (lambda folder: (folder / "notes").mkdir(), "notes"),
+    "a link": (lambda folder: (folder / "mine").symlink_to(folder.parent), "mine"),
+    "a file of ours behind a link": (lambda folder: relink(folder / "a"), "a"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "a, deep"),
+    "a manifest of another form": (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST),
+    "a manifest without hashes": (lambda folder: (folder / MANIFEST).write_text('{"sha256": "x"}'), MANIFEST),
+}
+
+
+def relink(path: Path) -> None:
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to(path.parents[1] / "elsewhere")
+
+
+@pytest.mark.parametrize(("change", "named"), FOREIGN.values(), ids=FOREIGN)
+def test_what_was_not_written_here_is_never_replaced(tmp_path, change, named):
+    folder = sealed(tmp_path / "edit", a="a", deep__b="b")
+    change(folder)
+    before = {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+    with pytest.raises(EmberError, match="nothing was replaced") as caught, sealed_dir(folder):
+        pytest.fail("the block began")
+    assert str(folder) in str(caught.value) and named in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")} == before
+    with sealed_dir(folder, ours=True):  # as in the cache
+        pass
+    assert names(folder) == [MANIFEST]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path):
+    (tmp_path / "edit").write_text("mine")
+    with pytest.raises(EmberError, match="edit is a file"):
+        sealed(tmp_path / "edit")
+    assert (tmp_path / "edit").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda folder: (folder / "deep" / "b").write_text("x"), "deep/b"),
+        (lambda folder: (folder / "a").unlink(), "a"),
+        (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "incomplete or damaged"),
+        (lambda folder: (folder / MANIFEST).write_text('{"sha256": {"a": "0"}}'), "a is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("{}"), "sha256"),
+    ],
+)
+def test_reading_names_the_damaged_file_and_what_to_do(tmp_path, damage, named):
+    folder = sealed(tmp_path / "edit", a="a", deep__b="b")
+    assert read_sealed(folder) == {}
+    damage(folder)
+    with pytest.raises(DamagedFileError, match=r"Fetch it again$") as caught:
+        read_sealed(folder, mend="Fetch it again")
+    assert str(folder) in str(caught.value) and named in str(caught.value)
+
+
+# Digests
 
 
 def test_digest_is_stable():
@@ -103,10 +181,30 @@ def test_digest_is_stable():
         ((1,), ("1",)),
         ((), ("",)),
         ((b"a",), ("a",)),
+        ((np.float64(1 / 3),), (np.float64(0.333333),)),
     ],
 )
 def test_digest_tells_apart(one, other):
     assert digest(*one) != digest(*other)
+
+
+@dataclass(frozen=True)
+class Setting:
+    value: object
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        torch.zeros(2000), np.zeros(2000), pd.DataFrame({"a": [1]}), torch.tensor(0.123456789), [1, (torch.zeros(1),)],
+        {"a": torch.zeros(1)}, Setting(({1: torch.zeros(1)},)),
+    ],
+    ids=lambda part: type(part).__name__,
+)  # fmt: skip
+def test_digest_refuses_what_repr_abridges(part):
+    """Two tensors of 2000 values look alike."""
+    with pytest.raises(TypeError, match="tensor_hash"):
+        digest("a", part)
 
 
 def test_sha256_is_the_published_one(tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def sealed_dir(
     Raises
     ------
     EmberError
-        If ``folder`` holds anything that was not written here, or was changed since: it is not replaced then.
+        If ``folder`` is a file, or holds anything that was not written here, or was changed since: nothing is replaced.
     """
     if not ours:
         _refuse_foreign(folder, manifest)
@@ -59,7 +60,9 @@ def sealed_dir(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        hashes = {str(path.relative_to(temporary)): sha256_of(path) for path in _files(temporary)}
+        hashes = {
+            str(path.relative_to(temporary)): sha256_of(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+        }
         text = json.dumps({**(about or {}), "sha256": hashes}, indent=1, default=_plain)
         (temporary / manifest).write_text(text + "\n", encoding="utf-8")
         temporary.chmod(0o755)
@@ -81,34 +84,40 @@ def read_sealed(folder: Path, *, manifest: str = MANIFEST, mend: str = "Delete i
     try:
         about = json.loads((folder / manifest).read_text(encoding="utf-8"))
         hashes = dict(about.pop("sha256"))
-        damaged = next((name for name in hashes if sha256_of(folder / name) != hashes[name]), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{folder} is incomplete or damaged ({error!r}). {mend}") from error
-    if damaged is not None:
-        raise DamagedFileError(f"{folder / damaged} is damaged: its SHA-256 is not the one in {manifest}. {mend}")
+        raise DamagedFileError(f"{folder / manifest} is incomplete or damaged ({error!r}). {mend}") from error
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedFileError(f"{path} is missing. {mend}")
+        if sha256_of(path) != expected:
+            raise DamagedFileError(f"{path} is damaged: its SHA-256 is not the one in {manifest}. {mend}")
     return dict(about)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not path.is_dir())
-
-
 def _refuse_foreign(folder: Path, manifest: str) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """An error that names what ``folder`` holds beside the files that its manifest lists, as they were written."""
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise EmberError(f"{folder} is a file; name a folder")
     try:
-        sealed = json.loads((folder / manifest).read_text(encoding="utf-8"))["sha256"]
-        names = [str(path.relative_to(folder)) for path in _files(folder)]
-        foreign = [n for n in names if n != manifest and (n not in sealed or sha256_of(folder / n) != sealed[n])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sealed = dict(json.loads((folder / manifest).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
         foreign = [path.name for path in folder.iterdir()]
+    else:
+        ours = {folder / manifest, *(folder / name for name in sealed if _is_sealed(folder / name, sealed[name]))}
+        ours |= {parent for path in ours for parent in path.parents}
+        foreign = [str(path.relative_to(folder)) for path in folder.rglob("*") if path not in ours]
     if foreign:
         names = ", ".join(sorted(foreign)[:5])
         raise EmberError(
             f"{folder} holds other files, or changed ones ({names}); nothing was replaced. Name a folder of its own"
         )
+
+
+def _is_sealed(path: Path, sha256: str) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
 
 
 def cached_tensors(
@@ -156,12 +165,32 @@ def sha256_of(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """Short SHA-256 over the representations of ``parts``; for cache keys."""
+    """Short SHA-256 over the representations of ``parts``; for cache keys.
+
+    Raises
+    ------
+    TypeError
+        If a part is or holds an array, a tensor or a table, whose representation leaves most of it out.
+    """
     running = hashlib.sha256()
     for part in parts:
+        _refuse_abridged(part)
         running.update(part if isinstance(part, bytes) else repr(part).encode())
         running.update(b"\0")
     return running.hexdigest()[:20]
+
+
+def _refuse_abridged(part: Any) -> None:
+    import numpy
+
+    if hasattr(part, "__array__") and not isinstance(part, numpy.generic):
+        raise TypeError(f"{type(part).__name__}: its repr leaves values out; give ember.models.loading.tensor_hash")
+    if isinstance(part, Mapping):
+        part = (*part.keys(), *part.values())
+    elif is_dataclass(part) and not isinstance(part, type):
+        part = [getattr(part, field.name) for field in fields(part)]
+    for member in part if isinstance(part, list | tuple | set | frozenset) else ():
+        _refuse_abridged(member)
 
 
 def _plain(value: Any) -> Any:
