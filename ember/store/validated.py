@@ -31,7 +31,7 @@ def validated(kind: type[T], raw: object, where: str, *, word: str = "field", fi
     """``raw`` as a ``kind``: a ``Strict`` model, a dataclass, or any type that pydantic knows.
 
     The errors are one line each and begin with ``where`` (file and line). A field, called ``word``, is named by its
-    path, such as ``sizes.train.texts[3]``; ``hint`` follows the message about a value. What a validator of ``kind``
+    path, such as ``sizes.train.texts[3]``; ``hint`` follows the message about a value that is not one of a few. What a validator of ``kind``
     says by a ``ValueError`` stands alone: it shows the value, or hides it.
 
     Raises
@@ -57,7 +57,9 @@ def validated(kind: type[T], raw: object, where: str, *, word: str = "field", fi
     if type_ == "value_error":
         raise DataError(f"{place}: {first['ctx']['error']}")
     wanted = _WANTED.get(type_) or first["msg"].removeprefix("Input should be ")
-    raise DataError(f"{place}: expected {wanted}, got {_short.repr(first['input'])}{f'; {hint}' if hint else ''}")
+    raise DataError(
+        f"{place}: expected {wanted}, got {_short.repr(first['input'])}{f'; {hint}' if hint and type_ != 'literal_error' else ''}"
+    )
 
 
 def _path(raw: Any, loc: Sequence[int | str]) -> str:
@@ -77,5 +79,5 @@ def _known(kind: Any, loc: Sequence[int | str]) -> Iterable[str]:
     for part in loc[:-1]:
         if part in getattr(kind, "model_fields", {}):
             inside = kind.model_fields[part].annotation
-            kind = next((one for one in get_args(inside) if hasattr(one, "model_fields")), inside)
-    return getattr(kind, "model_fields", None) or kind.__dataclass_fields__
+            kind = next((one for one in get_args(inside) if hasattr(one, "__annotations__")), inside)
+    return getattr(kind, "model_fields", None) or kind.__annotations__
