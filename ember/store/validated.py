@@ -31,8 +31,8 @@ def validated(kind: type[T], raw: object, where: str, *, word: str = "field", fi
     """``raw`` as a ``kind``: a ``Strict`` model, a dataclass, or any type that pydantic knows.
 
     The errors are one line each and begin with ``where`` (file and line). A field, called ``word``, is named by its
-    path, such as ``sizes.train.texts[3]``; ``hint`` follows the message about a value that is not one of a few. What a validator of ``kind``
-    says by a ``ValueError`` stands alone: it shows the value, or hides it.
+    path, such as ``sizes.train.texts[3]``; ``hint`` follows the message about a value of a wrong type. What a validator
+    of ``kind`` says by a ``ValueError`` stands alone: it shows the value, or hides it.
 
     Raises
     ------
@@ -57,9 +57,8 @@ def validated(kind: type[T], raw: object, where: str, *, word: str = "field", fi
     if type_ == "value_error":
         raise DataError(f"{place}: {first['ctx']['error']}")
     wanted = _WANTED.get(type_) or first["msg"].removeprefix("Input should be ")
-    raise DataError(
-        f"{place}: expected {wanted}, got {_short.repr(first['input'])}{f'; {hint}' if hint and type_ != 'literal_error' else ''}"
-    )
+    hint = f"; {hint}" if hint and type_ != "literal_error" else ""
+    raise DataError(f"{place}: expected {wanted}, got {_short.repr(first['input'])}{hint}")
 
 
 def _path(raw: Any, loc: Sequence[int | str]) -> str:
