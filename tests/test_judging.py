@@ -598,7 +598,7 @@ LETTERS = {
 
 
 def with_rows(extra: dict, side: int) -> pd.DataFrame:
-    from test_metrics import DEFAULTS, make_items
+    from helpers.items import DEFAULTS, make_items
 
     rows = [
         (key.split("/")[0], f"{key.split('/')[0]}-{i}", key.split("/")[1], float(value))

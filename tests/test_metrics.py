@@ -1,50 +1,16 @@
 """Published scores and their continuous twins against values by hand; intervals; the choice of a cell."""
 
-import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.items import make_items, noisy_items
 
-from ember.evaluation.metrics import Comparison, accuracy_table, choose, compare, harmonic_mean, retained, wilson
+from ember.evaluation.metrics import Comparison, accuracy_table, compare, harmonic_mean, retained
+from ember.evaluation.resampling import wilson
 
-QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
-TEXT = {"loss": 3.0, "kl": 0.0}
-DEFAULTS = {
-    **dict.fromkeys(("concept", "simdom", "general"), QUESTION),
-    **dict.fromkeys(("neutral", "other_sense", "paragraph", "instruction"), TEXT),
-    "generation": {"gen_loss": 1.0, "distinct": 0.8},
-}
 COMPOSITES = ["efficacy", "specificity", "coherence", "harmonic", "final"]
-
-
-def make_items(changes: dict[str, object] | None = None, sizes: dict[str, int] | None = None) -> pd.DataFrame:
-    """Item scores as ``evaluate`` yields them, 8 items a set; ``changes`` maps "set/metric" to value(s)."""
-    rows = []
-    for set_, metrics in DEFAULTS.items():
-        n = (sizes or {}).get(set_, 8)
-        for metric, default in metrics.items():
-            values = (changes or {}).get(f"{set_}/{metric}", np.resize(default, n))
-            rows += [(set_, f"{set_}-{i}", metric, float(v)) for i, v in enumerate(np.broadcast_to(values, n))]
-    return pd.DataFrame(rows, columns=["set", "item", "metric", "value"])
-
-
-def noisy_items(n: int, seed: int, drop: float = 0.0) -> pd.DataFrame:
-    """All metrics random, those of an edited model worse by about ``drop``."""
-    random = np.random.default_rng(seed)
-    changes = {}
-    for set_, metrics in DEFAULTS.items():
-        for metric in metrics:
-            draw = random.normal(size=n)
-            changes[f"{set_}/{metric}"] = {
-                "correct": draw > -0.7 + drop,
-                "gold_prob": 1 / (1 + np.exp(-draw - 0.7 + drop)),
-                "gold_logprob": draw - 3 - drop,
-                "kl": draw**2 * drop,
-                "distinct": 1 / (1 + np.exp(-draw - 2 + drop)),
-            }.get(metric, draw + 4 + drop)
-    return make_items(changes, dict.fromkeys(DEFAULTS, n))
 
 
 def compared(changes: dict[str, object], **options) -> Comparison:
@@ -96,15 +62,6 @@ def test_retained(value, clipped, continuous):
 @pytest.mark.parametrize("base", [0.25, 0.1])
 def test_nothing_can_be_retained_of_a_base_at_chance(base, clip):
     assert np.isnan(retained(np.array([0.1, 0.25, 0.5]), base, clip=clip)).all()
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(0, 10, 0, 0.27753), (10, 10, 0.72247, 1), (5, 10, 0.23659, 0.76341), (0, 1, 0, 0.79345)],
-)
-def test_wilson(successes, n, low, high):
-    """At 0 of n the upper end is z²/(n + z²)."""
-    assert wilson(successes, n) == pytest.approx((low, high), abs=1e-5)
 
 
 # Comparison: values
@@ -370,97 +327,6 @@ def test_a_base_at_chance_has_no_efficacy_and_no_final_score():
     assert math.isnan(found.value("efficacy"))
     assert found.value("harmonic") == found.value("final") == 0
     assert found.value("efficacy_cont") == pytest.approx(0.5)
-
-
-# The choice of a cell
-
-
-def cell(value: float, offset: np.ndarray | float = 0.0, score: str = "final_cont") -> Comparison:
-    """A cell whose draws scatter around ``value`` as every other cell's do, plus an ``offset`` of its own."""
-    shared = np.random.default_rng(0).normal(0, 0.2, 400)
-    summary = pd.DataFrame({"set": [""], "metric": [score], "value": [value]})
-    return Comparison(summary, {score: value + shared + offset})
-
-
-OWN = np.random.default_rng(1).normal(0, 0.1, 400)  # the standard error of a difference
-
-
-@pytest.mark.parametrize(
-    ("values", "chosen"),
-    [
-        ({"1": 0.2, "2": 0.6, "5": 0.3}, "2"),
-        ({"5": 0.3, "2": 0.3, "1": 0.6}, "1"),
-        ({"1": 0.2, "2": 0.3, "50": 0.6}, "50"),
-    ],
-)
-def test_a_clear_winner_wins(values, chosen):
-    best, table = choose({label: cell(value, OWN * (label != chosen)) for label, value in values.items()})
-    assert best == chosen
-    assert table.tie.sum() == 1
-
-
-@pytest.mark.parametrize(("behind", "chosen"), [(0.09, "mild"), (0.11, "strong")])
-def test_within_one_standard_error_the_first_listed_wins(behind, chosen):
-    cells = {"none": cell(0.2, OWN), "mild": cell(0.6 - behind, OWN), "strong": cell(0.6)}
-    best, table = choose(cells)
-    assert best == chosen
-    found = table.set_index("cell").loc["mild"]
-    assert found.behind == pytest.approx(behind)
-    assert found.standard_error == pytest.approx(OWN.std(ddof=1))
-    assert found.tie == (chosen == "mild")
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(["10", "2", "b"])))
-def test_only_the_order_decides_among_tied_cells(order):
-    """Neither the size of a number in the label nor which of the tied cells is best."""
-    cells = {"10": cell(0.6), "2": cell(0.55, OWN), "b": cell(0.52, OWN)}
-    best, table = choose({"worst": cell(0.1, OWN), **{label: cells[label] for label in order}})
-    assert best == order[0]
-    assert table.cell.tolist() == ["worst", *order]
-    assert table.tie.tolist() == [False, True, True, True]
-
-
-def test_the_table_has_a_row_for_each_cell():
-    cells = {"a": cell(0.2, OWN), "b": cell(0.6)}
-    _, table = choose(cells)
-    assert table.columns.tolist() == ["cell", "final_cont", "behind", "standard_error", "tie"]
-    assert table.final_cont.tolist() == [0.2, 0.6]
-    assert table.behind.tolist() == pytest.approx([0.4, 0])
-    assert table.standard_error.tolist() == pytest.approx([OWN.std(ddof=1), 0])
-
-
-def test_the_error_is_that_of_the_difference():
-    """The draws scatter by 0.2, but together: a gap of 0.05 is no tie."""
-    assert choose({"1": cell(0.55), "2": cell(0.6)})[0] == "2"
-
-
-@pytest.mark.parametrize("labels", ["bac", "cab", "abc"])
-def test_equal_cells_tie(labels):
-    best, table = choose({label: cell(0.6) for label in labels})
-    assert best == labels[0]
-    assert table.tie.all()
-
-
-def test_another_score():
-    """Here the other way round than by the final score."""
-    summary = pd.DataFrame({"set": "", "metric": ["harmonic", "final_cont"]})
-    values = {"a": (0.6, 0.2), "b": (0.3, 0.7)}
-    cells = {
-        label: Comparison(
-            summary.assign(value=pair),
-            {"harmonic": pair[0] + OWN * (label == "a"), "final_cont": pair[1] + OWN * (label == "a")},
-        )
-        for label, pair in values.items()
-    }
-    best, table = choose(cells, score="harmonic")
-    assert best == "a"
-    assert table.harmonic.tolist() == [0.6, 0.3]
-    assert choose(cells)[0] == "b"
-
-
-def test_no_cell_is_an_error():
-    with pytest.raises(ValueError, match="no cell"):
-        choose({})
 
 
 # Accuracies

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ember.evaluation.metrics import Comparison, compare, pooled
+from ember.evaluation.metrics import Comparison, compare
 from ember.reporting.tables import (
     ALL,
     ARM,
@@ -77,66 +77,6 @@ def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_ze
     assert row(effects, metric="final_judged").value == pytest.approx(0.1)
     plain = {arm: made(0.5) for arm in found}
     assert not [column for column in arm_overview(main_table(plain, cells)) if "judge" in column or "letter" in column]
-
-
-def test_one_seed_has_the_interval_of_its_items():
-    draws = 0.5 + noise(1)
-    value, low, high = pooled([(0.4, draws)])
-    assert value == 0.4
-    assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
-
-
-def test_the_value_is_the_mean_over_seeds():
-    parts = [(0.2, noise(1)), (0.3, noise(2)), (0.7, noise(3))]
-    assert pooled(parts)[0] == pytest.approx(0.4)
-
-
-def test_two_seeds_that_are_certain_of_different_values():
-    """Two draws of two seeds: both the lower one, both the upper one, or one of each, which is half of the cases."""
-    parts = [(0.2, np.full(4000, 0.2)), (0.6, np.full(4000, 0.6))]
-    assert pooled(parts) == pytest.approx((0.4, 0.2, 0.6))
-    middle = pooled([(0.2, np.full(4000, 0.2)), *[(0.6, np.full(4000, 0.6))] * 7])
-    assert middle[0] == pytest.approx(0.55)
-    assert middle[2] == pytest.approx(0.6)  # none of the eight is the low one: (7/8)⁸ = 0.34
-    assert middle[1] == pytest.approx(0.6 - 3 * 0.05)  # four or more of them are: 0.012; three or more: 0.067
-
-
-def test_pooling_equals_a_loop():
-    """Each draw takes as many seeds as there are, with replacement, and their values for one draw of the items."""
-    parts = [(v, v + noise(k)) for k, v in enumerate((0.1, 0.5, 0.4))]
-    chosen = np.random.default_rng(7).integers(0, 3, (3, DRAWS))
-    means = [np.mean([parts[chosen[k, d]][1][d] for k in range(3)]) for d in range(DRAWS)]
-    assert pooled(parts, seed=7) == pytest.approx((1 / 3, *np.percentile(means, [2.5, 97.5])))
-
-
-def test_the_interval_covers_items_and_seeds():
-    """Seeds that agree add nothing to the items' interval; seeds that differ widen it."""
-    draws = noise(1)
-    one, same, apart = (pooled([(v, v + draws) for v in values]) for values in ([0.5], [0.5] * 4, [0.1, 0.3, 0.7, 0.9]))
-    assert same == pytest.approx(one)
-    assert apart[0] == pytest.approx(one[0])
-    assert apart[2] - apart[1] > 1.5 * (one[2] - one[1])
-
-
-def test_the_draws_of_the_items_are_not_shuffled():
-    """Where both of two seeds whose item errors cancel are drawn, nothing is left of the errors."""
-    draws = noise(1)
-    _, low, high = pooled([(0.5, 0.5 + draws), (0.5, 0.5 - draws)])
-    chosen = np.random.default_rng(0).integers(0, 2, (2, DRAWS))
-    means = np.where(chosen[0] != chosen[1], 0.5, 0.5 + np.where(chosen[0] == 0, draws, -draws))
-    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
-
-
-def test_an_undefined_score_has_no_interval():
-    value, low, high = pooled([(math.nan, np.full(DRAWS, np.nan))])
-    assert math.isnan(value) and math.isnan(low) and math.isnan(high)
-
-
-def test_undefined_draws_are_left_out_of_the_interval():
-    draws = noise(1)
-    draws[::3] = np.nan
-    _, low, high = pooled([(0.0, draws)])
-    assert (low, high) == pytest.approx(tuple(np.nanpercentile(draws, [2.5, 97.5])))
 
 
 # The main table
@@ -233,15 +173,6 @@ def test_concepts_and_methods_have_effects_of_their_own():
     pooled_effect = row(table, concept=ALL, method="rmu", metric="harmonic")
     assert (pooled_effect.runs, pooled_effect.value) == (2, pytest.approx(-0.1))
     assert len(table) == 5 * len(SCORES)
-
-
-def test_concepts_draw_their_items_independently_and_seeds_of_one_do_not():
-    """The same draws in every group would make their errors add up; apart, errors of two groups average out."""
-    draws = noise(3)
-    same = pooled([(0.0, draws), (0.0, draws)], groups=["Rome", "Rome"])
-    apart = pooled([(0.0, draws), (0.0, draws)], groups=["Rome", "Greece"])
-    assert same == pooled([(0.0, draws), (0.0, draws)])
-    assert apart[2] - apart[1] < 0.95 * (same[2] - same[1])
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
 """Efficacy, specificity, coherence and their harmonic mean, as published and as continuous twins, with intervals.
 
-Every interval is a percentile bootstrap over items (``scipy.stats.bootstrap``), resampled in pairs with the base
-model's; that of an accuracy is Wilson's. Item variance is not seed variance: these intervals hold the seed fixed.
+Every interval is a percentile bootstrap over items (``resampling``), resampled in pairs with the base model's; that of
+an accuracy is Wilson's. Item variance is not seed variance: these intervals hold the seed fixed.
 """
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+
+from ember.evaluation.resampling import CONFIDENCE, interval, pooled, statistic_draws, wilson  # noqa: F401
 
 CHANCE = 0.25
-QUESTION_METRICS = {"correct": "accuracy", "gold_prob": "gold_prob", "gold_logprob": "gold_logprob"}
+Pair = tuple[np.ndarray, np.ndarray]  # of the base model and the edited one
+Pairs = Mapping[tuple[str, str], Pair]  # by set and metric
 PROPORTIONS = ("accuracy", "letter_correct", "letter_valid", "open_correct")
 
 
@@ -37,12 +38,6 @@ def retained(value: np.ndarray, base: np.ndarray, *, clip: bool) -> np.ndarray:
     return np.clip(share, 0.0, 1.0) if clip else share
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a proportion."""
-    interval = stats.binomtest(round(successes), n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """``summary``: one row a metric, see ``compare``. ``draws``: metric → bootstrap values [n_resamples]."""
@@ -57,7 +52,7 @@ class Comparison:
 
 
 def compare(
-    base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Comparison:
     """Compare an edited model's item scores with the base model's, item by item.
 
@@ -86,80 +81,47 @@ def compare(
     ValueError
         If the two frames do not hold the same items.
     """
-    wide = _pair(base, edited)
-    sets = sorted({name for name, _ in wide})
-    sizes = {name: len(next(v for (s, _), v in wide.items() if s == name)[0]) for name in sets}
-    names: list[tuple[str, str]] = []
+    pairs = _pair(base, edited)
+    sizes = {name: len(before) for (name, _), (before, _) in pairs.items()}
 
-    def statistic(*index: np.ndarray, axis: int = -1) -> np.ndarray:
-        where = dict(zip(sets, index, strict=True))
-        means: dict[tuple[str, str], Pair] = {}
-        for key, (before, after) in wide.items():
-            chosen = where[key[0]]
-            means[key] = (_nanmean(before[chosen], axis), _nanmean(after[chosen], axis))
-        table = _per_set(means) | {("", name): value for name, value in _composites(means).items()}
-        names[:] = list(table)
-        return np.stack([np.asarray(v, dtype=float) for v in table.values()])
+    def scores(*positions: np.ndarray, axis: int = -1) -> dict[tuple[str, str], np.ndarray]:
+        chosen = dict(zip(sizes, positions, strict=True))
+        means = {
+            (set_, metric): (_nanmean(before[chosen[set_]], axis), _nanmean(after[chosen[set_]], axis))
+            for (set_, metric), (before, after) in pairs.items()
+        }
+        return _per_set(means) | {("", name): value for name, value in _composites(means).items()}
 
-    everything = tuple(np.arange(sizes[name]) for name in sets)
-    point = statistic(*everything)
-    with warnings.catch_warnings():
-        # A statistic that is undefined in some draw (a base model at chance) is NaN there, which scipy warns about.
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        draws = stats.bootstrap(
-        everything, statistic, n_resamples=n_resamples, confidence_level=confidence, method="percentile",
-        vectorized=True, rng=np.random.default_rng(seed), batch=200,
-    ).bootstrap_distribution  # fmt: skip
-    tail = 100 * (1 - confidence) / 2
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanpercentile(draws, [tail, 100 - tail], axis=-1)
+    def statistic(*positions: np.ndarray, axis: int) -> np.ndarray:
+        return np.stack(list(scores(*positions, axis=axis).values()))
+
+    point = scores(*map(np.arange, sizes.values()))
+    drawn = statistic_draws(list(sizes.values()), statistic, n_resamples=n_resamples, seed=seed)
+    intervals = zip(*interval(drawn, confidence=confidence), strict=True)
     rows = []
-    for k, (set_, metric) in enumerate(names):
-        interval = (low[k], high[k])
+    for ((set_, metric), value), ends in zip(point.items(), intervals, strict=True):
         if metric in PROPORTIONS:
-            interval = _proportion_interval(wide, set_, metric, confidence)
+            ends = _wilson(pairs[set_, "correct" if metric == "accuracy" else metric][1], confidence)
         n = sizes.get(set_, sum(sizes.values()))
-        rows.append((set_, metric, point[k], *interval, _effect_size(wide, set_, metric), n))
+        rows.append((set_, metric, float(value), *ends, _effect_size(pairs, set_, metric), n))
     columns = ["set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
-    by_name = {f"{set_}/{metric}" if set_ else metric: draws[k] for k, (set_, metric) in enumerate(names)}
-    return Comparison(pd.DataFrame(rows, columns=columns), by_name)
-
-
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def pooled(
-    parts: Sequence[tuple[float, np.ndarray]], *, groups: Sequence[str] = (), seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean over runs with its 95 % interval over items and runs.
-
-    Each part is one run's value and its bootstrap draws; every draw resamples the runs too. Runs of the same group (a
-    concept) draw the same items; those of different groups, independent ones.
-    """
-    values, draws = np.array([value for value, _ in parts]), np.stack([draw for _, draw in parts])
-    if len(set(groups)) > 1:
-        numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
-        mixed = [np.random.default_rng([seed, numbers[group]]).permutation(draws.shape[1]) for group in groups]
-        draws = np.take_along_axis(draws, np.stack(mixed), axis=1)
-    chosen = np.random.default_rng(seed).integers(0, len(parts), (len(parts), draws.shape[1]))
-    means = np.take_along_axis(draws, chosen, axis=0).mean(0)
-    low, high = np.nanpercentile(means, [2.5, 97.5]) if np.isfinite(means).any() else (np.nan, np.nan)
-    return float(values.mean()), float(low), float(high)
+    names = [f"{set_}/{metric}" if set_ else metric for set_, metric in point]
+    return Comparison(pd.DataFrame(rows, columns=columns), dict(zip(names, drawn, strict=True)))
 
 
 def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pair]:
     """(set, metric) → (base [n], edited [n]), aligned by item."""
     keys = ["set", "metric", "item"]
-    left, right = (frame.set_index(keys).value.sort_index() for frame in (base, edited))
-    if not left.index.equals(right.index):
+    before, after = (frame.set_index(keys).value.sort_index() for frame in (base, edited))
+    if not before.index.equals(after.index):
         raise ValueError("the two evaluations do not hold the same items")
+    both = pd.DataFrame({"base": before, "edited": after}, dtype=float)
+    both[~np.isfinite(both).all(axis=1)] = np.nan  # a mean over other items is no paired change
     pairs: dict[tuple[str, str], Pair] = {}
-    for (set_, metric), group in left.groupby(level=["set", "metric"]):
-        before, after = group.to_numpy(dtype=float), right.loc[set_, metric].to_numpy(dtype=float)
-        if len(before) < 2:
+    for (set_, metric), part in both.groupby(level=["set", "metric"]):
+        if len(part) < 2:
             raise ValueError(f"set {set_!r} holds one item; intervals need at least two")
-        missing = ~(np.isfinite(before) & np.isfinite(after))  # a mean over other items is no paired change
-        pairs[str(set_), str(metric)] = (np.where(missing, np.nan, before), np.where(missing, np.nan, after))
+        pairs[str(set_), str(metric)] = (part.base.to_numpy(), part.edited.to_numpy())
     return pairs
 
 
@@ -171,17 +133,17 @@ def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(total / present.sum(axis=axis))
 
 
-def _per_set(means: Mapping[tuple[str, str], Pair]) -> dict[tuple[str, str], np.ndarray]:
+def _per_set(means: Pairs) -> dict[tuple[str, str], np.ndarray]:
     table = {}
     for (set_, metric), (before, after) in means.items():
-        name = QUESTION_METRICS.get(metric, metric)
+        name = "accuracy" if metric == "correct" else metric
         table[set_, name] = after
         if metric != "kl":
             table[set_, f"delta_{name}"] = after - before
     return table
 
 
-def _composites(means: Mapping[tuple[str, str], Pair]) -> dict[str, np.ndarray]:
+def _composites(means: Pairs) -> dict[str, np.ndarray]:
     """The scores that combine several sets, from the sets' means (base, edited)."""
 
     def left(set_: str, metric: str, clip: bool) -> np.ndarray:
@@ -220,9 +182,7 @@ def _composites(means: Mapping[tuple[str, str], Pair]) -> dict[str, np.ndarray]:
     return out
 
 
-def _judged_composites(
-    means: Mapping[tuple[str, str], Pair], scores: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _judged_composites(means: Pairs, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The paper's scores that need a judge, as far as its verdicts are there; ``scores`` are the judge-free ones."""
 
     def share(set_: str, metric: str) -> np.ndarray:
@@ -259,26 +219,21 @@ def _measured_mean(*terms: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(terms).any(axis=0), np.nan, harmonic_mean(*terms))
 
 
-def _proportion_interval(
-    wide: Mapping[tuple[str, str], Pair], set_: str, name: str, confidence: float
-) -> tuple[float, float]:
+def _wilson(values: np.ndarray, confidence: float) -> tuple[float, float]:
     """Wilson's interval over the items that have a score."""
-    after = wide[set_, "correct" if name == "accuracy" else name][1]
-    present = after[np.isfinite(after)]
-    return wilson(present.sum(), len(present), confidence) if len(present) else (float("nan"), float("nan"))
+    present = values[np.isfinite(values)]
+    return wilson(present.sum(), len(present), confidence) if len(present) else (np.nan, np.nan)
 
 
-def _effect_size(wide: Mapping[tuple[str, str], Pair], set_: str, metric: str) -> float:
+def _effect_size(pairs: Pairs, set_: str, metric: str) -> float:
     """d_z of a paired change; NaN for anything else, or where all changes are equal."""
     if not metric.startswith("delta_"):
-        return float("nan")
-    original = {v: k for k, v in QUESTION_METRICS.items()}
+        return np.nan
     name = metric.removeprefix("delta_")
-    before, after = wide[set_, original.get(name, name)]
-    change = after - before
-    change = change[np.isfinite(change)]
+    before, after = pairs[set_, "correct" if name == "accuracy" else name]
+    change = (after - before)[np.isfinite(after)]
     spread = change.std(ddof=1) if len(change) > 1 else 0.0
-    return float(change.mean() / spread) if spread > 0 else float("nan")
+    return float(change.mean() / spread) if spread > 0 else np.nan
 
 
 def accuracy_table(items: pd.DataFrame) -> pd.DataFrame:
@@ -289,22 +244,3 @@ def accuracy_table(items: pd.DataFrame) -> pd.DataFrame:
         for name, row in right.iterrows()
     ]
     return pd.DataFrame(rows, columns=["set", "accuracy", "ci_low", "ci_high", "n"])
-
-
-def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tuple[str, pd.DataFrame]:
-    """The cell with the best score; cells within one standard error of it tie, and the first listed wins.
-
-    ``cells`` maps a label to its comparison, the gentlest setting first; all were made with one base and seed, so their
-    draws are paired, and the standard error is that of the difference from the best cell. Returns the choice and a
-    table cell, score, behind (distance from the best), standard_error, tie.
-    """
-    if not cells:
-        raise ValueError("there is no cell to choose from")
-    best = max(cells, key=lambda cell: cells[cell].value(score))
-    rows = []
-    for cell, comparison in cells.items():
-        gap = cells[best].value(score) - comparison.value(score)
-        error = float(np.std(cells[best].draws[score] - comparison.draws[score], ddof=1))
-        rows.append((cell, comparison.value(score), gap, error, cell == best or gap <= error))
-    table = pd.DataFrame(rows, columns=["cell", score, "behind", "standard_error", "tie"])
-    return str(table[table.tie].cell.iloc[0]), table

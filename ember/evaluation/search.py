@@ -1,0 +1,106 @@
+"""Searching a grid: every cell measured, those without an edit named, the best chosen, the gentlest among equals."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+
+from ember.errors import EmberError
+from ember.evaluation.evaluate import Evaluation
+from ember.evaluation.metrics import Comparison, compare
+from ember.store.progress import bar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A searched grid, its cells by label in the grid's order.
+
+    ``cells``: each cell's comparison with the base model; ``seconds``: how long it took; ``failed``: why a cell has no
+    edit. ``choice``: label of the chosen cell; ``table``: how near the others came (``choose``).
+    """
+
+    cells: Mapping[str, Comparison]
+    seconds: Mapping[str, float]
+    failed: Mapping[str, EmberError]
+    choice: str
+    table: pd.DataFrame
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """The cells' summaries (``compare``), one under the other, with column ``cell``."""
+        return pd.concat([one.summary.assign(cell=cell) for cell, one in self.cells.items()], ignore_index=True)
+
+
+def search(
+    cells: Iterable[str],
+    measure: Callable[[str], Evaluation],
+    base: pd.DataFrame,
+    *,
+    items: Callable[[str, Evaluation], pd.DataFrame] = lambda cell, evaluation: evaluation.items,
+    score: str = "final_cont",
+    progress: bool = False,
+) -> Search:
+    """Evaluate every cell of a grid, the gentlest setting first, and choose one (``choose``).
+
+    ``measure`` evaluates a cell's edit; where it raises an ``EmberError`` there is none. ``items`` are the scores to be
+    compared with ``base``, the base model's: a judge may add to those of the evaluation. Its errors end the search.
+
+    Raises
+    ------
+    EmberError
+        The first cell's, if no cell gives an edit.
+    """
+    compared: dict[str, Comparison] = {}
+    seconds: dict[str, float] = {}
+    failed: dict[str, EmberError] = {}
+    for cell in bar(cells, show=progress, desc="grid"):
+        begun = time.time()
+        try:
+            evaluation = measure(cell)
+        except EmberError as error:
+            failed[cell] = error
+            continue
+        compared[cell] = compare(base, items(cell, evaluation))
+        seconds[cell] = time.time() - begun
+    if failed and not compared:
+        raise next(iter(failed.values()))
+    return Search(compared, seconds, failed, *choose(compared, score=score))
+
+
+def try_each(
+    cells: Iterable[str], make: Callable[[str], T], *, progress: bool = False, desc: str = "grid"
+) -> tuple[dict[str, T], dict[str, EmberError]]:
+    """What ``make`` gives for each cell, and the error of each cell for which it gives nothing."""
+    made: dict[str, T] = {}
+    failed: dict[str, EmberError] = {}
+    for cell in bar(cells, show=progress, desc=desc):
+        try:
+            made[cell] = make(cell)
+        except EmberError as error:
+            failed[cell] = error
+    return made, failed
+
+
+def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tuple[str, pd.DataFrame]:
+    """The cell with the best score; cells within one standard error of it tie, and the first listed wins.
+
+    ``cells`` maps a label to its comparison, the gentlest setting first; all were made with one base and seed, so their
+    draws are paired, and the standard error is that of the difference from the best cell. Returns the choice and a
+    table cell, score, behind (distance from the best), standard_error, tie.
+    """
+    if not cells:
+        raise ValueError("there is no cell to choose from")
+    values = {cell: comparison.value(score) for cell, comparison in cells.items()}
+    best = max(values, key=lambda cell: values[cell])
+    rows = []
+    for cell, value in values.items():
+        gap = values[best] - value
+        error = float(np.std(cells[best].draws[score] - cells[cell].draws[score], ddof=1))
+        rows.append((cell, value, gap, error, cell == best or gap <= error))
+    table = pd.DataFrame(rows, columns=["cell", score, "behind", "standard_error", "tie"])
+    return str(table[table.tie].cell.iloc[0]), table

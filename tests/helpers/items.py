@@ -1,0 +1,40 @@
+"""Item scores as ``evaluate`` yields them."""
+
+import numpy as np
+import pandas as pd
+
+QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
+TEXT = {"loss": 3.0, "kl": 0.0}
+DEFAULTS = {
+    **dict.fromkeys(("concept", "simdom", "general"), QUESTION),
+    **dict.fromkeys(("neutral", "other_sense", "paragraph", "instruction"), TEXT),
+    "generation": {"gen_loss": 1.0, "distinct": 0.8},
+}
+
+
+def make_items(changes: dict[str, object] | None = None, sizes: dict[str, int] | None = None) -> pd.DataFrame:
+    """Item scores as ``evaluate`` yields them, 8 items a set; ``changes`` maps "set/metric" to value(s)."""
+    rows = []
+    for set_, metrics in DEFAULTS.items():
+        n = (sizes or {}).get(set_, 8)
+        for metric, default in metrics.items():
+            values = (changes or {}).get(f"{set_}/{metric}", np.resize(default, n))
+            rows += [(set_, f"{set_}-{i}", metric, float(v)) for i, v in enumerate(np.broadcast_to(values, n))]
+    return pd.DataFrame(rows, columns=["set", "item", "metric", "value"])
+
+
+def noisy_items(n: int, seed: int, drop: float = 0.0) -> pd.DataFrame:
+    """All metrics random, those of an edited model worse by about ``drop``."""
+    random = np.random.default_rng(seed)
+    changes = {}
+    for set_, metrics in DEFAULTS.items():
+        for metric in metrics:
+            draw = random.normal(size=n)
+            changes[f"{set_}/{metric}"] = {
+                "correct": draw > -0.7 + drop,
+                "gold_prob": 1 / (1 + np.exp(-draw - 0.7 + drop)),
+                "gold_logprob": draw - 3 - drop,
+                "kl": draw**2 * drop,
+                "distinct": 1 / (1 + np.exp(-draw - 2 + drop)),
+            }.get(metric, draw + 4 + drop)
+    return make_items(changes, dict.fromkeys(DEFAULTS, n))
