@@ -107,9 +107,9 @@ def test_options_give_nothing_away(invented):
     ("change", "message"),
     [
         (lambda fact: fact.pop("answer"), "'answer'"),
-        (lambda fact: fact["distractors"].append("x"), "fact 3: needs three distractors"),
-        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "fact 3: needs three distractors"),
-        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "fact 3: the id 'ulreth-capital' occurs twice"),
+        (lambda fact: fact["distractors"].append("x"), "fact 3, field 'distractors': need three"),
+        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "fact 3, field 'distractors': need three"),
+        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "fact 3, field 'id': 'ulreth-capital' occurs twice"),
     ],
 )
 def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):

@@ -4,36 +4,31 @@ The released files hold only the numbers; the rows come from the Hugging Face Hu
 commit once and recorded. Row numbers mean something only within one commit.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import pandas as pd
+from pydantic import Field, create_model
 
+from ember.data.reading import Some, read_json
 from ember.data.released import fetch_released
-from ember.data.types import SPLITS, Instruction, Question
+from ember.data.types import SPLITS, Instruction, Question, SharedData
 from ember.errors import DamagedFileError, DataError, DownloadError
-from ember.store.files import read_sealed, read_utf8, sealed_dir, sha256_of
+from ember.store.files import read_sealed, sealed_dir, sha256_of
 from ember.store.paths import cache_dir, slug
+from ember.store.validated import Listed, Loose, Text, validated
 
 # Data set → its repository on the Hub and the file in it. MMLU is the config "all", split test.
 SETS: Mapping[str, tuple[str, str]] = {
     "mmlu": ("cais/mmlu", "all/test-00000-of-00001.parquet"),
     "alpaca": ("tatsu-lab/alpaca_eval", "alpaca_eval.json"),
 }
-
-
-@dataclass(frozen=True)
-class SharedSets:
-    """Questions of the set ``general``, instructions, and the commit (or the file's hash) that each data set has."""
-
-    questions: tuple[Question, ...]
-    instructions: tuple[Instruction, ...]
-    revisions: Mapping[str, str]
+_Numbers = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+_Choices = Annotated[Listed[Text], Field(min_length=4, max_length=4)]
+_MMLU: Any = create_model("Mmlu", __base__=Loose, question=Text, choices=_Choices, answer=Literal[0, 1, 2, 3])
+_ALPACA: Any = create_model("Alpaca", __base__=Loose, instruction=Text, output=Text)
 
 
 def index_file(name: str, split: str) -> str:
@@ -41,20 +36,13 @@ def index_file(name: str, split: str) -> str:
     return f"{name}_{split}_indices.json"
 
 
-def load_shared_sets(folder: str | Path | None = None) -> SharedSets:
-    """The rows that the released numbers choose, in their order.
+def load_shared_sets(folder: str | Path | None = None) -> SharedData:
+    """The rows that the released numbers choose, in their order; no neutral sentences.
 
-    Parameters
-    ----------
-    folder
-        Where the files of ``index_file`` and the last parts of the names in ``SETS`` are; by default those that
-        ``fetch_released`` and ``fetch_shared_sets`` cache.
-
-    Returns
-    -------
-    sets
-        Ids are the rows' places: ``mmlu[8153]``, ``alpaca[748]``. Nothing is left out or repaired, so that the rows
-        are the paper's: an option may occur twice in a question.
+    ``folder`` holds the files of ``index_file`` and the last parts of the names in ``SETS``; by default those that
+    ``fetch_released`` and ``fetch_shared_sets`` cache. Ids are the rows' places: ``mmlu[8153]``, ``alpaca[748]``.
+    Nothing is left out or repaired, so that the rows are the paper's: an option may occur twice in a question.
+    Revisions are commits, or the hashes of the folder's files.
 
     Raises
     ------
@@ -72,23 +60,15 @@ def load_shared_sets(folder: str | Path | None = None) -> SharedSets:
             if not path.exists():
                 raise DataError(f"{path}: the file is missing")
         revisions = {name: f"sha256 {sha256_of(path)}" for name, path in places.items()}
-    numbers = {name: {split: _numbers(root / index_file(name, split)) for split in SPLITS} for name in SETS}
-    for name, by_split in numbers.items():
-        both = sorted(set(by_split["train"]) & set(by_split["test"]))
-        if both:
-            raise DataError(f"{root / index_file(name, 'test')}: rows {both[:5]} are train rows too")
-    mmlu, alpaca = _parquet(places["mmlu"]), _list(places["alpaca"])
     questions = [
-        _question(places["mmlu"], row, split, _row(root / index_file("mmlu", split), k, mmlu, row))
-        for split in SPLITS
-        for k, row in enumerate(numbers["mmlu"][split])
+        Question(id_, "general", split, row.question, row.choices[row.answer], _wrong(row.choices, row.answer))
+        for id_, split, row in _chosen(root, "mmlu", places["mmlu"], _MMLU)
     ]
     instructions = [
-        _instruction(places["alpaca"], row, split, _row(root / index_file("alpaca", split), k, alpaca, row))
-        for split in SPLITS
-        for k, row in enumerate(numbers["alpaca"][split])
+        Instruction(id_, split, row.instruction, row.output)
+        for id_, split, row in _chosen(root, "alpaca", places["alpaca"], _ALPACA)
     ]
-    return SharedSets(tuple(questions), tuple(instructions), revisions)
+    return SharedData(tuple(questions), {}, tuple(instructions), (), tuple(revisions.items()))
 
 
 def fetch_shared_sets(revisions: Mapping[str, str] | None = None) -> tuple[dict[str, Path], dict[str, str]]:
@@ -107,8 +87,8 @@ def fetch_shared_sets(revisions: Mapping[str, str] | None = None) -> tuple[dict[
     """
     for name in sorted((revisions or {}).keys() - SETS.keys()):
         raise DataError(f"revisions must name {', '.join(SETS)}, got {name!r}")
-    found = {name: _fetched(name, (revisions or {}).get(name)) for name in SETS}
-    return {name: path for name, (path, _) in found.items()}, {name: commit for name, (_, commit) in found.items()}
+    held = {name: _fetched(name, (revisions or {}).get(name)) for name in SETS}
+    return {name: path for name, (path, _) in held.items()}, {name: commit for name, (_, commit) in held.items()}
 
 
 def _fetched(name: str, revision: str | None) -> tuple[Path, str]:
@@ -147,64 +127,41 @@ def _download(repository: str, file: str, revision: str) -> tuple[Path, str]:
     return path, commit
 
 
+def _chosen(root: Path, name: str, path: Path, kind: Any) -> Iterator[tuple[str, str, Any]]:
+    """Id, split and content of the rows of a data set that the released numbers name."""
+    numbers = {split: _numbers(root / index_file(name, split)) for split in SPLITS}
+    both = sorted(set(numbers["train"]) & set(numbers["test"]))
+    if both:
+        raise DataError(f"{root / index_file(name, 'test')}: rows {both[:5]} are train rows too")
+    rows = _table(path, kind) if path.suffix == ".parquet" else validated(Some, read_json(path), str(path))
+    for split in SPLITS:
+        for k, number in enumerate(numbers[split]):
+            if number >= len(rows):
+                where = f"{root / index_file(name, split)}, entry {k}"
+                raise DataError(f"{where}: row {number}, but the data set has {len(rows)} rows")
+            yield f"{name}[{number}]", split, validated(kind, rows[number], f"{path}, row {number}")
+
+
 def _numbers(path: Path) -> list[int]:
-    numbers = _list(path)
-    for k, number in enumerate(numbers):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise DataError(f"{path}, entry {k}: expected a row number, got {number!r}")
+    numbers: list[int] = validated(_Numbers, read_json(path), str(path), word="entry")
     if len(set(numbers)) < len(numbers):
         twice = next(number for k, number in enumerate(numbers) if number in numbers[:k])
         raise DataError(f"{path}: row {twice} occurs twice")
     return numbers
 
 
-def _list(path: Path) -> list[Any]:
-    try:
-        found = json.loads(read_utf8(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(found, list) or not found:
-        raise DataError(f"{path}: expected a list that is not empty")
-    return found
+def _table(path: Path, kind: Any) -> list[Any]:
+    from pyarrow import parquet
 
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
-        table = pd.read_parquet(path)
+        table = parquet.read_table(path)
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a parquet file ({(str(error).splitlines() or ['?'])[0]})") from None
-    for column in ("question", "choices", "answer"):
-        if column not in table:
-            raise DataError(f"{path}: no column {column!r}; it holds {', '.join(map(str, table.columns))}")
-    return list(table.to_dict("records"))
+    for column in kind.model_fields:
+        if column not in table.column_names:
+            raise DataError(f"{path}: no column {column!r}; it holds {', '.join(table.column_names)}")
+    return list(table.to_pylist())
 
 
-def _row(path: Path, k: int, rows: list[Any], number: int) -> Any:
-    if number >= len(rows):
-        raise DataError(f"{path}, entry {k}: row {number}, but the data set has {len(rows)} rows")
-    return rows[number]
-
-
-def _question(path: Path, number: int, split: str, row: Mapping[str, Any]) -> Question:
-    where = f"{path}, row {number}"
-    text, answer = row["question"], row["answer"]
-    choices = list(row["choices"]) if hasattr(row["choices"], "__len__") else []
-    if not _is_text(text):
-        raise DataError(f"{where}, field 'question': expected text")
-    if len(choices) != 4 or not all(map(_is_text, choices)):
-        raise DataError(f"{where}, field 'choices': expected four texts")
-    if not isinstance(answer, int) or answer not in range(4):
-        raise DataError(f"{where}, field 'answer': expected 0..3, got {answer!r}")
-    wrong = tuple(choice for k, choice in enumerate(choices) if k != answer)
-    return Question(f"mmlu[{number}]", "general", split, text, choices[answer], wrong)
-
-
-def _instruction(path: Path, number: int, split: str, row: Any) -> Instruction:
-    for field in ("instruction", "output"):
-        if not isinstance(row, dict) or not _is_text(row.get(field)):
-            raise DataError(f"{path}, row {number}, field {field!r}: expected text")
-    return Instruction(f"alpaca[{number}]", split, row["instruction"], row["output"])
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _wrong(choices: tuple[str, ...], right: int) -> tuple[str, ...]:
+    return choices[:right] + choices[right + 1 :]

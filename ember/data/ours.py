@@ -3,24 +3,32 @@
 The folder format is documented in ``data/README.md``. Every error names file, line and field.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ember.data.types import SOURCES, SPLITS, Concept, Instruction, Question, SharedData, plain_name
-from ember.errors import DataError, UnknownNameError
-from ember.store.files import read_utf8
-from ember.store.paths import data_dir, slug
+from pydantic import create_model
+
+from ember.data.mmlu_alpaca import load_shared_sets
+from ember.data.reading import Split, question_row, read_json, read_lines, read_rows
+from ember.data.released import load_released
+from ember.data.types import SPLITS, Concept, Instruction, Question, SharedData, by_name
+from ember.errors import UnknownNameError
+from ember.store.paths import data_dir
+from ember.store.validated import Loose, Strict, Text, validated
 
 NEUTRAL_IN_FIT = 300  # as many as in the paper
-_QUESTION_FIELDS = {"id", "set", "split", "question", "answer", "distractors", "aliases"}
+_NEUTRAL: Any = create_model("Neutral", __base__=Strict, text=Text, subject=Text)
+_HELD_OUT: Any = create_model("HeldOut", __base__=_NEUTRAL, split=Split)
+_texts: dict[str, Any] = dict.fromkeys(("id", "instruction", "response", "kind"), Text)
+_INSTRUCTION: Any = create_model("Instruction", __base__=Strict, split=Split, **_texts)
+_ABOUT: Any = create_model("About", __base__=Loose, name=Text, simdom=Text)
 
 
 def list_concepts() -> list[str]:
     """Display names of the concepts in the data folder."""
-    return sorted(_concept_json(path.parent)["name"] for path in data_dir().glob("*/concept.json"))
+    return sorted(_folders())
 
 
 def concept_from_sentences(name: str, sentences: Iterable[str]) -> Concept:
@@ -45,40 +53,7 @@ def load_concept(name: str = "", *, folder: str | Path | None = None, source: st
     DataError
         If a file breaks the format; the message names file, line and field.
     """
-    if source not in SOURCES:
-        raise UnknownNameError("source", source, SOURCES)
-    if source == "released":
-        from ember.data.released import load_released
-
-        return load_released(name, folder)
-    if folder is None:
-        # The name is compared, never used as a path.
-        folders = {_concept_json(path.parent)["name"]: path.parent for path in data_dir().glob("*/concept.json")}
-        by_slug = {slug(known): path for known, path in folders.items()}
-        if plain_name(name) not in by_slug:
-            raise UnknownNameError("concept", name, folders, "Your own: load_concept(name, folder=...).")
-        root = by_slug[plain_name(name)]
-    else:
-        root = Path(folder)
-    about = _concept_json(root)
-    neutral, further = _neutral_fit()
-    return Concept(
-        name=about["name"],
-        simdom=about["simdom"],
-        sentences=_lines(root / "sentences.txt"),
-        neutral=neutral,
-        further_neutral=further,
-        questions=_questions(root / "questions.jsonl", ("concept", "simdom")),
-        paragraphs=_lines(root / "paragraphs.txt"),
-        other_sense=_lines(root / "other_sense.txt"),
-    )
-
-
-def _neutral_fit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The neutral sentences of the fit, and the further ones. More of them in the fit drown the concept's features."""
-    rows = _rows(data_dir() / "shared" / "neutral_fit.jsonl", {"text", "subject"})
-    texts = tuple(row["text"] for row in rows)
-    return texts[:NEUTRAL_IN_FIT], texts[NEUTRAL_IN_FIT:]
+    return _loaders(source)[0](name, folder)
 
 
 def load_shared(source: str = "ours", *, folder: str | Path | None = None) -> SharedData:
@@ -88,89 +63,69 @@ def load_shared(source: str = "ours", *, folder: str | Path | None = None) -> Sh
     (``ember.data.mmlu_alpaca``; from ``folder`` or fetched once). Neutral sentences stay ours: none were released
     beside those of the fit.
     """
-    if source not in SOURCES:
-        raise UnknownNameError("source", source, SOURCES)
-    if source == "released":
-        from ember.data.mmlu_alpaca import load_shared_sets
+    return _loaders(source)[1](folder)
 
-        sets = load_shared_sets(folder)
-        revisions = tuple(sets.revisions.items())
-        return replace(load_shared(), questions=sets.questions, instructions=sets.instructions, revisions=revisions)
+
+def _our_concept(name: str, folder: str | Path | None) -> Concept:
+    if folder is None:
+        root = by_name(name, _folders(), "concept", "Your own: load_concept(name, folder=...).")
+    else:
+        root = Path(folder)
+    about = _about(root)
+    neutral, further = _neutral_fit()
+    return Concept(
+        name=about.name,
+        simdom=about.simdom,
+        sentences=read_lines(root / "sentences.txt"),
+        neutral=neutral,
+        further_neutral=further,
+        questions=_questions(root / "questions.jsonl", "concept", "simdom"),
+        paragraphs=read_lines(root / "paragraphs.txt"),
+        other_sense=read_lines(root / "other_sense.txt"),
+    )
+
+
+def _our_shared(folder: str | Path | None = None) -> SharedData:
     root = data_dir() / "shared"
-    neutral: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for row in _rows(root / "neutral_heldout.jsonl", {"text", "subject", "split"}):
-        neutral[row["split"]].append(row["text"])
-    path = root / "instructions.jsonl"
-    instructions: list[Instruction] = []
-    for row in _rows(path, {"id", "split", "instruction", "response", "kind"}):
-        if any(row["id"] == known.id for known in instructions):
-            raise DataError(f"{path}, line {row['_line']}, field 'id': {row['id']!r} occurs twice")
-        instructions.append(Instruction(row["id"], row["split"], row["instruction"], row["response"]))
-    questions = _questions(root / "general.jsonl", ("general",))
-    held_out = {split: tuple(texts) for split, texts in neutral.items()}
-    return SharedData(questions, held_out, tuple(instructions), sum(_neutral_fit(), ()))
+    held_out = read_rows(root / "neutral_heldout.jsonl", _HELD_OUT)
+    neutral = {split: tuple(row.text for row in held_out if row.split == split) for split in SPLITS}
+    rows = read_rows(root / "instructions.jsonl", _INSTRUCTION)
+    instructions = tuple(Instruction(row.id, row.split, row.instruction, row.response) for row in rows)
+    return SharedData(_questions(root / "general.jsonl", "general"), neutral, instructions, sum(_neutral_fit(), ()))
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    lines = read_utf8(path).rstrip("\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError(f"{path}, line {number}: empty line")
-    return tuple(lines)
+def _released_shared(folder: str | Path | None) -> SharedData:
+    ours = _our_shared()
+    return replace(load_shared_sets(folder), neutral=ours.neutral, neutral_fit=ours.neutral_fit)
 
 
-def _rows(path: Path, fields: set[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, each with exactly these fields; ``_line`` tells where it stood."""
-    rows = []
-    for number, line in enumerate(read_utf8(path).rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-        for field in sorted(row.keys() ^ fields):
-            kind = "missing" if field in fields else "unknown"
-            raise DataError(f"{path}, line {number}: {kind} field {field!r}")
-        for field, value in row.items():
-            if not isinstance(value, (str, list) if field in ("distractors", "aliases") else str):
-                raise DataError(f"{path}, line {number}, field {field!r}: expected text")
-            if isinstance(value, str) and not value.strip():
-                raise DataError(f"{path}, line {number}, field {field!r}: empty")
-        if row.get("split", "train") not in SPLITS:
-            raise DataError(f"{path}, line {number}, field 'split': {row['split']!r} is not one of {SPLITS}")
-        rows.append(row | {"_line": number})
-    return rows
+# Source → how a concept is loaded, and what all concepts share.
+_LOADERS: Mapping[str, tuple[Callable[..., Concept], Callable[..., SharedData]]] = {
+    "ours": (_our_concept, _our_shared),
+    "released": (load_released, _released_shared),
+}
 
 
-def _questions(path: Path, sets: tuple[str, ...]) -> tuple[Question, ...]:
-    questions, seen = [], set()
-    for row in _rows(path, _QUESTION_FIELDS):
-        where = f"{path}, line {row.pop('_line')}"
-        for field in ("id", "set", "question", "answer"):
-            if not isinstance(row[field], str):
-                raise DataError(f"{where}, field {field!r}: expected text")
-        for field in ("distractors", "aliases"):
-            if not isinstance(row[field], list) or not all(isinstance(x, str) and x.strip() for x in row[field]):
-                raise DataError(f"{where}, field {field!r}: expected a list of texts")
-        if len(row["distractors"]) != 3 or len({row["answer"], *row["distractors"]}) != 4:
-            raise DataError(f"{where}, field 'distractors': need three, different from each other and the answer")
-        if row["set"] not in sets:
-            raise DataError(f"{where}, field 'set': {row['set']!r} is not one of {sets}")
-        if row["id"] in seen:
-            raise DataError(f"{where}, field 'id': {row['id']!r} occurs twice")
-        seen.add(row["id"])
-        questions.append(Question(**row | {f: tuple(row[f]) for f in ("distractors", "aliases")}))
-    return tuple(questions)
+def _loaders(source: str) -> tuple[Callable[..., Concept], Callable[..., SharedData]]:
+    if source not in _LOADERS:
+        raise UnknownNameError("source", source, _LOADERS)
+    return _LOADERS[source]
 
 
-def _concept_json(root: Path) -> dict[str, str]:
-    path = root / "concept.json"
-    try:
-        about = json.loads(read_utf8(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    for field in ("name", "simdom"):
-        if not isinstance(about, dict) or not isinstance(about.get(field), str) or not about[field].strip():
-            raise DataError(f"{path}: field {field!r} must be a non-empty text")
-    return {field: about[field] for field in ("name", "simdom")}
+def _questions(path: Path, *sets: str) -> tuple[Question, ...]:
+    return tuple(Question(**dict(row)) for row in read_rows(path, question_row(*sets)))
+
+
+def _folders() -> dict[str, Path]:
+    """The data folder's concepts by display name."""
+    return {_about(path.parent).name: path.parent for path in data_dir().glob("*/concept.json")}
+
+
+def _about(root: Path) -> Any:
+    return validated(_ABOUT, read_json(root / "concept.json"), str(root / "concept.json"))
+
+
+def _neutral_fit() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The neutral sentences of the fit, and the further ones. More of them in the fit drown the concept's features."""
+    texts = tuple(row.text for row in read_rows(data_dir() / "shared" / "neutral_fit.jsonl", _NEUTRAL))
+    return texts[:NEUTRAL_IN_FIT], texts[NEUTRAL_IN_FIT:]

@@ -8,14 +8,18 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ember.data.types import Concept, Question, plain_name
-from ember.errors import DataError, DownloadError, UnknownNameError
+from pydantic import AfterValidator, ValidationInfo, create_model
+
+from ember.data.reading import Some, Texts, read_json
+from ember.data.types import Concept, Question, by_name
+from ember.errors import DamagedFileError, DataError, DownloadError
 from ember.store.files import read_sealed, read_utf8, sealed_dir
-from ember.store.paths import cache_dir, slug
+from ember.store.paths import cache_dir
+from ember.store.validated import Listed, Strict, Text, validated
 
 REPOSITORY = "https://github.com/ClarSu/EMBER-Embedding-Erasure.git"
 # The whole id: git checks that the content it receives hashes to it.
@@ -37,10 +41,27 @@ _SETS = {
 }
 
 
+def _four(options: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    gold = info.data.get("correct_answer")
+    if len(options) != 4 or len({gold, *options}) != 4:
+        raise ValueError(f"need four different texts, {gold!r} among them, got {list(options)}")
+    return options
+
+
+_Options = Annotated[Listed[Text], AfterValidator(_four)]
+_parts: dict[str, Any] = dict.fromkeys(_SETS, Some)
+_LISTED: Any = create_model("Listed", __base__=Strict, concept=Text, sentences=Some)
+_SENTENCES: Any = create_model("Sentences", __base__=Strict, concept=Text, sentences=Texts)
+_NEUTRAL: Any = create_model("Neutral", __base__=Strict, url=Text, title=Text, sentence=Text)
+_PARAGRAPHS: Any = create_model("Paragraphs", __base__=Strict, RelearnParagraphs=Texts)
+_ASKED: Any = create_model("Asked", __base__=Strict, **_parts)
+_CHOICE: Any = create_model("Choice", __base__=Strict, q=Text, correct_answer=Text, options=_Options)
+_OPEN: Any = create_model("Open", __base__=Strict, q=Text, a=Text)
+
+
 def list_released(folder: str | Path | None = None) -> list[str]:
     """Names of the concepts in the released files."""
-    root = fetch_released() if folder is None else Path(folder)
-    return sorted(row["concept"] for row in _objects(root / SENTENCES, {"concept": str, "sentences": list}))
+    return sorted(row.concept for row in _rows(_root(folder) / SENTENCES, _LISTED))
 
 
 def load_released(name: str, folder: str | Path | None = None) -> Concept:
@@ -58,44 +79,37 @@ def load_released(name: str, folder: str | Path | None = None) -> Concept:
     DownloadError, DamagedFileError
         As in ``fetch_released``.
     """
-    root = fetch_released() if folder is None else Path(folder)
-    rows = {slug(row["concept"]): row for row in _objects(root / SENTENCES, {"concept": str, "sentences": list})}
-    if plain_name(name) not in rows:
-        raise UnknownNameError("released concept", name, [row["concept"] for row in rows.values()])
-    row = rows[plain_name(name)]
-    neutral = _objects(root / NEUTRAL, {"url": str, "title": str, "sentence": str})
-    stated = _entry(root / PARAGRAPHS, row["concept"], {"RelearnParagraphs": list})["RelearnParagraphs"]
+    root = _root(folder)
+    listed = {row.concept: row.model_dump() for row in _rows(root / SENTENCES, _LISTED)}
+    row = _checked(root / SENTENCES, _SENTENCES, by_name(name, listed, "released concept"), name)
+    paragraphs = _of_concept(root / PARAGRAPHS, _PARAGRAPHS, row.concept).RelearnParagraphs
     return Concept(
-        name=row["concept"],
-        simdom=f"the similar domain of {row['concept']}",
-        sentences=_texts(root / SENTENCES, "sentences", row["sentences"]),
-        neutral=_texts(root / NEUTRAL, "sentence", [r["sentence"] for r in neutral]),
-        questions=tuple(_questions(root, row["concept"])),
-        paragraphs=_texts(root / PARAGRAPHS, "RelearnParagraphs", stated),
+        name=row.concept,
+        simdom=f"the similar domain of {row.concept}",
+        sentences=_one_line(*row.sentences),
+        neutral=_one_line(*(neutral.sentence for neutral in _rows(root / NEUTRAL, _NEUTRAL))),
+        questions=tuple(_questions(root, row.concept)),
+        paragraphs=_one_line(*paragraphs),
         other_sense=(),
         source="released",
     )
 
 
-def _questions(root: Path, concept: str) -> Iterable[Question]:
-    keys = dict.fromkeys(_SETS, list)
-    choice, open_ = _entry(root / CHOICE, concept, keys), _entry(root / OPEN, concept, keys)
+def _questions(root: Path, concept: str) -> Iterator[Question]:
+    closed, openly = (dict(_of_concept(path, _ASKED, concept)) for path in (root / CHOICE, root / OPEN))
     for key, (set_, split) in _SETS.items():
-        answers = {}
-        for row in open_[key]:
-            _fields(root / OPEN, f"{concept}, {key}", row, {"q": str, "a": str})
-            answers[row["q"]] = row["a"]
-        for number, row in enumerate(choice[key]):
-            place = f"{key}[{number}]"
-            _fields(root / CHOICE, f"{concept}, {place}", row, {"q": str, "correct_answer": str, "options": list})
-            gold, options = row["correct_answer"], row["options"]
-            texts = all(isinstance(option, str) and option.strip() for option in options)
-            if not texts or len(options) != 4 or len(set(options)) != 4 or gold not in options:
-                where = f"{root / CHOICE}, line {_line(root / CHOICE, row)}, {concept}, {place}"
-                raise DataError(f"{where}, field 'options': need four different texts, {gold!r} among them")
-            alias = answers.get(row["q"], gold)
-            wrong = tuple(option for option in options if option != gold)
-            yield Question(place, set_, split, row["q"], gold, wrong, () if alias == gold else (alias,))
+        told = [_checked(root / OPEN, _OPEN, row, f"{concept}, {key}[{k}]") for k, row in enumerate(openly[key])]
+        answers = {row.q: row.a for row in told}
+        for number, raw in enumerate(closed[key]):
+            row = _checked(root / CHOICE, _CHOICE, raw, f"{concept}, {key}[{number}]")
+            gold = row.correct_answer
+            wrong = tuple(option for option in row.options if option != gold)
+            aliases = tuple({answers.get(row.q, gold)} - {gold})
+            yield Question(f"{key}[{number}]", set_, split, row.q, gold, wrong, aliases)
+
+
+def _root(folder: str | Path | None) -> Path:
+    return fetch_released() if folder is None else Path(folder)
 
 
 def fetch_released(*, repository: str = REPOSITORY, commit: str = COMMIT) -> Path:
@@ -118,7 +132,8 @@ def fetch_released(*, repository: str = REPOSITORY, commit: str = COMMIT) -> Pat
             _git(clone, "fetch", "--quiet", "--depth=1", repository, commit)
             for name in FETCHED:
                 (target / name).write_bytes(_git(clone, "show", f"{commit}:data/{name}"))
-    read_sealed(folder, mend="Delete the folder")
+    if read_sealed(folder, mend="Delete the folder").get("commit") != commit:
+        raise DamagedFileError(f"{folder} is not of the commit {commit}. Delete the folder")
     return folder
 
 
@@ -136,58 +151,38 @@ def _git(folder: str, *command: str) -> bytes:
     return done.stdout
 
 
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(read_utf8(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+def _rows(path: Path, kind: Any) -> list[Any]:
+    """The objects of a file that holds a list of them."""
+    raw = validated(Some, read_json(path), str(path))
+    return [_checked(path, kind, row, f"entry {number}") for number, row in enumerate(raw)]
 
 
-def _objects(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    rows = _load(path)
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a list of objects")
-    for number, row in enumerate(rows):
-        _fields(path, f"entry {number}", row, fields)
-    return rows
-
-
-def _entry(path: Path, concept: str, fields: Mapping[str, type]) -> dict[str, Any]:
+def _of_concept(path: Path, kind: Any, concept: str) -> Any:
     """What a file that maps concepts to objects says of one concept."""
-    whole = _load(path)
+    whole = read_json(path)
     if not isinstance(whole, dict) or concept not in whole:
         raise DataError(f"{path}: no entry for {concept!r}")
-    _fields(path, concept, whole[concept], fields)
-    return dict(whole[concept])
+    return _checked(path, kind, whole[concept], concept)
 
 
-def _fields(path: Path, place: str, row: object, fields: Mapping[str, type]) -> None:
-    """Exactly these fields with these types, none of them blank."""
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, {place}: expected an object")
-    for field in sorted(row.keys() ^ fields):
-        kind = "missing" if field in fields else "unknown"
-        raise DataError(f"{path}, line {_line(path, row)}, {place}: {kind} field {field!r}")
-    for field, type_ in fields.items():
-        value = row[field]
-        if not isinstance(value, type_) or not value or (isinstance(value, str) and not value.strip()):
-            wanted = "text" if type_ is str else "a list that is not empty"
-            raise DataError(f"{path}, line {_line(path, row)}, {place}, field {field!r}: expected {wanted}")
+def _checked(path: Path, kind: Any, raw: object, place: str) -> Any:
+    try:
+        return validated(kind, raw, place)
+    except DataError as error:
+        raise DataError(f"{path}, line {_line(path, raw)}, {error}") from None
 
 
-def _line(path: Path, row: Mapping[str, Any]) -> str:
+def _line(path: Path, row: object) -> str:
     """Line, or lines, on which the first text of an entry stands in its file; "?" if it has none."""
-    raw = read_utf8(path)
-    text = next((value for value in row.values() if isinstance(value, str) and value), None)
+    values = row.values() if isinstance(row, dict) else [row]
+    text = next((value for value in values if isinstance(value, str) and value), None)
     if text is None:
         return "?"
+    content = read_utf8(path)
     forms = {json.dumps(text, ensure_ascii=ascii_) for ascii_ in (True, False)}
-    starts = sorted(match.start() for form in forms for match in re.finditer(re.escape(form), raw))
-    return " or ".join(dict.fromkeys(str(1 + raw.count("\n", 0, start)) for start in starts)) or "?"
+    starts = sorted(match.start() for form in forms for match in re.finditer(re.escape(form), content))
+    return " or ".join(dict.fromkeys(str(1 + content.count("\n", 0, start)) for start in starts)) or "?"
 
 
-def _texts(path: Path, field: str, values: list[Any]) -> tuple[str, ...]:
-    for number, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{path}, field {field!r}, number {number}: expected text")
-    return tuple(" ".join(value.split()) for value in values)
+def _one_line(*texts: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()) for text in texts)

@@ -4,13 +4,16 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
+from ember.errors import UnknownNameError
 from ember.store.files import digest
 from ember.store.paths import slug
 
 QUESTION_SETS = ("concept", "simdom", "general")
 SPLITS = ("train", "test")
 SOURCES = ("ours", "released")
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,13 @@ class SharedData:
     revisions: tuple[tuple[str, str], ...] = ()
 
 
-def plain_name(name: str) -> str:
-    """What names are compared by; empty for one with the parts of a path in it, which is no name."""
-    return "" if re.search(r"[/\\]|\.\.", name) else slug(name)
+def by_name(name: str, known: Mapping[str, Held], kind: str, hint: str = "") -> Held:
+    """What is known under a name in any capitalisation. Names are compared, never used as a path.
+
+    An ``UnknownNameError`` of the ``kind`` lists the known ones, also for what has the parts of a path in it.
+    """
+    slugs = {slug(one): held for one, held in known.items()}
+    plain = "" if re.search(r"[/\\]|\.\.", name) else slug(name)
+    if plain not in slugs:
+        raise UnknownNameError(kind, name, known, hint)
+    return slugs[plain]

@@ -27,6 +27,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
+class Loose(Strict, extra="ignore"):
+    """At least these fields."""
+
+
 def validated(kind: type[T], raw: object, where: str, *, word: str = "field", file: str = "", hint: str = "") -> T:
     """``raw`` as a ``kind``: a ``Strict`` model, a dataclass, or any type that pydantic knows.
 
