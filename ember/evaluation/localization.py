@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ember.editing import Edit
-from ember.evaluation.metrics import wilson
+from ember.evaluation.resampling import draws, interval, wilson
 from ember.models.loading import LoadedModel
 from ember.models.scoring import sequence_scores
 from ember.tokens import background_frequency
@@ -92,12 +92,9 @@ def half_by_arm(tokens: pd.DataFrame) -> pd.DataFrame:
 def _each_arm(tokens: pd.DataFrame, table: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
     """A table of each arm, texts of different seeds kept apart."""
     keys = ["concept", "method", "ember"]
-    tables = []
-    for arm, part in tokens.groupby(keys, sort=False):
-        text = part.seed.astype(str) + " " + part.text.astype(str)
-        tables.append(table(part.assign(text=text)).assign(**dict(zip(keys, arm, strict=True))))
-    found = pd.concat(tables, ignore_index=True)
-    return found[keys + [column for column in found if column not in keys]]
+    tokens = tokens.assign(text=tokens.seed.astype(str) + " " + tokens.text.astype(str))
+    tables = {arm: table(part) for arm, part in tokens.groupby(keys, sort=False)}
+    return pd.concat(tables, names=[*keys, None]).reset_index(keys).reset_index(drop=True)
 
 
 def share_table(
@@ -113,17 +110,16 @@ def share_table(
     for name, part in changes.groupby("set", sort=False):
         sums = part.groupby(["text", "group"])[["change", "kl"]].sum().unstack(fill_value=0.0)
         counts = part.groupby(["text", "group"]).size().unstack(fill_value=0)
-        chosen = np.random.default_rng(seed).integers(0, len(counts), (n_resamples, len(counts)))
+        drawn = draws(len(counts), n_resamples=n_resamples, seed=seed)
         total = sums["kl"].to_numpy().sum(1)
         for group in (g for g in groups if g in counts):
-            tokens = counts[group].to_numpy()
+            tokens, change, kl = (table[group].to_numpy() for table in (counts, sums["change"], sums["kl"]))
             row: dict[str, object] = {"set": name, "group": group, "tokens": int(tokens.sum())}
             row["share_of_tokens"] = tokens.sum() / len(part)
-            for measure, above, below in (
-                ("change", sums["change"][group].to_numpy(), tokens), ("kl", sums["kl"][group].to_numpy(), tokens),
-                ("share_of_kl", sums["kl"][group].to_numpy(), total),
-            ):  # fmt: skip
-                row |= _ratio(measure, above, below, chosen)
+            for measure, above, below in (("change", change, tokens), ("kl", kl, tokens), ("share_of_kl", kl, total)):
+                row |= dict(
+                    zip((measure, f"{measure}_low", f"{measure}_high"), _ratio(above, below, drawn), strict=True)
+                )
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -136,15 +132,10 @@ def concentration(changes: pd.DataFrame, *, share: float = 0.5, n_resamples: int
     """
     rows = []
     for name, part in changes.groupby("set", sort=False):
-        parts = [group.kl.to_numpy() for _, group in part.groupby("text")]
-        generator = np.random.default_rng(seed)
-        draws = [
-            _smallest(np.concatenate([parts[k] for k in generator.integers(0, len(parts), len(parts))]), share)
-            for _ in range(n_resamples)
-        ]
-        value = _smallest(part.kl.to_numpy(), share)
-        low, high = np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(value) else (np.nan, np.nan)
-        rows.append((name, len(part), value, low, high))
+        texts = [text.kl.to_numpy() for _, text in part.groupby("text")]
+        drawn = draws(len(texts), n_resamples=n_resamples, seed=seed)
+        values = [_smallest(np.concatenate([texts[k] for k in chosen]), share) for chosen in drawn]
+        rows.append((name, len(part), _smallest(part.kl.to_numpy(), share), *interval(np.array(values))))
     return pd.DataFrame(rows, columns=["set", "tokens", "value", "ci_low", "ci_high"])
 
 
@@ -155,23 +146,22 @@ def _smallest(kl: np.ndarray, share: float) -> float:
     return float((np.searchsorted(sums, share * sums[-1]) + 1) / len(kl))
 
 
-def _ratio(name: str, above: np.ndarray, below: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
-    """Ratio of two sums over texts with a bootstrap interval; NaN where there is nothing to divide by, or one text."""
+def _ratio(above: np.ndarray, below: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
+    """Ratio of two sums over texts with its interval; NaN where there is nothing to divide by, or one text alone."""
     if not below.sum() > 0:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), float("nan"))
-    divided = below[chosen].sum(1)
-    draws = above[chosen].sum(1) / np.where(divided > 0, divided, np.nan)
-    low, high = np.nanpercentile(draws, [2.5, 97.5]) if (below > 0).sum() > 1 else (np.nan, np.nan)
-    return {name: float(above.sum() / below.sum()), f"{name}_low": float(low), f"{name}_high": float(high)}
+        return (np.nan,) * 3
+    divided = below[drawn].sum(1)
+    ratios = above[drawn].sum(1) / np.where(divided > 0, divided, np.nan)
+    low, high = interval(ratios) if (below > 0).sum() > 1 else (np.nan, np.nan)
+    return float(above.sum() / below.sum()), float(low), float(high)
 
 
 def most_damaged(changes: pd.DataFrame, *, top: int = 20, width: int = 6) -> pd.DataFrame:
     """The tokens whose loss rises most: set, context (the ``width`` tokens before), token, before, since, change."""
     rows = []
-    order = changes.sort_values("change", ascending=False).head(top)
-    for row in order.itertuples():
-        text = changes[(changes.set == row.set) & (changes.text == row.text)]
-        near = text[(text.position < row.position) & (text.position >= row.position - width)]
+    for row in changes.nlargest(top, "change").itertuples():
+        near = changes[(changes.set == row.set) & (changes.text == row.text)]
+        near = near[near.position.between(row.position - width, row.position - 1)]
         rows.append((row.set, "".join(near.token), row.token, row.before, row.since, row.change))
     return pd.DataFrame(rows, columns=["set", "context", "token", "before", "since", "change"])
 
@@ -183,18 +173,14 @@ def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mappi
     tokens ``per_thousand`` tokens; NaN for a set without texts. One row, ``general English``, holds
     ``expected_per_thousand``.
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, chosen in texts.items():
-        if not chosen:
-            rows.append((name, 0, *[float("nan")] * 4))
-            continue
-        encoded = [loaded.encode(text, bos=False) for text in chosen]
-        hits = [sum(i in marked for i in ids) for ids in encoded]
-        touched = sum(hit > 0 for hit in hits)
-        per_thousand = 1000 * sum(hits) / max(1, sum(map(len, encoded)))
-        rows.append((name, len(chosen), touched / len(chosen), *wilson(touched, len(chosen)), per_thousand))
-    expected = expected_per_thousand(loaded, marked)
-    rows.append(("general English", 0, float("nan"), float("nan"), float("nan"), expected))
+        hits = [[i in marked for i in loaded.encode(text, bos=False)] for text in chosen]
+        touched = sum(map(any, hits))
+        share = (touched / len(hits), *wilson(touched, len(hits))) if hits else (np.nan,) * 3
+        per_thousand = 1000 * sum(map(sum, hits)) / max(1, sum(map(len, hits))) if hits else np.nan
+        rows.append((name, len(hits), *share, per_thousand))
+    rows.append(("general English", 0, *(np.nan,) * 3, expected_per_thousand(loaded, marked)))
     return pd.DataFrame(rows, columns=["set", "n", "share", "ci_low", "ci_high", "per_thousand"])
 
 

@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ember.errors import NothingFoundError
+from ember.evaluation.resampling import draws, interval
 from ember.factorization import Factorization, sparse_mf
 from ember.features import ConceptFeatures, scaled_rows, score_features
 from ember.models.loading import LoadedModel
@@ -206,10 +207,10 @@ def outcome_table(
     rows = []
     for name in dict.fromkeys(key for frame in gold.values() for key, _ in frame.index):
         wide = pd.DataFrame({fit: (frame.edited - frame.base)[name] for fit, frame in gold.items()})
-        drawn = np.random.default_rng(seed).integers(0, len(wide), (n_resamples, len(wide)))
+        drawn = draws(len(wide), n_resamples=n_resamples, seed=seed)
         for fit in wide:
             parts = [wide[fit], wide[fit] - wide.get(reference, math.nan)]
-            spans = [(part.mean(), *np.percentile(part.to_numpy()[drawn].mean(1), [2.5, 97.5])) for part in parts]
+            spans = [(part.mean(), *interval(part.to_numpy()[drawn].mean(1))) for part in parts]
             rows.append((fit, name, len(wide), *map(float, (*spans[0], *spans[1]))))
     columns = ["change", "ci_low", "ci_high", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=["fit", "set", "n", *columns])
