@@ -1,25 +1,26 @@
 # make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
-# make test        set up everything and run all tests
+# make test        set up everything and run all tests, the notebooks with the smoke profile's loops among them
+# make check       lint, types, and the tests that need no model: while you work
 # make lab         open the notebooks in JupyterLab
 # make bench       time the fast paths beside plain versions of the same work, in 20 minutes (ONLY="scoring …": those rows)
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 READY := .venv/.ready
+# Two processes, one thread each: small tensors gain nothing from a second thread.
+PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# The tests run the notebooks as they stand, with the smoke profile's loop lengths and results in a scratch folder.
-QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
-
-# The report reads what all others write.
-REPORT := notebooks/10_report.ipynb
-NOTEBOOKS := $(filter-out $(REPORT),$(sort $(wildcard notebooks/*.ipynb))) $(REPORT)
-
-.PHONY: setup reproduce test bench lint unit nbval lab notebooks readme data lock clean
+.PHONY: setup reproduce test check bench lint types lab nbval notebooks readme data lock clean
 
 reproduce: $(READY)
 	$(BIN)/python -m ember reproduce --profile $(PROFILE)
 
-test: lint unit nbval
+test: lint types
+	$(BIN)/python -m ember fetch-model
+	$(PYTEST) tests
+
+check: lint types
+	$(PYTEST) -m "not embedded and not slow" tests
 
 setup: $(READY)
 
@@ -35,12 +36,17 @@ $(READY): requirements.lock pyproject.toml
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(READY)
 	$(BIN)/mypy
 
-unit: $(READY)
-	TQDM_DISABLE=1 $(BIN)/python -m pytest -q tests
+# One notebook, or all, as they stand, with the smoke profile's loop lengths and results in a scratch folder: the
+# checked cells must print what is committed. `make test` looks at the same cells of the smoke run.
+QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
+NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
 
-nbval: unit
+nbval: $(READY)
 	$(QUICK) $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(NOTEBOOKS)
 
 bench: $(READY)

@@ -1,13 +1,15 @@
 """Shared fixtures: tiny random models of two architectures with a real tokenizer, and the embedded model."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
-from helpers.tiny import make_concept, make_loaded, shrink_saes
+from helpers.tiny import make_concept, make_loaded
 
+from ember.batch.cli import main
 from ember.data.types import Concept
 from ember.models.loading import LoadedModel, load_model
 
@@ -42,6 +44,24 @@ def cache(tmp_path: Path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def small_saes(cache, monkeypatch) -> None:
-    """Small autoencoders in an empty cache."""
-    shrink_saes(monkeypatch)
+def run(monkeypatch, capsys, cache, tmp_path):
+    """Run a command in this process, with cache and results elsewhere: (exit status, output, errors)."""
+    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ember", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use the embedded model are marked so; the longest file goes first, as it runs beside all others."""
+    for item in items:
+        if "embedded" in getattr(item, "fixturenames", ()):
+            item.add_marker("embedded")
+    items.sort(key=lambda item: "test_smoke" not in item.nodeid)

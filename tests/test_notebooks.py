@@ -1,34 +1,21 @@
-"""The committed notebooks, the check of parameters, the code hash, and the runner."""
+"""The committed notebooks, the check of parameters, and the runner."""
 
 import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zlib
-from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from helpers.tiny import NEUTRAL, make_concept, make_loaded
+from helpers.notebooks import cell, write_notebook
 
-from ember.batch import runner as notebooks
+from ember.batch.code import code_hash
+from ember.batch.notebooks import check_parameters, default_parameters, list_notebooks, read_notebook
 from ember.batch.planning import Job, frame_path, manifest_path, run_name
-from ember.batch.runner import (
-    base_evaluation,
-    check_parameters,
-    code_hash,
-    default_parameters,
-    list_notebooks,
-    read_notebook,
-    run_notebook,
-)
-from ember.data.types import Instruction, SharedData
+from ember.batch.runner import run_notebook
 from ember.errors import EmberError, UnknownNameError
-from ember.evaluation.evaluate import Sizes, evaluate, load_suite
 from ember.store.paths import REPOSITORY
 
 NAMES = list_notebooks()
@@ -44,23 +31,13 @@ def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
-def cell(source: str, kind: str = "code", **metadata) -> dict:
-    out = {"cell_type": kind, "id": f"c{zlib.crc32(source.encode())}", "metadata": metadata, "source": source}
-    return out | ({"execution_count": None, "outputs": []} if kind == "code" else {})
-
-
-def write_notebook(folder: Path, name: str, *cells: dict) -> None:
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    content = {"cells": list(cells), "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    (folder / f"{name}.ipynb").write_text(json.dumps(content), encoding="utf-8")
-
-
 # The committed notebooks
 
 
 def test_the_notebooks_are_found():
     """Without this, a broken search would make every test below pass."""
-    assert len(NAMES) >= 5
+    assert len(NAMES) >= 10
+    assert NAMES[-1] == "10_report", "the report reads what all others write"
 
 
 def test_unknown_notebook_lists_the_known_ones():
@@ -69,27 +46,22 @@ def test_unknown_notebook_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_cell_of_literal_parameters(name):
-    assert default_parameters(name)["profile"] == "laptop"
+def test_one_cell_of_literal_parameters_all_of_them_used(name):
+    """A parameter that nothing reads would promise what is not done."""
+    defaults = default_parameters(name)
+    assert defaults["profile"] == "laptop"
+    code = "\n".join("".join(c["source"]) for c in code_cells(name) if "parameters" not in tags(c))
+    assert defaults.keys() <= {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_committed_without_widget_state(name):
-    """Progress bars leave theirs in the notebook's metadata."""
-    assert "widgets" not in read_notebook(name)["metadata"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_committed_without_outputs(name):
+def test_committed_without_outputs_but_for_checked_cells(name):
+    assert "widgets" not in read_notebook(name)["metadata"], "progress bars leave their state there"
     for c in code_cells(name):
-        if CHECKED not in tags(c):
+        if CHECKED in tags(c):
+            assert c["outputs"], "".join(c["source"])
+        else:
             assert not c["outputs"] and c["execution_count"] is None, "".join(c["source"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_checked_cells_have_an_output_to_compare_with(name):
-    for c in code_cells(name):
-        assert CHECKED not in tags(c) or c["outputs"], "".join(c["source"])
 
 
 def test_cells_are_checked():
@@ -97,39 +69,23 @@ def test_cells_are_checked():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_absolute_paths(name):
+def test_text_of_a_notebook(name):
+    """No path of a machine; what it shows is said (the README's table is made from this)."""
     text = (REPOSITORY / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
     assert not re.search(r"""(?<![\w.~:/])/(home|Users|root|tmp|work|mnt|opt|usr|var|data)/|[A-Z]:\\\\""", text)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_says_what_it_shows(name):
-    """The README's table is made from this."""
     assert read_notebook(name)["metadata"]["ember"]["shows"].strip()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_narrates_and_calls(name):
-    """What a notebook would define belongs in the package."""
-    code = "\n".join("".join(c["source"]) for c in code_cells(name))
+def test_a_notebook_opens_one_run_and_defines_little(name):
+    """What a notebook would define belongs in the package; the code hash does not see ``import ember; ember.x``."""
+    tree = ast.parse("\n".join("".join(c["source"]) for c in code_cells(name)))
+    nodes = list(ast.walk(tree))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    assert sum(isinstance(node, kinds) for node in ast.walk(ast.parse(code))) <= 2
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_imports_names_not_the_whole_package(name):
-    """The code hash does not see what ``import ember; ember.x`` uses."""
-    for c in code_cells(name):
-        imports = [node for node in ast.walk(ast.parse("".join(c["source"]))) if isinstance(node, ast.Import)]
-        assert not any(alias.name == "ember" for node in imports for alias in node.names)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_default_is_used(name):
-    """A parameter that nothing reads would promise what is not done."""
-    code = "\n".join("".join(c["source"]) for c in code_cells(name) if "parameters" not in tags(c))
-    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    assert default_parameters(name).keys() <= used
+    assert sum(isinstance(node, kinds) for node in nodes) <= 2
+    assert not any(alias.name == "ember" for node in nodes if isinstance(node, ast.Import) for alias in node.names)
+    calls = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert calls.count("Run") == 1
 
 
 # Parameters
@@ -140,7 +96,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     """An empty folder of notebooks in place of ours; results go to a scratch folder."""
     path = tmp_path / "notebooks"
     path.mkdir()
-    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: path)
+    for module in ("notebooks", "runner"):
+        monkeypatch.setattr(f"ember.batch.{module}.notebooks_dir", lambda: path)
     monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
     return path
 
@@ -202,173 +159,6 @@ def test_wrong_type_is_refused_before_anything_runs(typed, nothing_runs, key, va
 )
 def test_fitting_type_is_accepted(typed, key, value):
     check_parameters(typed, {key: value})
-
-
-# The code hash
-
-MARKDOWN = cell("# Words", "markdown")
-CODE = cell("from ember.data.ours import load_concept\nx = 1")
-
-
-@pytest.fixture
-def tree(folder, monkeypatch) -> Path:
-    """A copy of the package that the code hash reads instead, with one notebook and one report that plots."""
-    copy = folder.parent / "package"
-    shutil.copytree(REPOSITORY / "ember", copy / "ember", ignore=shutil.ignore_patterns("__pycache__"))
-
-    def path_in_copy(module: str) -> Path | None:
-        base = copy.joinpath(*module.split("."))
-        return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
-
-    monkeypatch.setattr(notebooks, "_module_path", path_in_copy)
-    write_notebook(folder, "20_x", MARKDOWN, CODE)
-    write_notebook(folder, "21_plots", cell("from ember.reporting.plots import use_theme"))
-    write_notebook(folder, "10_report", cell("from ember import plots"))
-    return copy / "ember"
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        [cell("# Other words", "markdown"), CODE],
-        [CODE],
-        [MARKDOWN, CODE, MARKDOWN],
-        [cell("from ember.data.ours import load_concept  # why\n\n\nx  =  (1)\n")],
-        [{**CODE, "outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}], "execution_count": 7}],
-        [{**CODE, "metadata": {"tags": ["x"]}, "id": "other"}],
-    ],
-    ids=["markdown", "no markdown", "more markdown", "comment and layout", "outputs", "metadata"],
-)
-def test_hash_ignores_what_changes_no_result(tree, folder, cells):
-    before = code_hash("20_x")
-    write_notebook(folder, "20_x", *cells)
-    assert code_hash("20_x") == before
-
-
-@pytest.mark.parametrize(
-    "cells",
-    [
-        [cell("from ember.data.ours import load_concept\nx = 2")],
-        [CODE, cell("y = 1")],
-        [cell("from ember.data.ours import load_shared\nx = 1")],
-        [cell("x = 1\nfrom ember.data.ours import load_concept")],
-        [],
-    ],
-    ids=["value", "cell", "import", "order", "none"],
-)
-def test_hash_depends_on_the_code(tree, folder, cells):
-    before = code_hash("20_x")
-    write_notebook(folder, "20_x", *cells)
-    assert code_hash("20_x") != before
-
-
-@pytest.mark.parametrize("module", ["data.py", "files.py", "errors.py"])
-def test_hash_depends_on_modules_reached_through_others(tree, module):
-    before = code_hash("20_x")
-    append(tree / module, "\nEXTRA = 1\n")
-    assert code_hash("20_x") != before
-
-
-def test_hash_ignores_modules_that_are_not_reached(tree):
-    before = code_hash("20_x")
-    append(tree / "scoring.py", "\nEXTRA = 1\n")
-    assert code_hash("20_x") == before
-
-
-def test_hash_ignores_comments_and_docstrings_of_modules(tree):
-    before = code_hash("20_x")
-    path = tree / "files.py"
-    text = path.read_text(encoding="utf-8")
-    assert '"""SHA-256 of a file, as hexadecimal."""' in text
-    path.write_text(text.replace("SHA-256 of a file", "Hash of a file") + "\n\n# A comment.\n", encoding="utf-8")
-    assert code_hash("20_x") == before
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from ember import load_concept",
-        "from ember.data.ours import load_concept",
-        "import ember.data.ours",
-        "from ember import data",
-    ],
-)
-def test_hash_follows_every_form_of_import(tree, folder, source):
-    write_notebook(folder, "20_x", cell(source))
-    before = code_hash("20_x")
-    append(tree / "files.py", "\nEXTRA = 1\n")
-    assert code_hash("20_x") != before
-
-
-def test_hash_follows_the_erasure_methods(tree, folder):
-    write_notebook(folder, "20_x", cell("from ember import METHODS"))
-    before = code_hash("20_x")
-    append(tree / "methods" / "ember.py", "\nEXTRA = 1\n")
-    assert code_hash("20_x") != before
-
-
-@pytest.mark.parametrize(("name", "changes"), [("21_plots", False), ("10_report", True)])
-def test_looks_count_for_the_report_only(tree, name, changes):
-    before = code_hash(name)
-    append(tree / "plots.py", "\nEXTRA = 1\n")
-    assert (code_hash(name) != before) == changes
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_committed_notebooks_have_a_hash(name):
-    assert re.fullmatch(r"[0-9a-f]{16}", code_hash(name))
-
-
-# The base model's evaluation
-
-
-@pytest.fixture
-def suite(tmp_path, monkeypatch):
-    """A small suite, an empty folder of results, and a count of the evaluations that are run."""
-    sizes = {split: Sizes(instructions=1, generations=1, new_tokens=2) for split in ("train", "test")}
-    questions = [replace(q, set="general", id=f"g-{q.id}") for q in make_concept().questions if q.set == "concept"]
-    neutral = {"train": NEUTRAL, "test": NEUTRAL[:2]}
-    instructions = [Instruction(f"i-{split}", split, "Say yes.", "Yes, I do.") for split in ("train", "test")]
-    shared = SharedData(tuple(questions), neutral, tuple(instructions), NEUTRAL)
-    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda source: shared)
-    monkeypatch.setenv("EMBER_RESULTS", str(tmp_path / "results"))
-    return load_suite(make_concept(), sizes)
-
-
-@pytest.fixture
-def runs(monkeypatch) -> list[str]:
-    """The splits that are evaluated from now on."""
-    done: list[str] = []
-    monkeypatch.setattr("ember.evaluation.evaluate", lambda *a, **k: done.append(a[2]) or evaluate(*a, **k))
-    return done
-
-
-def test_the_base_model_is_evaluated_once_for_all(suite, runs):
-    """In whatever process and under whatever profile, but for each split, suite and model anew."""
-    loaded = make_loaded()
-    first = base_evaluation(loaded, suite, "train")
-    again = base_evaluation(make_loaded(), suite, "train")
-    assert runs == ["train"]
-    expected = evaluate(loaded, suite, "train")
-    for found in (first, again):
-        pd.testing.assert_frame_equal(found.items, expected.items)
-        pd.testing.assert_frame_equal(found.samples, expected.samples)
-    base_evaluation(loaded, suite, "test")
-    base_evaluation(loaded, replace(suite, sizes=suite.sizes | {"train": Sizes(generations=0)}), "train")
-    base_evaluation(make_loaded(seed=1), suite, "train")
-    assert runs == ["train", "test", "train", "train"]
-
-
-def test_the_base_evaluation_depends_on_the_code(suite, runs, monkeypatch):
-    loaded = make_loaded()
-    base_evaluation(loaded, suite, "test")
-    monkeypatch.setattr(notebooks, "code_hash", lambda name: f"another {name}")
-    base_evaluation(loaded, suite, "test")
-    assert runs == ["test", "test"]
 
 
 # Running
@@ -508,9 +298,9 @@ def test_eight_at_once(folder, tmp_path):
     given(folder, "print('value', value)")
     script = tmp_path / "one.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom ember import notebooks\n"
-        "notebooks.notebooks_dir = lambda: Path(sys.argv[1])\n"
-        "notebooks.run_notebook('20_x', {'value': float(sys.argv[2])})\n"
+        "import sys\nfrom pathlib import Path\nfrom ember.batch import notebooks, runner\n"
+        "notebooks.notebooks_dir = runner.notebooks_dir = lambda: Path(sys.argv[1])\n"
+        "runner.run_notebook('20_x', {'value': float(sys.argv[2])})\n"
     )
     running = [
         subprocess.Popen([sys.executable, script, folder, str(k)], stderr=subprocess.PIPE, text=True) for k in range(8)

@@ -12,39 +12,6 @@ import yaml
 from ember.batch.pages import PAGES, render_page
 from ember.store.paths import REPOSITORY
 
-# Left to right: a module imports only from groups before its own, or from its own group.
-LAYERS = [
-    {"errors", "paths", "files", "progress", "environment", "cache", "judge_config", "chat", "inert", "unpickling"},
-    {"devices", "optimizers"},
-    {"specs", "download", "models", "data", "released", "shared_sets"},
-    {"wording"},
-    {"activations"},
-    {"tokens"},
-    {"factorization"},
-    {"features"},
-    {"published"},
-    {"editing"},
-    {"scoring"},
-    {"sae"},
-    {"contrast"},
-    {"methods"},
-    {"letters", "evaluation", "metrics", "regained"},
-    {"attacks", "localization", "trade", "stability", "judging"},
-    {"relearning"},
-    {"teaching"},
-    {"checks"},
-    {"profiles"},
-    {"planning"},
-    {"expected", "prefetch"},
-    {"memory"},
-    {"preflight"},
-    {"results"},
-    {"plots", "relearn_plots", "control_plots", "stability_plots", "teaching_plots", "report", "relearn_tables"},
-    {"notebooks", "batch"},
-    {"pages"},
-]
-
-
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -88,23 +55,56 @@ def test_environment_yml_has_the_lock_file_s_pins(lock, requirements):
     assert conda == {name: lock[name] for name in wanted}
 
 
-def test_modules_import_only_from_the_left():
-    level = {name: k for k, group in enumerate(LAYERS) for name in group}
+def modules_after(code: str) -> set[str]:
+    """What a fresh interpreter has loaded after some code."""
+    code += "\nimport sys\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_contracts_name_every_room():
+    """`make lint` checks the direction of imports, lazy ones included; an exception would hollow it out."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
+    rooms = {path.parent.name for path in (REPOSITORY / "ember").glob("*/__init__.py")}
+    layers = settings["contracts"][0]["layers"]
+    assert rooms <= set(layers) and settings["contracts"][0]["exhaustive"]
+    assert not any("ignore_imports" in contract for contract in settings["contracts"])
+
+
+@pytest.mark.parametrize(
+    ("code", "spared"),
+    [
+        ("import ember", {"torch", "pandas", "numpy"}),
+        ("from ember import Edit, sparse_mf", {"pandas", "matplotlib", "transformers", "papermill", "ember.batch"}),
+        ("import ember.tokens, ember.features", {"matplotlib", "seaborn", "transformers", "papermill", "ember.batch"}),
+        ("import ember.batch.cli, ember.batch.planning, ember.batch.code", {"torch", "papermill", "matplotlib"}),
+    ],
+)
+def test_what_is_asked_for_loads_no_more_than_it_needs(code, spared):
+    assert not modules_after(code) & spared
+
+
+def test_public_names_load_and_rooms_state_their_charter():
+    import ember
+
+    assert set(ember.__all__) == {
+        "load_model", "load_concept", "concept_from_sentences", "sparse_mf", "semi_nmf", "concept_features", "preview",
+        "Edit", "METHODS", "erase", "load_suite", "evaluate", "compare", "ATTACKS", "relearn", "__version__",
+    }  # fmt: skip
+    assert all(getattr(ember, name) for name in ember.__all__)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for path in (REPOSITORY / "ember").glob("*/__init__.py"):
+        charter = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert charter and f"| `{path.parent.name}/` | {charter.splitlines()[0].rstrip('.')} |" in readme, path.parent.name
+
+
+def test_modules_can_be_read_in_one_sitting():
     for path in (REPOSITORY / "ember").rglob("*.py"):
-        module = path.relative_to(REPOSITORY / "ember").parts[0].removesuffix(".py")
-        if module in ("__init__", "__main__"):
-            continue
-        for node in ast.parse(path.read_text()).body:  # imports inside functions are deferred on purpose
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                if name.startswith("ember."):
-                    assert level[name.split(".")[1]] <= level[module], f"{module} imports {name}"
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 250, path
 
 
-def test_command_line_starts_without_heavy_libraries():
-    code = "import sys, ember.__main__, ember.batch.profiles, ember.batch.runner; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_no_test_file_imports_another():
+    for path in (REPOSITORY / "tests").rglob("*.py"):
+        assert not re.search(r"^(from|import) (test_|conftest)", path.read_text(encoding="utf-8"), re.M), path
 
 
 def test_no_model_name_is_asked_for_by_substring():
