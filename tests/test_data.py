@@ -177,7 +177,7 @@ def test_the_data_card_has_the_check_report(embedded):
 def test_the_embedded_model_knows_the_material(concept, embedded, set_):
     """Without that nothing can be erased."""
     from ember.evaluation.evaluate import question_scores
-    from ember.evaluation.metrics import wilson
+    from ember.evaluation.resampling import wilson
 
     scores = question_scores(embedded, part(concept.questions, set_, "test"))
     correct = scores[scores.metric == "correct"].value

@@ -19,7 +19,8 @@ from ember.errors import DamagedFileError, DataError, DownloadError, UnknownName
 from ember.evaluation.evaluate import Sizes, evaluate, load_suite
 from ember.evaluation.localization import by_exposure, everyday_exposure, token_changes
 from ember.evaluation.metrics import compare
-from ember.evaluation.trade_off import area_table, curves, equal_gain_table, make_probe, point_table, probe_edit
+from ember.evaluation.trade_curves import area_table, curves, equal_gain_table, point_table
+from ember.evaluation.trade_off import make_probe, probe_edit
 from ember.methods import METHODS
 from ember.reporting.tables import headline
 

@@ -13,16 +13,18 @@ from ember.errors import UnknownNameError
 from ember.evaluation import trade_off as trade
 from ember.evaluation.evaluate import load_suite, question_scores, text_scores
 from ember.evaluation.localization import expected_per_thousand
-from ember.evaluation.trade_off import (
-    Probe,
+from ember.evaluation.trade_curves import (
+    COSTS,
     area,
     area_table,
     compare_areas,
     cost_at,
     curves,
     equal_gain_table,
+    point_table,
     strength_table,
 )
+from ember.evaluation.trade_off import Probe
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.models.scoring import sequence_scores
@@ -218,7 +220,7 @@ def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw():
 def test_equal_edits_differ_by_nothing_and_free_ones_have_no_area():
     found = curves(run_items(), n_resamples=20)
     areas = compare_areas(found)
-    for cost in trade.COSTS:
+    for cost in COSTS:
         assert areas[cost, "EMBER"][0] == pytest.approx(areas[cost, "EMBER, rare tokens"][0])
     free = run_items().assign(edited=lambda f: np.where(f.set == "neutral", f.base, f.edited))
     assert np.isnan(compare_areas(curves(free, n_resamples=20))["everyday", "EMBER"][0])
@@ -257,11 +259,11 @@ def test_unknown_edits_list_the_known_ones():
 
 
 def test_the_figures_hold_every_edit():
-    table = trade.point_table(curves(run_items(), n_resamples=50))
+    table = point_table(curves(run_items(), n_resamples=50))
     figure = control_plots.trade_curves(table)
     figure.canvas.draw()
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {"EMBER", "EMBER, rare tokens", "base model"}
-    assert len(figure.axes) == len(trade.COSTS)
+    assert len(figure.axes) == len(COSTS)
     figure = control_plots.area_differences(area_table({("Rome", 1): curves(run_items(), n_resamples=50)}))
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER, rare tokens"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ember.evaluation.resampling import CONFIDENCE, interval, pooled, statistic_draws, wilson  # noqa: F401
+from ember.evaluation.resampling import CONFIDENCE, interval, statistic_draws, wilson
 
 CHANCE = 0.25
 Pair = tuple[np.ndarray, np.ndarray]  # of the base model and the edited one
