@@ -30,10 +30,9 @@ class Finding:
 
 
 def preflight(profile: Profile) -> list[Finding]:
-    """Everything that a profile's run would miss here: access to the model, a GPU, packages, a judge's key.
+    """What the profile says that it needs, and what a run would miss here: the model, a GPU, packages, a judge's key.
 
-    Only a Hub model that is not in the cache takes the network: its page is asked whether we may have it. What the
-    profile says that it needs is repeated, as a statement.
+    Only a Hub model that is not in the cache takes the network: its page is asked whether we may have it.
     """
     spec = find_spec(profile.model)
     device, problems = find_device(spec)
@@ -52,9 +51,8 @@ def require_ready(profile: Profile) -> list[Finding]:
     found = preflight(profile)
     obstacles = [finding for finding in found if finding.fatal]
     if obstacles:
-        count = f"{len(obstacles)} thing{'s' if len(obstacles) > 1 else ''}"
         listing = "\n".join(f"  {finding}" for finding in obstacles)
-        raise EmberError(f"profile {profile.name} cannot run here: {count} missing\n{listing}")
+        raise EmberError(f"profile {profile.name} cannot run here: {len(obstacles)} missing\n{listing}")
     return found
 
 
@@ -64,30 +62,26 @@ def model_access(spec: ModelSpec) -> Iterator[Finding]:
         return
     import httpx
     from huggingface_hub import auth_check, constants, get_token
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     page = spec.licence or f"https://huggingface.co/{spec.location}"
     what = f"{spec.location} is not in the Hub's cache"
+    licence = f"Accept the licence at {page} with the account of your token"
     login = "set HF_TOKEN to a token of https://huggingface.co/settings/tokens, or run: hf auth login"
     if constants.HF_HUB_OFFLINE:
         advice = f"Fetch it where there is a network (python -m ember fetch-model {spec.name}), or unset HF_HUB_OFFLINE"
         yield Finding(f"{what}, and HF_HUB_OFFLINE forbids to fetch it", advice)
         return
     if spec.licence and get_token() is None:
-        yield Finding(f"{what}, and fetching it takes a token", f"Accept the licence at {page}; then {login}")
+        yield Finding(f"{what}, and fetching it takes a token", f"{licence}; {login}")
         return
     try:
         auth_check(spec.location)
-    except GatedRepoError:
-        advice = f"Accept the licence at {page} with the account of your token"
-        yield Finding(f"{spec.location} is gated, and your token has no access", advice)
-    except RepositoryNotFoundError:
-        yield Finding(f"the Hub shows no {spec.location} to you", f"Check the name at {page}, and the token: {login}")
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else 0
-        refused = code in (401, 403)
-        advice = f"Accept the licence at {page}, and check the token: {login}" if refused else "Try again later"
-        yield Finding(f"the Hub refuses {spec.location} (HTTP {code})", advice)
+        gated, code = isinstance(error, GatedRepoError), error.response.status_code
+        what = "is gated, and your token has no access" if gated else f"is refused by the Hub (HTTP {code})"
+        advice = f"{licence}; check the name, and {login}" if 400 <= code < 500 else "Try again later"
+        yield Finding(f"{spec.location} {what}", advice)
     except (OSError, httpx.HTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         yield Finding(f"{what}, and the Hub does not answer ({reason})", "Connect once to fetch it")
@@ -99,14 +93,14 @@ def _cached(spec: ModelSpec) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(spec.location, revision=spec.revision, local_files_only=True))
+        folder = Path(snapshot_download(
+            spec.location, revision=spec.revision, allow_patterns="config.json", local_files_only=True
+        ))  # fmt: skip
     except LocalEntryNotFoundError:
         return False
     index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / file).exists() for file in ("config.json", *files))
+    weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+    return all((folder / file).exists() for file in ("config.json", *(weights or ["model.safetensors"])))
 
 
 def find_device(spec: ModelSpec) -> tuple[str, list[Finding]]:
@@ -142,5 +136,5 @@ def judge_key(profile: Profile) -> Iterator[Finding]:
     """Whether the key of a judge that the profile names is there. A profile without a judge has no judged scores."""
     variable = profile.judge.get("key_variable")
     if variable and not os.environ.get(variable):
-        what = f"the judge {profile.judge['model']} needs a key in {variable}"
-        yield Finding(what, f"Set {variable}, or clear the profile's judge (judge: {{}}) to run without judged scores")
+        advice = f"Set {variable}, or clear the profile's judge (judge: {{}}) to run without judged scores"
+        yield Finding(f"the judge {profile.judge['model']} needs a key in {variable}", advice)

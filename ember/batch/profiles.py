@@ -29,10 +29,7 @@ Setting = Annotated[Any, AfterValidator(_no_quoted_number)]
 
 
 class Sweep(Strict):
-    """Which ``arms`` meet which ``attacks`` at which ``precisions`` and learning rates ``lrs``.
-
-    Each trains on the settings' tokens times each of the ``budgets``, on the first ``seeds`` of the profile's.
-    """
+    """Which arms meet which attacks, in which precisions, at which rates, for how many times the settings' tokens."""
 
     arms: Listed[str]
     attacks: Listed[str]
@@ -68,10 +65,7 @@ class Trade(Strict):
 
 
 class Stability(Strict):
-    """The fits that are compared, each with each, and how many ``questions`` their edits are asked.
-
-    In each of the ``precisions`` the first is made again, also with its columns in other orders.
-    """
+    """The fits that are compared, each with each; in each of the ``precisions`` the first is made again, and mixed."""
 
     ranks: Listed[int]
     sparsities: Listed[float]
@@ -169,7 +163,8 @@ class Profile(Strict):
         cells = {}
         for values in itertools.product(*searched.values()):
             cell = dict(zip(searched, values, strict=True))
-            varied = [f"{key}={_shown(value)}" for key, value in cell.items() if len(searched[key]) > 1]
+            shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in cell.items()}
+            varied = [f"{key}={value}" for key, value in shown.items() if len(searched[key]) > 1]
             label = " ".join(varied) or "only cell"
             if label in cells:
                 raise DataError(f"profile {self.name}: two cells of {method} are both {label!r}")
@@ -178,10 +173,6 @@ class Profile(Strict):
 
 
 _LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach", "judge")
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def profiles_dir() -> Path:
@@ -208,12 +199,9 @@ def load_profile(name: str) -> Profile:
     DataError
         If a value has the wrong type (YAML reads ``1e-4`` as text: write ``1.0e-4``).
     """
-    profile = _read(name)
-    sizes = os.environ.get("EMBER_SIZES")
-    if not sizes:
-        return profile
-    shorter = _read(sizes)
-    return profile.model_copy(update={key: getattr(shorter, key) for key in _LOOPS})
+    profile, sizes = _read(name), os.environ.get("EMBER_SIZES")
+    shorter = {key: value for key, value in _read(sizes) if key in _LOOPS} if sizes else {}
+    return profile.model_copy(update=shorter)
 
 
 def _read(name: str) -> Profile:
