@@ -1,4 +1,4 @@
-"""The contract that every method keeps, alone and after an EMBER edit; SNMF and RMU against slow references."""
+"""The contract that every method keeps, alone and after an EMBER edit, and what the controls are."""
 
 import dataclasses
 import itertools
@@ -6,46 +6,43 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from helpers.edits import EMBED, assert_same_edit, differing, listed, snapshot, state_with
-from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, shrink_saes
+from helpers.edits import SETTINGS as FIT
+from helpers.tiny import NEUTRAL, SENTENCES, SMALL_SAES, make_concept, make_loaded
 
 from ember.editing import Edit
-from ember.errors import EmberError
+from ember.errors import DamagedFileError, EmberError
 from ember.methods import METHODS, controls, erase
-from ember.methods.ember import edit_from_features, fit
+from ember.methods.controls import CONTROLS
+from ember.methods.ember import RowTarget, edit_from_features, fit
 from ember.models.loading import LoadedModel, weights_hash
 from ember.tokens import background_frequency, token_table
 
 SETTINGS = {
-    "ember": {"rank": 8, "sparsity": 0.1, "max_iter": 60, "patience": 20, "features": (0, 1)},
     "snmf": {
         "band": "late", "delta_in": 1.0, "tokens": 60, "rank": 8, "sparsity": 0.1, "min_keyness": -99, "max_iter": 30,
     },
     "rmu": {"layer": 1, "n_trained": 1, "steps": 3},
-    "crisp": {"layers": (1,), "first_layer": 1, "steps": 3, "min_ratio": 0},
-    "pisces": {"layers": (0, 1), "min_ratio": 0},
+    "crisp": {"layers": (1,), "first_layer": 1, "steps": 3, "min_ratio": 0, "sae_training": SMALL_SAES},
+    "pisces": {"layers": (0, 1), "min_ratio": 0, "sae_training": SMALL_SAES},
+    **dict.fromkeys(("ember", *CONTROLS), FIT),
 }  # fmt: skip
-CONTROLS = ("mean_rows", "matched_rows", "zero_rows", "random_direction", "leace", "random_rows")
-SETTINGS |= dict.fromkeys(CONTROLS, SETTINGS["ember"])
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 CHANGES = {
-    "ember": {EMBED},
-    **{control: {EMBED} for control in CONTROLS},
+    **{name: {EMBED} for name in ("ember", *CONTROLS)},
     "snmf": {f"model.layers.1.{part}.weight" for part in MLP[1:]},
     "rmu": {"model.layers.1.mlp.down_proj.weight"},
     "crisp": {f"model.layers.1.{part}.weight" for part in MLP + ATTENTION},
     "pisces": {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)},
 }
-RANDOM = {name for name, method in METHODS.items() if method.seeded}
-WITH_SAES = ("crisp", "pisces")
 BEYOND_EMBEDDINGS = ("snmf", "rmu", "crisp", "pisces")
 ARMS = ("alone", "after EMBER")
-KINDS = ("llama", "gemma2")
-CASES = list(itertools.product(KINDS, METHODS, ARMS))
+CASES = list(itertools.product(("llama", "gemma2"), METHODS, ARMS))
 every = pytest.mark.parametrize("case", CASES, indirect=True, ids=" ".join, scope="module")
 after_ember = pytest.mark.parametrize(
     "case", [c for c in CASES if c[2] != "alone"], indirect=True, ids=" ".join, scope="module"
@@ -75,12 +72,9 @@ def facts(loaded: LoadedModel) -> dict:
         "weights": weights_hash(loaded.model),
         "recorded": loaded.weights_hash,
         "types": {name: type(module) for name, module in modules.items()},
-        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
-        "hooks": {
-            (name, kind): len(hooks)
+        "attributes and hooks": {
+            name: {key: len(value) if key.endswith("hooks") else None for key, value in vars(module).items()}
             for name, module in modules.items()
-            for kind, hooks in vars(module).items()
-            if kind.endswith("hooks")
         },
         "training": {name for name, module in modules.items() if module.training},
         "trainable": {name for name, p in loaded.model.named_parameters() if p.requires_grad},
@@ -110,7 +104,6 @@ def case(request, tmp_path_factory):
     kind, method, arm = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMBER_CACHE", str(tmp_path_factory.mktemp("cache")))
-        shrink_saes(patch)
         loaded = make_loaded(kind)
         loaded.model.get_parameter(EMBED).requires_grad_(False)  # flags are kept, not set
         first = first_edit(loaded, arm)
@@ -123,17 +116,16 @@ def case(request, tmp_path_factory):
 
 
 @every
-def test_the_model_is_left_as_it_was(case):
+def test_the_model_is_left_as_it_was_and_the_edit_changes_what_it_lists(case, tmp_path):
     assert case.after == case.before
-
-
-@every
-def test_the_edit_changes_what_it_lists_and_is_undone_to_the_bit(case):
-    before = snapshot(case.loaded)
-    found = differing(before, state_with(case.edit, case.loaded))
-    assert found == listed(case.edit)
+    before, changed = snapshot(case.loaded), state_with(case.edit, case.loaded)
+    assert differing(before, changed) == listed(case.edit)
     assert not differing(before, snapshot(case.loaded))
     assert weights_hash(case.loaded.model) == case.before["weights"]
+    again = Edit.load(case.edit.save(tmp_path / "edit"))
+    assert_same_edit(again, case.edit)
+    assert again.identity == case.edit.identity
+    assert not differing(changed, state_with(again, case.loaded))
 
 
 @every
@@ -145,14 +137,6 @@ def test_it_changes_what_the_method_may_touch_and_nothing_else(case):
     rows = {row for name, row in listed(case.edit) if name == EMBED}
     assert rows <= set(own.token_id)
     assert bool(rows) == (EMBED in allowed)
-
-
-@every
-def test_the_edit_comes_back_from_its_folder(case, tmp_path):
-    again = Edit.load(case.edit.save(tmp_path / "edit"))
-    assert_same_edit(again, case.edit)
-    assert again.identity == case.edit.identity
-    assert not differing(state_with(case.edit, case.loaded), state_with(again, case.loaded))
 
 
 @every
@@ -186,27 +170,23 @@ def test_the_composed_edit_equals_one_after_the_other(case):
 
 
 @every
-def test_the_same_seed_gives_the_same_bits(case, small_saes):
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others_where_chance_has_a_part(case, cache):
     """On another copy of the model, with nothing in the cache, whatever the global random state."""
     assert_same_edit(made(case.kind, case.method, case.arm), case.edit)
-
-
-@every
-def test_another_seed_gives_another_edit_where_chance_has_a_part(case, small_saes):
     other = made(case.kind, case.method, case.arm, seed=43)
-    assert (other.identity != case.edit.identity) == (case.method in RANDOM)
+    assert (other.identity != case.edit.identity) == METHODS[case.method].seeded
     assert other.provenance != case.edit.provenance
 
 
 @every
-def test_questions_and_paragraphs_have_no_part(case, small_saes):
+def test_questions_and_paragraphs_have_no_part(case, cache):
     concept = replace(make_concept(), paragraphs=("Caesar.",), questions=(), other_sense=(), simdom="")
     assert made(case.kind, case.method, case.arm, concept=concept).identity == case.edit.identity
 
 
 @after_ember
 @pytest.mark.parametrize("order", [ARMS, ARMS[::-1]], ids=" then ".join)
-def test_the_arms_do_not_mix_in_a_shared_cache(case, small_saes, order):
+def test_the_arms_do_not_mix_in_a_shared_cache(case, cache, order):
     """TRAPS 4; each arm twice, so that the second time meets what both have left."""
     found = {arm: made(case.kind, case.method, arm) for arm in order}
     assert_same_edit(found[case.arm], case.edit)
@@ -219,8 +199,8 @@ def test_the_arms_do_not_mix_in_a_shared_cache(case, small_saes, order):
 # What all methods refuse, and failures
 
 
-@pytest.mark.parametrize("method", WITH_SAES)
-def test_autoencoders_are_not_trained_on_an_edited_model(tiny, small_saes, cache, method):
+@pytest.mark.parametrize("method", ["crisp", "pisces"])
+def test_autoencoders_are_not_trained_on_an_edited_model(tiny, cache, method):
     first = first_edit(tiny, "after EMBER")
     with first.applied(tiny), pytest.raises(EmberError, match="trained on the unedited model"):
         METHODS[method].run(tiny, make_concept(), config_of(method))
@@ -232,7 +212,7 @@ def test_autoencoders_are_not_trained_on_an_edited_model(tiny, small_saes, cache
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_edits_of_embeddings_do_without_known_layers(tiny, small_saes, method):
+def test_only_edits_of_embeddings_do_without_known_layers(tiny, cache, method):
     tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")
     before = facts(tiny)
     if EMBED in CHANGES[method]:
@@ -244,7 +224,7 @@ def test_only_edits_of_embeddings_do_without_known_layers(tiny, small_saes, meth
 
 
 @pytest.mark.parametrize("method", ["rmu", "crisp"])
-def test_a_training_that_diverges_leaves_the_model_as_it_was(tiny, small_saes, method):
+def test_a_training_that_diverges_leaves_the_model_as_it_was(tiny, cache, method):
     before = facts(tiny)
     with pytest.raises(EmberError, match=r"diverged at step [1-9].*lower the learning rate"):
         erase(tiny, make_concept(), method, config_of(method, lr=1e30, steps=5))
@@ -255,36 +235,46 @@ def test_a_training_that_diverges_leaves_the_model_as_it_was(tiny, small_saes, m
     ("method", "changes"),
     [("rmu", {"layer": 2}), ("crisp", {"layers": (1, 2)}), ("pisces", {"layers": (2,)})],
 )
-def test_layers_that_the_model_lacks_are_refused(tiny, small_saes, method, changes):
+def test_layers_that_the_model_lacks_are_refused(tiny, cache, method, changes):
     with pytest.raises(ValueError, match=r"must be 0\.\.1, got"):
         erase(tiny, make_concept(), method, config_of(method, **changes))
 
 
-@pytest.mark.parametrize("method", ["snmf", *WITH_SAES])
-def test_no_feature_of_the_concept_is_an_error(tiny, small_saes, method):
+@pytest.mark.parametrize("method", ["snmf", "crisp", "pisces"])
+def test_no_feature_of_the_concept_is_an_error(tiny, cache, method):
     strict = {"min_keyness": 99} if method == "snmf" else {"min_ratio": 1e9}
     with pytest.raises(EmberError, match=r"no S.* feature is much more active on 'Tiny Rome'"):
         erase(tiny, replace(make_concept(), sentences=NEUTRAL), method, config_of(method, **strict))
 
 
+def at_least(least, method: str, *names: str, value=0):
+    return [(method, {name: value}, f"{name} must be at least {least}, got {value}") for name in names]
+
+
+def within(bounds: str, method: str, *names: str, values):
+    return [(method, {n: value}, rf"{n} must be in {bounds}, got {value}") for n in names for value in values]
+
+
 BAD = [
     ("ember", {"side": "left"}, "side must be one of input, output, both, got 'left'"),
-    ("ember", {"rank": 0}, "rank must be at least 1, got 0"),
+    ("ember", {"precision": "half"}, "precision must be one of float64, float32, got 'half'"),
+    ("ember", {"rule": "best"}, "rule must be one of keyness, paper, got 'best'"),
+    *at_least(1, "ember", "rank"),
+    *within(r"\(0, 1\]", "ember", "sparsity", values=(0, 1.1)),
     ("snmf", {"band": "first"}, "band must be one of early, middle, late, got 'first'"),
-    *(("snmf", {name: 0}, f"{name} must be at least 1") for name in ("features", "rank", "tokens", "max_iter")),
-    *(("snmf", {name: value}, f"{name} must be in") for name in ("sparsity", "mass") for value in (0, 1.1)),
-    *(("rmu", {name: 0}, f"{name} must be at least 1, got 0") for name in ("n_trained", "steps", "batch_size")),
-    *(("rmu", {name: -1.0}, f"{name} must be at least 0") for name in ("steering", "retain_weight", "lr")),
-    ("rmu", {"lr": float("nan")}, "lr must be at least 0, got nan"),
+    *at_least(1, "snmf", "features", "rank", "tokens", "max_iter", "patience"),
+    *within(r"\(0, 1\]", "snmf", "sparsity", "mass", values=(0, 1.1)),
+    *at_least(1, "rmu", "n_trained", "steps", "batch_size"),
+    *at_least(0, "rmu", "steering", "retain_weight", "lr", value=-1.0),
+    *at_least(0, "rmu", "lr", value=float("nan")),
     ("rmu", {"layer": 1, "n_trained": 3}, "layer must be at least n_trained - 1 = 2, got 1"),
-    *(("crisp", {name: 0}, f"{name} must be at least 1") for name in ("features", "lora_rank", "steps", "batch_size")),
-    *(("crisp", {"beta": value}, "beta must be in") for value in (-0.1, 1.1)),
-    ("crisp", {"layers": ()}, "layers must name at least one"),
-    ("crisp", {"layers": (3,), "first_layer": 4}, "first_layer be at most the last"),
-    ("pisces", {"layers": ()}, "layers must name at least one"),
-    *(("pisces", {"tau": value}, "tau must be in") for value in (0, 1.1)),
-    ("pisces", {"mu": -1}, "mu must be at least 0, got -1"),
-    ("pisces", {"features": 0}, "features must be at least 1, got 0"),
+    *at_least(1, "crisp", "features", "lora_rank", "steps", "batch_size"),
+    *within(r"\[0, 1\]", "crisp", "beta", values=(-0.1, 1.1)),
+    *((method, {"layers": ()}, "layers must name at least one") for method in ("crisp", "pisces")),
+    *(("crisp", {"layers": (3,), "first_layer": k}, rf"first_layer must be 0\.\.3, .*got {k}") for k in (-1, 4)),
+    *within(r"\(0, 1\]", "pisces", "tau", values=(0, 1.1)),
+    *at_least(0, "pisces", "mu", value=-1),
+    *at_least(1, "pisces", "features"),
 ]
 
 
@@ -305,104 +295,118 @@ def test_configs_are_frozen_and_come_back_from_json(method):
         assert again == config and hash(again) == hash(config)
 
 
-# Controls: the rows are EMBER's, the displacement is not
+# Controls
 
 
-def test_mean_rows_are_the_mean_of_the_vocabulary(tiny):
-    ember, control = (METHODS[m].run(tiny, make_concept(), config_of(m, delta=1.0)) for m in ("ember", "mean_rows"))
-    assert control.tensors[EMBED].rows.tolist() == ember.tensors[EMBED].rows.tolist()
-    mean = tiny.embedding.detach().double().mean(0).float()
-    values = control.tensors[EMBED].values
-    torch.testing.assert_close(values, mean.expand_as(values), atol=1e-6, rtol=1e-5)
+def change_by(loaded: LoadedModel, method: str, **changes) -> tuple[list[int], torch.Tensor]:
+    """The rows that a method edits [r], and by how much [r, d_model]."""
+    edit = METHODS[method].run(loaded, make_concept(), config_of(method, **changes)).tensors[EMBED]
+    return edit.rows.tolist(), edit.values - loaded.embedding.detach()[edit.rows]
 
 
-def test_half_the_strength_goes_half_the_way_to_the_mean(tiny):
-    half = METHODS["mean_rows"].run(tiny, make_concept(), config_of("mean_rows", delta=0.5)).tensors[EMBED]
-    old = tiny.embedding.detach()[half.rows]
-    torch.testing.assert_close(half.values, (old + tiny.embedding.detach().mean(0)) / 2, atol=1e-6, rtol=1e-5)
+def target_of(loaded: LoadedModel, side: str = "input") -> RowTarget:
+    """What a control edit sets out from."""
+    seen, config = [], config_of("leace", side=side)
+    features = fit(loaded, make_concept(), config)
+    edit_from_features(loaded, features, config, displacement=lambda target: seen.append(target) or target.old)
+    return seen[0]
 
 
-@pytest.mark.parametrize("delta", [0.5, 2.0])
-def test_a_random_direction_goes_as_far_as_ember_and_elsewhere(tiny, delta):
-    ember, aside, again = (
-        METHODS[method].run(tiny, make_concept(), config_of(method, delta=delta), seed=1).tensors[EMBED]
-        for method in ("ember", "random_direction", "random_direction")
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_shares_rows_or_displacements_with_ember_and_goes_delta_times_as_far(tiny, cache, name):
+    (rows, own), (moved, whole), (same, half) = (
+        change_by(tiny, method, delta=delta) for method, delta in (("ember", 2.0), (name, 2.0), (name, 1.0))
     )
-    assert aside.rows.tolist() == ember.rows.tolist()
-    assert torch.equal(aside.values, again.values)
-    moved, expected = (change.values - tiny.embedding.detach()[change.rows] for change in (aside, ember))
-    torch.testing.assert_close(moved.norm(dim=1), expected.norm(dim=1), rtol=1e-3, atol=1e-5)
-    assert torch.nn.functional.cosine_similarity(moved, expected, dim=1).abs().max() < 0.7
+    assert moved == same and len(set(moved)) == len(rows)
+    assert (moved == rows) != torch.allclose(whole, own, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(half, whole / 2, atol=1e-5, rtol=1e-4)
 
 
-def control_rows(loaded: LoadedModel, method: str, **changes):
-    """The rows that EMBER and a control edit [r], and the control's change of its rows [r, d_model]."""
-    edits = [METHODS[m].run(loaded, make_concept(), config_of(m, **changes)).tensors[EMBED] for m in ("ember", method)]
-    return edits[0].rows, edits[1].rows, edits[1].values - loaded.embedding.detach()[edits[1].rows]
-
-
-def test_zeroed_rows_are_zero(tiny):
-    rows, same, change = control_rows(tiny, "zero_rows", delta=1.0)
-    assert same.tolist() == rows.tolist()
-    assert torch.equal(change, -tiny.embedding.detach()[rows])
-
-
-def test_random_rows_are_as_many_others_of_the_same_texts_moved_as_far(tiny):
-    rows, others, change = control_rows(tiny, "random_rows", delta=2.0)
-    assert len(others) == len(set(others.tolist())) == len(rows)
-    assert not set(others.tolist()) & set(rows.tolist())
-    seen = set(token_table(tiny, SENTENCES, NEUTRAL).token_id)
-    assert set(others.tolist()) <= seen
-    own = METHODS["ember"].run(tiny, make_concept(), config_of("ember", delta=2.0)).tensors[EMBED]
-    expected = own.values - tiny.embedding.detach()[rows]
-    torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_matched_rows_become_the_mean_of_rows_of_the_same_frequency(tiny, monkeypatch):
-    monkeypatch.setattr(controls, "MATCHED", 3)
-    rows, same, change = control_rows(tiny, "matched_rows", delta=1.0)
-    assert same.tolist() == rows.tolist()
-    frequency = background_frequency(tiny)
-    free = [i for i in sorted(frequency) if i not in set(rows.tolist()) | tiny.special_ids]
+def test_mean_rows_are_the_mean_of_the_vocabulary_and_zero_rows_are_zero(tiny, cache):
     E = tiny.embedding.detach()
-    assert any(int(row) in frequency for row in rows)
-    for row, moved in zip(rows.tolist(), change, strict=True):
+    rows, change = change_by(tiny, "mean_rows")
+    mean = E.double().mean(0).float()
+    torch.testing.assert_close(E[rows] + change, mean.expand_as(change), atol=1e-6, rtol=1e-5)
+    rows, change = change_by(tiny, "zero_rows")
+    assert torch.equal(change, -E[rows])
+
+
+def test_matched_rows_become_the_mean_of_rows_of_the_same_frequency(tiny, cache):
+    target, frequency = target_of(tiny), background_frequency(tiny)
+    rows, E = target.rows.tolist(), tiny.embedding.detach()
+    free = [i for i in sorted(frequency) if i not in set(rows) | tiny.special_ids]
+    assert any(row in frequency for row in rows)
+    new = E[rows] - controls.towards_matched_mean(target, matched=3)
+    for row, value in zip(rows, new, strict=True):
         own = math.log(frequency.get(row, min(frequency[i] for i in free)))
         nearest = sorted(free, key=lambda i: (abs(math.log(frequency[i]) - own), i))[:3]
-        torch.testing.assert_close(E[row] + moved, E[nearest].mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(value, E[nearest].mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_random_direction_goes_as_far_as_ember_and_elsewhere(tiny, cache):
+    (_, own), (_, aside) = (change_by(tiny, method) for method in ("ember", "random_direction"))
+    torch.testing.assert_close(aside.norm(dim=1), own.norm(dim=1), rtol=1e-3, atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(aside, own, dim=1).abs().max() < 0.7
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_leace_keeps_its_promise_on_the_rows_it_was_fitted_on(tiny, side):
+def test_leace_keeps_its_promise_on_the_rows_it_was_fitted_on(tiny, cache, side):
     """After LEACE on all of V' the edited rows have the mean of the others; before, they did not (the control)."""
-    seen = []
-    features = fit(tiny, make_concept(), config_of("leace"))
-    edit_from_features(
-        tiny, features, config_of("leace", side=side), displacement=lambda target: seen.append(target) or target.old
-    )
-    (target,) = seen
-    ids = torch.tensor(features.table.token_id.tolist())
+    target = target_of(tiny, side)
+    ids = torch.tensor(target.features.table.token_id.tolist())
     edited = torch.isin(ids, target.rows)
     X = target.matrix[ids].double()
     after = controls.leace_eraser(target)(X)
     assert (X[edited].mean(0) - X[~edited].mean(0)).norm() > 0.1
     torch.testing.assert_close(after[edited].mean(0), after[~edited].mean(0), atol=1e-8, rtol=0)
-    change = controls.concept_subspace(target, seed=0)
+    change = controls.concept_subspace(target)
     torch.testing.assert_close(change.double(), X[edited] - after[edited], atol=1e-5, rtol=1e-4)
 
 
-def test_frequent_tokens_are_spared_on_demand(tiny):
-    config = config_of("ember")
-    table = fit(tiny, make_concept(), config).table.set_index("token_id")
-    rows = METHODS["ember"].run(tiny, make_concept(), config).tensors[EMBED].rows.tolist()
-    bound = float(table.zipf[rows].dropna().median())
-    spared = METHODS["ember"].run(tiny, make_concept(), replace(config, max_zipf=bound)).tensors[EMBED]
-    assert spared.rows.tolist() == [i for i in rows if not table.zipf[i] > bound]
-    assert 0 < len(spared.rows) < len(rows)
+def test_random_rows_are_others_of_the_same_texts(tiny, cache):
+    (rows, _), (others, _) = (change_by(tiny, method) for method in ("ember", "random_rows"))
+    assert not set(others) & set(rows)
+    assert set(others) <= set(token_table(tiny, SENTENCES, NEUTRAL).token_id)
+
+
+# Which rows, and features from elsewhere
+
+
+def test_frequent_tokens_are_spared_on_demand(tiny, cache):
+    zipf = fit(tiny, make_concept(), config_of("ember")).table.set_index("token_id").zipf
+    rows, _ = change_by(tiny, "ember")
+    bound = float(zipf[rows].dropna().median())
+    spared, _ = change_by(tiny, "ember", max_zipf=bound)
+    assert spared == [i for i in rows if not zipf[i] > bound]
+    assert 0 < len(spared) < len(rows)
+    # Without punctuation every token has a frequency.
+    words = replace(make_concept(), sentences=tuple(re.sub("[.,]", "", s) for s in SENTENCES))
     with pytest.raises(EmberError, match="no concept-only token of zipf ≤ -99; nothing to edit"):
-        METHODS["ember"].run(make_loaded(), only_words(make_concept()), replace(config, max_zipf=-99.0))
+        erase(make_loaded(), words, "ember", config_of("ember", max_zipf=-99.0))
 
 
-def only_words(concept):
-    """The concept without punctuation: every token has a frequency."""
-    return replace(concept, sentences=tuple(re.sub("[.,]", "", s) for s in concept.sentences))
+@pytest.mark.parametrize("method", ["ember", "mean_rows"])
+def test_features_may_come_from_a_folder(tiny, cache, tmp_path, method):
+    make = partial(erase, tiny, make_concept(), method)
+    features = fit(tiny, make_concept(), config_of(method), seed=7)
+    features = replace(features, settings={**features.settings, "imported": {"file": "theirs.pkl"}})
+    folder = str(features.save(tmp_path / "features"))
+    own, other = make(config_of(method), seed=7), make(config_of(method))
+    fits = set((cache / "features").iterdir())
+    taken = make(config_of(method, features_from=folder, rank=9))
+    assert taken.identity == own.identity != other.identity
+    assert set((cache / "features").iterdir()) == fits  # nothing is factorized
+    about = taken.provenance.config
+    assert (about["features_from"], about["fitted"]["imported"]) == (folder, {"file": "theirs.pkl"})
+    assert own.provenance.config["features_from"] is None and "fitted" not in own.provenance.config
+
+
+def test_features_of_other_weights_another_concept_or_no_features_are_refused(tiny, cache, tmp_path):
+    folder = fit(tiny, make_concept(), config_of("ember")).save(tmp_path / "features")
+    taken, athens = config_of("ember", features_from=str(folder)), replace(make_concept(), name="Athens")
+    with pytest.raises(EmberError, match=rf"^the features in {folder} were fitted on tiny-\w+ \(\w{{12}}\), not this"):
+        erase(make_loaded("llama", seed=5), make_concept(), "ember", taken)
+    with pytest.raises(EmberError, match=f"^{folder} holds features of 'Tiny Rome', not of 'Athens'$"):
+        erase(tiny, athens, "ember", taken)
+    with pytest.raises(DamagedFileError, match=str(tmp_path / "none")):
+        erase(tiny, make_concept(), "ember", replace(taken, features_from=str(tmp_path / "none")))

@@ -1,13 +1,17 @@
-"""The erasure methods by name. Adding one is a file here and a line in ``METHODS``."""
+"""The erasure methods by name, one file a method; what they share is in ``training`` and ``selection``.
+
+Adding one is a file here and a line in ``METHODS``.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import UnknownNameError
-from ember.methods import controls, crisp, ember, pisces, rmu, snmf
+from ember.methods import controls, crisp, ember, pisces, rmu, selection, snmf
 from ember.models.loading import LoadedModel
 
 
@@ -21,7 +25,7 @@ class Method:
 
     config: type[Any]
     run: Callable[..., Edit]
-    prepare: Callable[..., None] | None = None
+    prepare: Callable[..., object] | None = None
     seeded: bool = True
 
 
@@ -29,14 +33,9 @@ METHODS: dict[str, Method] = {
     "ember": Method(ember.EmberConfig, ember.run),
     "snmf": Method(snmf.SnmfConfig, snmf.run),
     "rmu": Method(rmu.RmuConfig, rmu.run),
-    "crisp": Method(crisp.CrispConfig, crisp.run, crisp.prepare),
-    "pisces": Method(pisces.PiscesConfig, pisces.run, pisces.prepare, seeded=False),
-    "mean_rows": Method(ember.EmberConfig, controls.mean_rows),
-    "matched_rows": Method(ember.EmberConfig, controls.matched_rows),
-    "zero_rows": Method(ember.EmberConfig, controls.zero_rows),
-    "random_direction": Method(ember.EmberConfig, controls.random_direction),
-    "leace": Method(ember.EmberConfig, controls.leace),
-    "random_rows": Method(ember.EmberConfig, controls.random_rows),
+    "crisp": Method(crisp.CrispConfig, crisp.run, selection.prepare),
+    "pisces": Method(pisces.PiscesConfig, pisces.run, selection.prepare, seeded=False),
+    **{name: Method(ember.EmberConfig, partial(run, method=name)) for name, run in controls.CONTROLS.items()},
 }
 
 

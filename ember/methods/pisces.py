@@ -8,76 +8,56 @@ import torch
 from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.sae import SparseAutoencoder, load_saes, quality_table
-from ember.methods.selection import select_features
+from ember.methods.sae import SparseAutoencoder
+from ember.methods.selection import SaeConfig, on_record, prepare, select_features
 from ember.methods.training import weights_edit
 from ember.models.activations import layer_name
 from ember.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
-class PiscesConfig:
-    """Settings of PISCES (paper, appendix; precise in-parameter concept erasure).
+class PiscesConfig(SaeConfig):
+    """Settings of PISCES (paper, appendix; precise in-parameter concept erasure), beside those of its autoencoders.
 
-    At each of ``layers``, up to ``features`` features of an autoencoder on the MLP output are selected: most active on
-    concept text, with a mean activation at least ``min_ratio`` times that on neutral text. ``tau`` (τ) is the share of
-    the largest projection from which a neuron is edited, ``mu`` (μ) the multiple of it that the feature's coefficient
-    is set to. Over the first ``ramp`` layers μ grows from a tenth to its full value (10 on Gemma). ``sae`` is a source
-    of ``ember.methods.sae``.
+    These sit on the MLP output. ``tau`` (τ) is the share of the largest projection from which a neuron is edited,
+    ``mu`` (μ) the multiple of it that the feature's coefficient is set to. Over the first ``ramp`` layers μ grows from
+    a tenth to its full value (10 on Gemma).
     """
+
+    site: ClassVar[str] = "mlp_out"
 
     layers: tuple[int, ...] = (4, 7)
     features: int = 5
-    min_ratio: float = 3.0
     tau: float = 0.5
     mu: float = 8.0
     ramp: int = 0
-    sae: str = "trained"
-
-    site: ClassVar[str] = "mlp_out"  # where the autoencoders sit
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers:
-            raise ValueError("layers must name at least one layer")
+        super().__post_init__()
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         require_at_least(self, 0, "mu")
-        require_at_least(self, 1, "features")
+
+    def mu_at(self, layer: int) -> float:
+        """μ at a layer."""
+        return self.mu * min(1.0, 0.1 + 0.9 * layer / max(1, self.ramp - 1)) if self.ramp else self.mu
 
 
-def prepare(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, progress: bool = False) -> None:
-    """Have the autoencoders in the cache, made on the unedited model."""
-    load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
-
-
-def run(
-    loaded: LoadedModel,
-    concept: Concept,
-    config: PiscesConfig = PiscesConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
-) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: int = 42, progress: bool = False) -> Edit:
     """Edit the MLP output vectors that carry the concept's features; the model is left bit-identical.
 
-    Errors are those of ``load_saes``, and ``EmberError`` if no feature of any layer carries the concept. ``seed`` only
-    goes on record: nothing here is random.
+    Errors are those of ``prepare`` and ``select_features``. ``seed`` only goes on record: nothing here is random.
     """
-    saes = load_saes(loaded, concept, config.site, config.layers, source=config.sae, progress=progress)
-    chosen = select_features(loaded, concept, saes, config.features, config.min_ratio, progress=progress)
+    saes = prepare(loaded, concept, config, progress=progress)
+    chosen = select_features(loaded, concept, saes, config, progress=progress)
     values = {}
     for sae in saes:
         features = chosen[chosen.layer == sae.site.layer].feature.tolist()
         if features:
             name = f"{layer_name(loaded, sae.site.layer, loaded.architecture.mlp_down)}.weight"
-            mu = (
-                config.mu * min(1.0, 0.1 + 0.9 * sae.site.layer / max(1, config.ramp - 1)) if config.ramp else config.mu
-            )
             W_out = loaded.model.get_parameter(name).detach().T.float()
-            values[name] = turn_against(W_out, sae, features, config.tau, mu).T
-    found = {"selected": chosen.to_dict("records"), "autoencoders": quality_table(saes)}
-    return weights_edit(loaded, concept, "pisces", config, values, seed=seed, **found)
+            values[name] = turn_against(W_out, sae, features, config.tau, config.mu_at(sae.site.layer)).T
+    return weights_edit(loaded, concept, "pisces", config, values, seed=seed, **on_record(chosen, saes))
 
 
 def turn_against(

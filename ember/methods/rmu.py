@@ -8,10 +8,9 @@ from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.methods.selection import forget_texts, retain_texts
-from ember.methods.training import batches, require_finite, trainable, weights_edit
-from ember.models.activations import Batch, Site, activations, layer_name, n_layers
+from ember.methods.training import batches, minimize, scored_states, trainable, weights_edit
+from ember.models.activations import Site, layer_name, n_layers
 from ember.models.loading import LoadedModel
-from ember.store.progress import bar
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,11 @@ class RmuConfig:
         require_at_least(self, 0, "steering", "retain_weight", "lr")
 
 
-def run(
-    loaded: LoadedModel,
-    concept: Concept,
-    config: RmuConfig = RmuConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
-) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int = 42, progress: bool = False) -> Edit:
     """Train MSE(h(forget), c·u) + α MSE(h(retain), h⁰(retain)); the model is left bit-identical.
 
-    The first position of every text is left out of both terms. u is a unit vector of the seed.
-
-    Raises
-    ------
-    ValueError
-        If the model has no such layer.
-    EmberError
-        If training diverges.
+    The first position of every text is left out of both terms. u is a unit vector of the seed. Errors are a
+    ``ValueError`` if the model has no such layer, and an ``EmberError`` if training diverges.
     """
     if config.layer >= n_layers(loaded):
         raise ValueError(f"layer must be 0..{n_layers(loaded) - 1}, got {config.layer}")
@@ -66,27 +52,17 @@ def run(
     layers = range(config.layer - config.n_trained + 1, config.layer + 1)
     names = [f"{layer_name(loaded, k, loaded.architecture.mlp_down)}.weight" for k in layers]
     forget = batches(loaded, forget_texts(concept), config.batch_size, generator)
-    # What neutral text should keep: the states before any step.
-    retained = _frozen(loaded, site, batches(loaded, retain_texts(concept), config.batch_size, generator), config.steps)
+    retain = batches(loaded, retain_texts(concept), config.batch_size, generator)
+    with torch.no_grad():  # what neutral text should keep: the states before any step
+        kept = [(b, scored_states(loaded, b, [site])[site]) for b, _ in zip(retain, range(config.steps), strict=False)]
+
+    def loss_at(step: int) -> torch.Tensor:
+        batch, before = kept[step]
+        moved = scored_states(loaded, next(forget), [site])[site] - target
+        drift = scored_states(loaded, batch, [site])[site] - before
+        return moved.square().mean() + config.retain_weight * drift.square().mean()
+
     with trainable(loaded, names) as parameters:
-        optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr)
-        for step in bar(range(config.steps), show=progress, desc="RMU"):
-            batch, (kept, before) = next(forget), retained[step]
-            moved = _states(loaded, batch, site) - target
-            drift = _states(loaded, kept, site) - before
-            loss = moved.square().mean() + config.retain_weight * drift.square().mean()
-            require_finite(loss, "RMU", step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        minimize(loss_at, parameters.values(), steps=config.steps, method="RMU", progress=progress, lr=config.lr)
         values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return weights_edit(loaded, concept, "rmu", config, values, seed=seed)
-
-
-def _states(loaded: LoadedModel, batch: Batch, site: Site) -> torch.Tensor:
-    return activations(loaded, batch.ids, batch.mask, [site])[site][batch.scored].float()
-
-
-@torch.no_grad()
-def _frozen(loaded: LoadedModel, site: Site, source, steps: int) -> list[tuple[Batch, torch.Tensor]]:  # type: ignore[no-untyped-def]
-    return [(batch, _states(loaded, batch, site)) for batch, _ in zip(source, range(steps), strict=False)]

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from importlib import import_module
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,11 +63,6 @@ def top_k(pre: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(pre).scatter(-1, best.indices, best.values.clamp_min(0))
 
 
-def quality_table(saes: Sequence[SparseAutoencoder]) -> list[dict[str, Any]]:
-    """What is known of each autoencoder's quality, for the record."""
-    return [{"site": sae.site.kind, "layer": sae.site.layer, "width": len(sae.b_enc), **sae.quality} for sae in saes]
-
-
 @dataclass(frozen=True)
 class SaeTraining:
     """Settings of the small TopK autoencoders (Gao et al. 2024): width m, k, epochs over the tokens, batch, Adam."""
@@ -79,6 +73,8 @@ class SaeTraining:
     batch_size: int = 512
     lr: float = 2e-3
     seed: int = 0
+    # No texts but the concept's own, for a quick look; the texts themselves are in the cache's key.
+    concept_only: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "width", "k", "epochs", "batch_size")
@@ -86,18 +82,15 @@ class SaeTraining:
             raise ValueError(f"k must be 1..width = {self.width}, got {self.k}")
 
 
-# Released ones: where sae-lens finds them, by the kind of site.
+TRAINING = SaeTraining()
+MEASURED = 20  # held-out texts by which the quality of a trained one is measured
+# Released ones: source and kind of site → where sae-lens finds them.
 RELEASED = {
-    "gemma-scope": {
-        "residual": ("gemma-scope-2b-pt-res-canonical", "layer_{layer}/width_16k/canonical"),
-        "mlp_out": ("gemma-scope-2b-pt-mlp-canonical", "layer_{layer}/width_16k/canonical"),
-    },
-    "llama-scope": {
-        "residual": ("llama_scope_lxr_8x", "l{layer}r_8x"),
-        "mlp_out": ("llama_scope_lxm_8x", "l{layer}m_8x"),
-    },
+    ("gemma-scope", "residual"): ("gemma-scope-2b-pt-res-canonical", "layer_{layer}/width_16k/canonical"),
+    ("gemma-scope", "mlp_out"): ("gemma-scope-2b-pt-mlp-canonical", "layer_{layer}/width_16k/canonical"),
+    ("llama-scope", "residual"): ("llama_scope_lxr_8x", "l{layer}r_8x"),
+    ("llama-scope", "mlp_out"): ("llama_scope_lxm_8x", "l{layer}m_8x"),
 }
-SOURCES = ("trained", *RELEASED)
 _PARTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -108,27 +101,37 @@ def load_saes(
     layers: Sequence[int],
     *,
     source: str = "trained",
-    training: SaeTraining = SaeTraining(),
+    training: SaeTraining = TRAINING,
     progress: bool = False,
 ) -> list[SparseAutoencoder]:
     """Autoencoders for a kind of site (``residual`` or ``mlp_out``) at some layers.
 
     ``source="trained"`` trains them on the model as it was loaded and keeps them in the user cache; the other sources
-    are released ones (``RELEASED``), which need the optional extra ``sae``.
-
-    Raises
-    ------
-    UnknownNameError
-        If the source is unknown.
-    EmberError
-        If training would see an edited model, or ``sae-lens`` is not installed.
+    are released ones (``RELEASED``), which need the optional extra ``sae``. An unknown source or site is an
+    ``UnknownNameError``; training that would see an edited model, or no ``sae-lens``, an ``EmberError``.
     """
-    if source not in SOURCES:
-        raise UnknownNameError("SAE source", source, SOURCES)
     sites = [Site(kind, layer) for layer in layers]
     if source != "trained":
         return [_released(site, source, loaded) for site in sites]
-    return _trained(loaded, sites, training_texts(concept), training, progress)
+    texts = (*concept.sentences, *concept.neutral) if training.concept_only else training_texts(concept)
+    states: dict[Site, torch.Tensor] = {}
+
+    def compute(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        if loaded.weights_hash != loaded.base_hash:
+            raise EmberError("autoencoders are trained on the unedited model; load them before applying an edit")
+        if not states:  # one pass over the texts for all sites, and only if one of them is not in the cache
+            states.update(collect(loaded, texts, sites, progress=progress)[0])
+        sae = train_sae(states[site].to(loaded.device), site, training, progress=progress)
+        quality = {**sae.quality, **measure(loaded, sae, load_shared().neutral["test"][:MEASURED])}
+        return {name: getattr(sae, name).cpu() for name in _PARTS}, {"scale": sae.scale, "quality": quality}
+
+    saes = []
+    for site in sites:
+        key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
+        tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
+        W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
+        saes.append(SparseAutoencoder(site, W_enc, b_enc, W_dec, b_dec, k=training.k, **about))
+    return saes
 
 
 def training_texts(concept: Concept) -> tuple[str, ...]:
@@ -143,37 +146,8 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
     return (*sentences, *shared.neutral_fit, *shared.neutral["train"], *instructions)
 
 
-def _trained(
-    loaded: LoadedModel, sites: list[Site], texts: tuple[str, ...], training: SaeTraining, progress: bool
-) -> list[SparseAutoencoder]:
-    @lru_cache(maxsize=1)
-    def states() -> dict[Site, torch.Tensor]:
-        # One pass over the texts for all sites, and only if one of them is not in the cache.
-        if loaded.weights_hash != loaded.base_hash:
-            raise EmberError("autoencoders are trained on the unedited model; load them before applying an edit")
-        return collect(loaded, texts, sites, progress=progress)[0]
-
-    def compute(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        sae = train_sae(states()[site].to(loaded.device), site, training, progress=progress)
-        tensors = {name: getattr(sae, name).cpu() for name in _PARTS}
-        quality = dict(sae.quality) | measure(loaded, sae, load_shared().neutral["test"])
-        return tensors, {"scale": sae.scale, "quality": quality}
-
-    saes = []
-    for site in sites:
-        key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
-        tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
-        W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
-        saes.append(
-            SparseAutoencoder(
-                site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=about["scale"], quality=about["quality"]
-            )
-        )
-    return saes
-
-
 def train_sae(
-    states: torch.Tensor, site: Site, training: SaeTraining = SaeTraining(), *, progress: bool = False
+    states: torch.Tensor, site: Site, training: SaeTraining = TRAINING, *, progress: bool = False
 ) -> SparseAutoencoder:
     """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
 
@@ -185,10 +159,8 @@ def train_sae(
     scale = float((d / states.square().sum(1).mean()).sqrt())
     X = states * scale
     W_dec = normalize(torch.randn(training.width, d, generator=generator), dim=1).to(X)
-    parameters = [W_dec.T.clone(), torch.zeros(training.width).to(X), W_dec, X.mean(0)]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    W_enc, b_enc, W_dec, b_dec = parameters
+    W_enc, b_enc, b_dec = W_dec.T.clone(), torch.zeros(training.width).to(X), X.mean(0)
+    parameters = [tensor.requires_grad_(True) for tensor in (W_enc, b_enc, W_dec, b_dec)]
     optimizer = torch.optim.Adam(parameters, lr=training.lr)
     size = min(training.batch_size, n)
     steps = training.epochs * (n // size)
@@ -214,16 +186,14 @@ def train_sae(
 
 
 @torch.no_grad()
-def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *, limit: int = 20) -> dict[str, float]:
+def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str]) -> dict[str, float]:
     """Quality on held-out texts.
 
     ``variance_explained``: 1 − squared error over squared deviation from the mean. ``loss_recovered``: with the
     reconstruction in the activations' place, the share of the loss gap between zeroing them and leaving them that is
     recovered. The first position always keeps its activations.
     """
-    texts = list(texts)[:limit]
-    states, _ = collect(loaded, texts, [sae.site])
-    x = states[sae.site].to(loaded.device)
+    x = collect(loaded, texts, [sae.site])[0][sae.site].to(loaded.device)
     error = (sae.decode(sae.encode(x)) - x).square().sum()
     explained = 1 - float(error / (x - x.mean(0)).square().sum())
     sequences = [loaded.encode(text) for text in texts]
@@ -233,8 +203,7 @@ def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *
             return torch.cat([value[:, :1], change(value[:, 1:].float()).to(value)], 1)
 
         with tapped(loaded, [sae.site], replace):
-            losses = sequence_losses(loaded, sequences, [1] * len(sequences))
-        return float(np.concatenate(losses).mean())
+            return float(np.concatenate(sequence_losses(loaded, sequences, [1] * len(sequences))).mean())
 
     kept, zeroed = loss(lambda v: v), loss(torch.zeros_like)
     rebuilt = loss(lambda v: sae.decode(sae.encode(v)))
@@ -242,24 +211,24 @@ def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str], *
 
 
 def _released(site: Site, source: str, loaded: LoadedModel) -> SparseAutoencoder:
-    if site.kind not in RELEASED[source]:
-        raise UnknownNameError(f"site of {source}", site.kind, RELEASED[source])
+    kinds = [kind for known, kind in RELEASED if known == source]
+    if not kinds:
+        raise UnknownNameError("SAE source", source, {"trained", *(known for known, _ in RELEASED)})
+    if site.kind not in kinds:
+        raise UnknownNameError(f"site of {source}", site.kind, kinds)
     try:
-        sae_lens = import_module("sae_lens")
+        import sae_lens
     except ImportError as error:
         raise EmberError("released autoencoders need the optional extra: pip install -e '.[sae]'") from error
-    release, name = RELEASED[source][site.kind]
-    found = sae_lens.SAE.from_pretrained(release, name.format(layer=site.layer), device=str(loaded.device))
-    return from_sae_lens(found[0] if isinstance(found, tuple) else found, site)
+    release, name = RELEASED[source, site.kind]
+    sae = sae_lens.SAE.from_pretrained(release, name.format(layer=site.layer), device=str(loaded.device))
+    return from_sae_lens(sae[0] if isinstance(sae, tuple) else sae, site)
 
 
 def from_sae_lens(sae: Any, site: Site) -> SparseAutoencoder:
     """Our form of a TopK, JumpReLU or standard autoencoder of ``sae-lens``.
 
-    Raises
-    ------
-    EmberError
-        If it is of another kind, or normalizes its input in a way that cannot be folded into the weights.
+    One of another kind, or that normalizes its input in a way that our form does not know, is an ``EmberError``.
     """
     kind = sae.cfg.architecture()
     if kind not in ("standard", "topk", "jumprelu"):

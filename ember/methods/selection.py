@@ -1,18 +1,18 @@
-"""Which features of a layer are active on concept text and not on neutral text."""
+"""Which features of a layer are active on concept text and not on neutral text; those of autoencoders, for a method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 import torch
 
 from ember.data.types import Concept
-from ember.errors import NothingFoundError
-from ember.methods.sae import SparseAutoencoder
-from ember.models.activations import collect
-from ember.models.loading import LoadedModel, tensor_hash
+from ember.errors import NothingFoundError, require_at_least
+from ember.methods.sae import TRAINING, SaeTraining, SparseAutoencoder, load_saes
+from ember.models.activations import collect, n_layers
+from ember.models.hashes import tensor_hash
+from ember.models.loading import LoadedModel
 from ember.store.files import cached_tensors, digest
 from ember.tokens import token_table
 
@@ -63,7 +63,7 @@ def contrast_table(
     top_tokens
         The most activating tokens, each once.
     """
-    means = forget.mean(0), retain.mean(0)
+    forget_mean, retain_mean = forget.mean(0), retain.mean(0)
     mass = (forget.sum(0) + retain.sum(0)).clamp_min(torch.finfo(forget.dtype).tiny)
     bits = text.keyness[text.forget].to(forget) @ forget + text.keyness[text.retain].to(retain) @ retain
     both, ids = torch.cat([forget, retain]), torch.cat([text.forget, text.retain])
@@ -73,14 +73,12 @@ def contrast_table(
         active = best.indices[:, k][best.values[:, k] > 0]
         words = dict.fromkeys(loaded.tokenizer.decode([i]).strip() for i in ids[active].tolist())
         tokens.append(" ".join(list(words)[:top]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = means[0].double().cpu().numpy() / means[1].double().cpu().numpy()
     return pd.DataFrame(
         {
             "feature": range(both.shape[1]),
-            "forget": means[0].tolist(),
-            "retain": means[1].tolist(),
-            "ratio": ratio,
+            "forget": forget_mean.tolist(),
+            "retain": retain_mean.tolist(),
+            "ratio": (forget_mean.double() / retain_mean.double()).tolist(),
             "keyness": (bits / mass).tolist(),
             "top_tokens": tokens,
         }
@@ -101,14 +99,50 @@ def require_some(chosen: Sequence[pd.DataFrame], concept: Concept, what: str) ->
     return table
 
 
+@dataclass(frozen=True)
+class SaeConfig:
+    """Settings of the methods that select features of sparse autoencoders.
+
+    ``layers`` have an autoencoder each, from the source ``sae`` (``ember.methods.sae``); ``sae_training`` is how those
+    trained here are trained. Of each, up to ``features`` features are selected: most active on concept text, with a
+    mean activation at least ``min_ratio`` times that on neutral text. ``site`` is the kind of place they sit at.
+    """
+
+    site: ClassVar[str]
+
+    layers: tuple[int, ...]
+    features: int
+    min_ratio: float = 3.0
+    sae: str = "trained"
+    sae_training: SaeTraining = TRAINING
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.sae_training, dict):
+            object.__setattr__(self, "sae_training", SaeTraining(**self.sae_training))
+        if not self.layers:
+            raise ValueError("layers must name at least one layer")
+        require_at_least(self, 1, "features")
+
+
+def prepare(
+    loaded: LoadedModel, concept: Concept, config: SaeConfig, *, progress: bool = False
+) -> list[SparseAutoencoder]:
+    """The method's autoencoders, made on the unedited model or read from the cache.
+
+    Errors are those of ``load_saes``, and ``ValueError`` if the model lacks one of the layers.
+    """
+    depth = n_layers(loaded)
+    if not 0 <= min(config.layers) <= max(config.layers) < depth:
+        raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
+    return load_saes(
+        loaded, concept, config.site, config.layers,
+        source=config.sae, training=config.sae_training, progress=progress,
+    )  # fmt: skip
+
+
 def select_features(
-    loaded: LoadedModel,
-    concept: Concept,
-    saes: Sequence[SparseAutoencoder],
-    count: int,
-    min_ratio: float,
-    *,
-    progress: bool = False,
+    loaded: LoadedModel, concept: Concept, saes: list[SparseAutoencoder], config: SaeConfig, *, progress: bool = False
 ) -> pd.DataFrame:
     """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
 
@@ -117,21 +151,30 @@ def select_features(
     texts = (forget_texts(concept), retain_texts(concept))
 
     def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        sites = [sae.site for sae in saes]
-        found = [collect(loaded, part, sites, progress=progress) for part in texts]
-        text = ContrastText(found[0][1], found[1][1], keyness_bits(loaded, concept))
+        both_states, (forget_ids, retain_ids) = zip(
+            *(collect(loaded, part, sites, progress=progress) for part in texts), strict=True
+        )
+        text = ContrastText(forget_ids, retain_ids, keyness_bits(loaded, concept))
         tables = []
         for sae in saes:
-            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states, _ in found)
+            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states in both_states)
             table = contrast_table(loaded, forget, retain, text)
-            tables.append(strongest(table, count, min_ratio=min_ratio).assign(layer=sae.site.layer))
+            tables.append(strongest(table, config.features, min_ratio=config.min_ratio).assign(layer=sae.site.layer))
         chosen = require_some(tables, concept, "SAE")
         return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
 
-    parts = [
-        (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
-        for sae in saes
-        for tensors in [(sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)]
-    ]
-    key = digest(loaded.weights_hash, loaded.dtype, texts, [sae.site for sae in saes], parts, count, min_ratio)
+    sites, encoders = [sae.site for sae in saes], [_encoder_facts(sae) for sae in saes]
+    key = digest(loaded.weights_hash, loaded.dtype, texts, sites, encoders, config.features, config.min_ratio)
     return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])
+
+
+def _encoder_facts(sae: SparseAutoencoder) -> tuple[Any, ...]:
+    """All that its activations depend on."""
+    tensors = (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)
+    return (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
+
+
+def on_record(chosen: pd.DataFrame, saes: list[SparseAutoencoder]) -> dict[str, Any]:
+    """What an edit's provenance says of the features selected and of their autoencoders' quality."""
+    about = [{"site": sae.site.kind, "layer": sae.site.layer, "width": len(sae.b_enc), **sae.quality} for sae in saes]
+    return {"selected": chosen.to_dict("records"), "autoencoders": about}

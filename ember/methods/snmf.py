@@ -54,31 +54,22 @@ class SnmfConfig:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
 
 
-def run(
-    loaded: LoadedModel,
-    concept: Concept,
-    config: SnmfConfig = SnmfConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
-) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int = 42, progress: bool = False) -> Edit:
     """Project the selected features out of the MLP matrices of a band of layers; the model is left bit-identical.
 
     Output side: with W the output matrix and F[:, k] a feature over neurons, f = W F[:, k] normalized is what the
     feature writes; the columns of the neurons that carry it lose their component along f. Input side: the same on the
     rows of the up-projection with f = W_upᵀ F[:, k]. Where a neuron carries several features, their span is projected
-    out at once, so that δ = 1 leaves nothing of any of them.
-
-    Raises
-    ------
-    EmberError
-        If no feature of the band carries the concept.
+    out at once, so that δ = 1 leaves nothing of any of them. That no feature of the band carries the concept is a
+    ``NothingFoundError``.
     """
-    fits = factorize(loaded, concept, config, seed=seed, progress=progress)
-    chosen = require_some([select(fit, config) for fit in fits.values()], concept, "SNMF")
+    fits, table = factorize(loaded, concept, config, seed=seed, progress=progress)
+    carrying = table[table.keyness >= config.min_keyness].groupby("layer")
+    best = [features.nlargest(config.features, "keyness") for _, features in carrying]
+    chosen = require_some(best, concept, "SNMF")
     values: dict[str, torch.Tensor] = {}
     for layer, rows in chosen.groupby("layer"):
-        F = fits[int(layer)].F[:, rows.feature.tolist()]
+        F = fits[int(layer)][:, rows.feature.tolist()]
         masks = torch.stack([carriers(column, config.mass) for column in F.T])
         for side, delta in (("out", config.delta_out), ("in", config.delta_in)):
             if delta:
@@ -89,18 +80,13 @@ def run(
     return weights_edit(loaded, concept, "snmf", config, values, seed=seed, selected=about)
 
 
-@dataclass(frozen=True)
-class LayerFit:
-    """Features of one layer's neurons: F [d_mlp, K] and their ``contrast_table`` with column ``layer``."""
-
-    F: torch.Tensor
-    table: pd.DataFrame
-
-
 def factorize(
     loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int, progress: bool = False
-) -> dict[int, LayerFit]:
-    """Semi-NMF of each layer of the band; kept in the user cache, because every strength shares it."""
+) -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
+    """Semi-NMF of each layer of the band: F [d_mlp, K] by layer, and the ``contrast_table`` of all with ``layer``.
+
+    Kept in the user cache, because every strength shares it.
+    """
     depth = n_layers(loaded)
     third = BANDS.index(config.band)
     first = third * depth // 3
@@ -113,13 +99,13 @@ def factorize(
         sites = [Site("neurons", layer) for layer in layers]
         generator = torch.Generator().manual_seed(seed)
         samples = [sampled(loaded, part, config.tokens, generator) for part in texts]
-        found = [collect(loaded, part, sites, progress=progress) for part in samples]
-        picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in found]
-        ids = [ids[pick] for (_, ids), pick in zip(found, picks, strict=True)]
+        read = [collect(loaded, part, sites, progress=progress) for part in samples]
+        picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in read]
+        ids = [ids[pick] for (_, ids), pick in zip(read, picks, strict=True)]
         text = ContrastText(*ids, keyness_bits(loaded, concept))
         tensors, tables = {}, {}
         for site in bar(sites, show=progress, desc="SNMF"):
-            X = torch.cat([states[site][pick] for (states, _), pick in zip(found, picks, strict=True)])
+            X = torch.cat([states[site][pick] for (states, _), pick in zip(read, picks, strict=True)])
             fit = semi_nmf(
                 X, min(config.rank, *X.shape), sparsity=config.sparsity, max_iter=config.max_iter,
                 patience=config.patience, tol=config.tol * float(X.square().sum()), seed=seed,
@@ -130,7 +116,8 @@ def factorize(
         return tensors, tables
 
     tensors, tables = cached_tensors("snmf", f"{concept.slug}-{key}", compute)
-    return {layer: LayerFit(tensors[str(layer)], pd.DataFrame(tables[str(layer)])) for layer in layers}
+    table = pd.concat([pd.DataFrame(tables[str(layer)]) for layer in layers], ignore_index=True)
+    return {layer: tensors[str(layer)] for layer in layers}, table
 
 
 def sampled(loaded: LoadedModel, texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
@@ -138,11 +125,6 @@ def sampled(loaded: LoadedModel, texts: Sequence[str], tokens: int, generator: t
     order = [texts[k] for k in torch.randperm(len(texts), generator=generator).tolist()]
     totals = accumulate(len(loaded.encode(text)) - 1 for text in order)
     return order[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(order))]
-
-
-def select(fit: LayerFit, config: SnmfConfig) -> pd.DataFrame:
-    """The layer's features that carry the concept, best first."""
-    return fit.table[fit.table.keyness >= config.min_keyness].nlargest(config.features, "keyness")
 
 
 def carriers(column: torch.Tensor, mass: float) -> torch.Tensor:

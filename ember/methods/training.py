@@ -1,4 +1,4 @@
-"""What the methods share: batches of texts, parameters that are trained and put back, the edit at the end."""
+"""What the methods share: batches of texts, parameters that are trained and put back, the loop, the edit at the end."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,9 +11,10 @@ import torch
 from ember.data.types import Concept
 from ember.editing import Edit, Provenance
 from ember.errors import EmberError
-from ember.models.activations import Batch, layer_name, text_batch
+from ember.models.activations import Batch, Site, activations, layer_name, text_batch
 from ember.models.loading import LoadedModel
 from ember.store.environment import library_versions
+from ember.store.progress import bar
 
 
 def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -26,6 +27,14 @@ def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: tor
             pending += torch.randperm(len(texts), generator=generator).tolist()
         chosen, pending = pending[:size], pending[size:]
         yield text_batch(loaded, [texts[k] for k in chosen])
+
+
+def scored_states(loaded: LoadedModel, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Tensor]:
+    """Activations [n, d] (float32) of all tokens but padding and each text's first; gradients flow if enabled."""
+    return {
+        site: states[batch.scored].float()
+        for site, states in activations(loaded, batch.ids, batch.mask, list(sites)).items()
+    }
 
 
 @contextmanager
@@ -76,31 +85,24 @@ def adapted(
 
     lora = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(targets))
     original = {name: loaded.model.get_submodule(name) for name in targets}
-    state = torch.get_rng_state()
+
+    def merged() -> dict[str, torch.Tensor]:
+        adapters = {name: loaded.model.get_submodule(name) for name in targets}
+        return {
+            f"{name}.weight": (original[name].weight + adapter.get_delta_weight("default")).detach()
+            for name, adapter in adapters.items()
+        }
+
     with trainable(loaded, []):
         try:
-            torch.manual_seed(seed)
-            inject_adapter_in_model(lora, loaded.model)
-            torch.set_rng_state(state)
-            layers = {name: loaded.model.get_submodule(name) for name in targets}
-            parameters = {
-                f"{name}.{part}": parameter
-                for name, module in layers.items()
-                for part, parameter in module.named_parameters()
-                if "lora_" in part
-            }
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                inject_adapter_in_model(lora, loaded.model)
+            parameters = {name: p for name, p in loaded.model.named_parameters() if "lora_" in name}
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-
-            def merged() -> dict[str, torch.Tensor]:
-                return {
-                    f"{name}.weight": (original[name].weight + module.get_delta_weight("default")).detach()
-                    for name, module in layers.items()
-                }
-
             yield parameters, merged
         finally:
-            torch.set_rng_state(state)
             for name, module in original.items():
                 parent, _, child = name.rpartition(".")
                 setattr(loaded.model.get_submodule(parent), child, module)
@@ -108,11 +110,41 @@ def adapted(
             vars(loaded.model).pop("peft_config", None)
 
 
+def minimize(
+    loss_at: Callable[[int], torch.Tensor],
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    steps: int,
+    method: str,
+    progress: bool,
+    **adamw: Any,
+) -> None:
+    """AdamW on the loss of each step (from 0); an ``EmberError`` if it diverges. ``adamw`` are its settings."""
+    optimizer = torch.optim.AdamW(parameters, **adamw)
+    for step in bar(range(steps), show=progress, desc=method):
+        loss = loss_at(step)
+        require_finite(loss, method, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def require_finite(loss: torch.Tensor, method: str, step: int) -> None:
     """Stop a training run that has diverged."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise EmberError(f"{method} diverged at step {step}: the loss is {value}; lower the learning rate")
+
+
+def made_edit(
+    loaded: LoadedModel, values: Mapping[str, tuple[torch.Tensor, torch.Tensor]], config: Any, extra: Any, **made: Any
+) -> Edit:
+    """The edit that sets rows of parameters; ``extra`` joins the config on record, ``made`` fills ``Provenance``."""
+    provenance = Provenance(
+        base_model=loaded.name, base_hash=loaded.weights_hash, versions=library_versions(),
+        config=asdict(config) | extra, **made,
+    )  # fmt: skip
+    return Edit.from_values(loaded, values, provenance)
 
 
 def weights_edit(
@@ -133,8 +165,4 @@ def weights_edit(
         rows = (new != old).flatten(1).any(1).nonzero().squeeze(1)
         if len(rows):
             changed[name] = (rows.cpu(), new[rows])
-    provenance = Provenance(
-        base_model=loaded.name, base_hash=loaded.weights_hash, method=method, seed=seed, concept=concept.name,
-        config=asdict(config) | extra, side="none", versions=library_versions(),
-    )  # fmt: skip
-    return Edit.from_values(loaded, changed, provenance)
+    return made_edit(loaded, changed, config, extra, method=method, seed=seed, concept=concept.name, side="none")

@@ -1,12 +1,12 @@
 """Tiny random models of two architectures with a real tokenizer, and a concept that is small enough for them."""
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ember.data.types import Concept, Question
 from ember.editing import Edit
+from ember.methods.sae import SaeTraining
 from ember.models.activations import Site, collect
 from ember.models.loading import LoadedModel, untie
 from ember.models.specs import ARCHITECTURES, ModelSpec
@@ -23,6 +23,8 @@ NEUTRAL = (
     "A computer stores numbers, and people read them on a bright screen.",
     "The river was high after the rain and the ships waited beside the town.",
 )
+# Autoencoders of 64 features trained on a few texts; real ones take minutes.
+SMALL_SAES = SaeTraining(width=64, k=4, epochs=2, batch_size=32, concept_only=True)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -88,15 +90,6 @@ def make_concept() -> Concept:
         for k in range(4)
     )
     return Concept("Tiny Rome", "Tiny Greece", SENTENCES, NEUTRAL, questions, SENTENCES * 2, NEUTRAL)
-
-
-def shrink_saes(patch: pytest.MonkeyPatch) -> None:
-    """Autoencoders of 64 features trained on a few texts; a real one takes minutes."""
-    from ember.methods import sae
-
-    patch.setitem(sae.load_saes.__kwdefaults__, "training", sae.SaeTraining(width=64, k=4, epochs=2, batch_size=32))
-    patch.setitem(sae.measure.__wrapped__.__kwdefaults__, "limit", 4)
-    patch.setattr(sae, "training_texts", lambda concept: (*concept.sentences, *concept.neutral))
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
