@@ -9,11 +9,11 @@ import pytest
 from helpers.folders import question_row, write_concept, write_rows, write_shared
 from helpers.tiny import NEUTRAL, SENTENCES
 
-from ember.batch.pages import fill_blocks
 from ember.data.ours import concept_from_sentences, list_concepts, load_concept, load_shared
 from ember.data.types import SPLITS, Concept, Question, SharedData
 from ember.errors import DataError, UnknownNameError
 from ember.evaluation.data_checks import CheckReport, check_concept, check_data, check_shared, check_table
+from ember.reporting.format import fill_blocks
 from ember.store.paths import data_dir
 
 CONCEPTS = list_concepts()

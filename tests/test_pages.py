@@ -2,8 +2,8 @@
 
 import pytest
 
-from ember.batch.pages import fill_blocks
 from ember.errors import EmberError
+from ember.reporting.format import fill_blocks
 
 
 def test_blocks_are_filled_in_place_and_filling_again_changes_nothing():

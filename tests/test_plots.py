@@ -8,18 +8,23 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from ember.reporting import plots
+from ember.data.arms import Arm
+from ember.methods import METHODS
+from ember.reporting import feature_plots, plots
 
-SCORES = ("efficacy_cont", "specificity_cont", "coherence", "final_cont")
+SCORES = tuple(plots.SCORE_STYLES)
 ARMS = [("ember", False), ("snmf", False), ("snmf", True), ("rmu", False), ("rmu", True)]
 CELLS = ("layer=7 lr=0.001", "layer=7 lr=0.1", "layer=3 lr=0.001", "layer=3 lr=0.1")
 
 
 @pytest.fixture(autouse=True)
-def theme():
+def drawn():
+    """Every figure of a test can be drawn."""
     with plt.rc_context():
         plots.use_theme()
         yield
+        for number in plt.get_fignums():
+            plt.figure(number).canvas.draw()
     plt.close("all")
 
 
@@ -32,9 +37,12 @@ def scored(**keys) -> list[dict]:
     return rows
 
 
-def grid_frame(cells=CELLS, **keys) -> pd.DataFrame:
-    rows = [row for cell in cells for row in scored(cell=cell, **keys)]
+def apart(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(value=lambda f: f.value + 0.01 * np.arange(len(f)))
+
+
+def grid_frame(cells=CELLS, **keys) -> pd.DataFrame:
+    return apart([row for cell in cells for row in scored(cell=cell, **keys)])
 
 
 def arm_frame(arms=ARMS) -> pd.DataFrame:
@@ -60,10 +68,6 @@ def points_of(ax) -> set[tuple[float, float]]:
     }
 
 
-def drawn(ax) -> None:
-    ax.figure.canvas.draw()
-
-
 # A grid
 
 
@@ -79,12 +83,6 @@ def test_grid_curve_shows_every_cell_in_its_order_and_the_choice(cells):
     assert middle == pytest.approx(len(cells) - 1, abs=1e-6)
     for metric, bar in zip(SCORES, bars_of(ax), strict=True):
         assert bar[0].get_ydata().tolist() == pytest.approx(frame[frame.metric == metric].value.tolist())
-    drawn(ax)
-
-
-def test_grid_curve_draws_where_it_is_told():
-    _, ax = plt.subplots()
-    assert plots.grid_curve(grid_frame(), choice=CELLS[0], ax=ax) is ax
 
 
 def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
@@ -100,21 +98,19 @@ def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
     assert any((line.get_xdata()[:1], line.get_ydata()[:1]) == ([1], [0]) for line in ax.lines)
     special = [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
     assert [bar[0].get_xdata()[0] for bar in special] == [wide.specificity_cont[CELLS[1]]]
-    drawn(ax)
 
 
-def test_trade_off_without_a_choice():
-    ax = plots.trade_off(grid_frame().rename(columns={"cell": "arm"}), by="arm")
-    assert legend_of(ax) == ["base model", *CELLS]
+def test_trade_off_without_a_choice_draws_where_it_is_told():
+    own = plt.subplots()[1]
+    ax = plots.trade_off(grid_frame().rename(columns={"cell": "arm"}), by="arm", ax=own)
+    assert ax is own and legend_of(ax) == ["base model", *CELLS]
     assert {to_hex(bar[0].get_color()).upper() for bar in bars_of(ax)} == {plots.PALETTE["simdom"]}
-    drawn(ax)
 
 
 def test_trade_off_of_a_large_grid_names_the_choice_alone():
     cells = [f"mu={k}" for k in range(20)]
     ax = plots.trade_off(grid_frame(cells), by="cell", choice=cells[11])
     assert legend_of(ax) == ["base model", "mu=11 (chosen)"] and len(points_of(ax)) == 20
-    drawn(ax)
 
 
 @pytest.mark.parametrize("arms", [ARMS, ARMS[:1], ARMS[:3]], ids=len)
@@ -130,7 +126,6 @@ def test_grid_panels_have_one_panel_an_arm(arms):
         frame = frames[k]
         wanted = frame[(frame.cell == CELLS[k % 4]) & (frame.metric == "efficacy_cont")].value.iloc[0]
         assert special[0].get_ydata()[0] == wanted
-    figure.canvas.draw()
 
 
 # Arms
@@ -141,7 +136,8 @@ def filled(bar) -> bool:
 
 
 def test_arm_scores_have_a_panel_a_score_and_a_point_an_arm():
-    axes = plots.arm_scores(arm_frame())
+    figure = plots.arm_scores(arm_frame())
+    axes = figure.axes
     assert [ax.get_title() for ax in axes] == [plots.LABELS[metric] for metric in SCORES]
     assert labels_of(axes[0].yaxis) == ["EMBER", "SNMF", "RMU"]
     for k, ax in enumerate(axes):
@@ -150,19 +146,18 @@ def test_arm_scores_have_a_panel_a_score_and_a_point_an_arm():
         assert [filled(bar) for bar in bars_of(ax)] == [True, False, True, False, True]
         base = {line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"}
         assert base == {0.0 if SCORES[k] in ("efficacy_cont", "final_cont") else 1.0}
-    (legend,) = axes[0].figure.legends  # below the panels, where it covers no point
+    (legend,) = figure.legends  # below the panels, where it covers no point
     assert "base model" in [text.get_text() for text in legend.get_texts()]
-    drawn(axes[0])
 
 
 def test_arm_scores_leave_out_what_was_not_run():
-    axes = plots.arm_scores(arm_frame([("ember", False), ("rmu", True)]))
-    assert [len(bars_of(ax)) for ax in axes] == [2] * 4
+    figure = plots.arm_scores(arm_frame([("ember", False), ("rmu", True)]))
+    assert [len(bars_of(ax)) for ax in figure.axes] == [2] * 4
 
 
 @pytest.mark.parametrize("arms", [ARMS, ARMS[:1]], ids=len)
 def test_arm_trade_off_leads_from_alone_to_after_ember(arms):
-    frame = arm_frame(arms).assign(value=lambda f: f.value + 0.01 * np.arange(len(f)))
+    frame = apart(arm_frame(arms).to_dict("records"))
     ax = plots.arm_trade_off(frame)
     assert len(points_of(ax)) == len(bars_of(ax)) == len(arms)
     place = {
@@ -174,88 +169,69 @@ def test_arm_trade_off_leads_from_alone_to_after_ember(arms):
     assert {text.get_text() for text in ax.texts} - {""} == {m.upper() for m, _ in arms}
     assert sum(map(filled, bars_of(ax))) == sum(m == "ember" or e for m, e in arms)
     assert "base model" in legend_of(ax)
-    drawn(ax)
 
 
 def test_ember_effect_has_a_panel_a_score_and_a_point_a_method():
     frame = pd.DataFrame([row for method in ("snmf", "rmu") for row in scored(method=method)])
-    axes = plots.ember_effect(frame)
+    axes = plots.ember_effect(frame).axes
     assert [ax.get_title() for ax in axes] == [f"Δ {plots.LABELS[metric]}" for metric in SCORES]
     assert labels_of(axes[0].yaxis) == ["SNMF", "RMU"]
     for k, ax in enumerate(axes):
         assert points_of(ax) == {(round(0.2 + 0.15 * k, 9), 0.0), (round(0.2 + 0.15 * k, 9), 1.0)}
         assert any(line.get_linestyle() == "--" and line.get_xdata()[0] == 0 for line in ax.lines)
-    drawn(axes[0])
 
 
-@pytest.mark.parametrize("draw", [plots.arm_scores, plots.arm_trade_off])
-def test_every_method_has_a_colour_of_its_own(draw):
-    from ember.methods import METHODS
-
-    assert set(METHODS) <= set(plots.ARM_COLOURS)
-    assert len(set(plots.ARM_COLOURS.values())) == len(plots.ARM_COLOURS)
-    drawn(np.ravel(draw(arm_frame([("own", False), ("own", True)])))[0])  # a method of one's own is drawn too
+def test_every_method_has_a_colour_of_its_own_and_one_s_own_method_is_drawn_too():
+    assert len({Arm(method).colour for method in METHODS}) == len(METHODS)
+    own = arm_frame([("own", False), ("own", True)])
+    assert len(bars_of(plots.arm_scores(own).axes[0])) == len(bars_of(plots.arm_trade_off(own))) == 2
 
 
 @pytest.mark.parametrize("value", [0.15, 0.4])
 def test_a_value_outside_its_interval_has_no_negative_bar(value):
     """Bootstrap percentiles need not hold the value; matplotlib refuses negative bars."""
     outside = {"value": value, "ci_low": 0.2, "ci_high": 0.3}
-    drawn(plots.grid_curve(grid_frame().assign(**outside), choice=CELLS[0]))
-    drawn(plots.trade_off(grid_frame().assign(**outside), by="cell"))
-    drawn(plots.arm_scores(arm_frame().assign(**outside))[0])
-    drawn(plots.arm_trade_off(arm_frame().assign(**outside)))
-    drawn(plots.ember_effect(arm_frame([("rmu", False)]).assign(**outside))[0])
+    plots.grid_curve(grid_frame().assign(**outside), choice=CELLS[0])
+    plots.trade_off(grid_frame().assign(**outside), by="cell")
+    plots.arm_scores(arm_frame().assign(**outside))
+    plots.arm_trade_off(arm_frame().assign(**outside))
+    plots.ember_effect(arm_frame([("rmu", False)]).assign(**outside))
     rows = pd.DataFrame([{"label": "x", "set": "concept", **outside}])
-    drawn(plots.interval_bars(rows, title="t", xlabel="x", base=0.0))
+    plots.interval_bars(rows, title="t", xlabel="x", base=0.0)
 
 
 # Single runs
 
 
 def test_loss_curve_marks_the_best():
-    ax = plots.loss_curve([8.0, 4.0, 2.0, 3.0], total=10.0)
+    ax = feature_plots.loss_curve([8.0, 4.0, 2.0, 3.0], total=10.0)
     assert legend_of(ax) == ["kept: 0.200"]
-    drawn(ax)
-
-
-def features(n: int = 6) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "feature": range(n),
-            "score": np.linspace(2, 0.1, n),
-            "ratio_abs": np.linspace(5, 0, n),
-            "top_tokens": [" ".join(f"t{k}{i}" for i in range(12)) for k in range(n)],
-        }
-    )
 
 
 def test_feature_scores_and_role_composition():
-    ax = plots.feature_scores(features(), threshold=0.6, selected=[0, 2], top=4)
+    numbers = {"feature": range(6), "score": np.linspace(2, 0.1, 6), "ratio_abs": np.linspace(5, 0, 6)}
+    features = pd.DataFrame({**numbers, "top_tokens": [" ".join(f"t{k}{i}" for i in range(12)) for k in range(6)]})
+    ax = feature_plots.feature_scores(features, threshold=0.6, selected=[0, 2], top=4)
     assert labels_of(ax.yaxis) == [f"feature {k}" for k in range(4)]
     colours = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
     assert [colour == plots.PALETTE["concept"] for colour in colours] == [True, False, True, False]
-    drawn(ax)
-    ax = plots.role_composition(features(), selected=[0, 2])
+    ax = feature_plots.role_composition(features, selected=[0, 2])
     assert [len(c.get_offsets()) for c in ax.collections] == [4, 2]
-    drawn(ax)
 
 
 def test_token_preview_shows_the_rows():
     frame = pd.DataFrame({"token": [" Rome", "x"], "change": [1.0, 0.2], "norm": 2.0, "ordinary": [False, True]})
-    ax = plots.token_preview(frame)
+    ax = feature_plots.token_preview(frame)
     assert labels_of(ax.yaxis) == ["␣Rome", "x"]
     assert [bar.get_width() for bar in ax.patches[:2]] == [0.5, 0.1]
-    drawn(ax)
 
 
 def test_item_changes_shows_every_question():
     sizes = {"concept": 9, "simdom": 5, "general": 7}
     rows = itertools.chain.from_iterable([(name, -0.1 * k) for k in range(n)] for name, n in sizes.items())
-    ax = plots.item_changes(pd.DataFrame(rows, columns=["set", "change"]))
+    ax = feature_plots.item_changes(pd.DataFrame(rows, columns=["set", "change"]))
     assert [len(c.get_offsets()) for c in ax.collections if len(c.get_offsets()) > 1] == list(sizes.values())
     assert [label.split("n = ")[1] for label in labels_of(ax.xaxis)] == ["9)", "5)", "7)"]
-    drawn(ax)
 
 
 def test_interval_bars_show_base_and_labels():
@@ -263,7 +239,6 @@ def test_interval_bars_show_base_and_labels():
     ax = plots.interval_bars(rows, title="t", xlabel="x", base=0.0)
     assert labels_of(ax.yaxis) == ["a", "b"]
     assert "base model" in legend_of(ax)
-    drawn(ax)
 
 
 def test_text_panel_shows_what_was_said():
@@ -271,4 +246,3 @@ def test_text_panel_shows_what_was_said():
     ax = plots.text_panel(samples)
     texts = [text.get_text() for text in ax.texts]
     assert {"prompt", "base model", "edited model", "Who?", r"Caesar \$5\$ did.", "(nothing)"} == set(texts)
-    drawn(ax)

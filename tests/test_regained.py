@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 
 from ember.relearning.regained import regained_items, regained_summary, regained_table, share_regained
-from ember.reporting import plots, relearn_plots, relearn_tables
-from ember.reporting import tables as report
+from ember.reporting import relearn_plots, relearn_tables
 
 rng = np.random.default_rng(0)
 BASE = rng.uniform(0.5, 0.9, 60)
@@ -293,12 +292,12 @@ def test_a_control_is_set_against_ember_after_the_same_attack():
     control = [attacked("zero_rows", seed=seed, after=ERASED, concept="Rome") for seed in (1, 2)]
     alone = attacked("zero_rows", seed=3, concept="Rome")  # EMBER has no run with this seed
     items = pd.concat([*ember, *control, alone], ignore_index=True)
-    (row,) = relearn_tables.control_table(items, ["zero_rows"]).query("metric == 'gold_prob'").itertuples()
+    (row,) = relearn_tables.left_beside_ember(items, ["zero_rows"]).query("metric == 'gold_prob'").itertuples()
     assert (row.concept, row.method, row.attack, row.runs) == ("Rome", "zero_rows", "all", 2)
     assert row.value == pytest.approx((ERASED - BASE).mean())
     assert row.ci_low < row.value < row.ci_high < 0
     both = pd.concat([items, attacked("zero_rows", seed=1, concept="Greece")], ignore_index=True)
-    table = relearn_tables.control_table(both, ["zero_rows"]).query("metric == 'gold_prob'").set_index("concept")
+    table = relearn_tables.left_beside_ember(both, ["zero_rows"]).query("metric == 'gold_prob'").set_index("concept")
     assert table.runs.to_dict() == {"Rome": 2, "Greece": 1, "all concepts": 3}
     assert table.value["Greece"] == pytest.approx(0)
 
@@ -311,7 +310,7 @@ def test_what_is_left_with_ember_is_set_against_the_method_alone():
         ],
         ignore_index=True,
     )  # fmt: skip
-    (row,) = relearn_tables.ember_table(items).query("metric == 'gold_prob'").itertuples()
+    (row,) = relearn_tables.left_with_ember(items).query("metric == 'gold_prob'").itertuples()
     assert (row.method, row.runs) == ("rmu", 1)
     assert row.value == pytest.approx((ERASED - BASE).mean())
     assert row.ci_low < row.value < row.ci_high < 0
@@ -396,8 +395,3 @@ def test_one_runs_curve_shows_training_and_all_groups_of_questions(closed):
     assert len(bars_of(right)) == 3
     labels = {t.get_text() for t in right.get_legend().get_texts()}
     assert labels == {"all (n = 60)", "stated (n = 10)", "not stated (n = 50)", "base model"}
-
-
-@pytest.mark.parametrize(("method", "name"), [("rmu", "RMU"), ("mean_rows", "mean rows")])
-def test_methods_are_written_as_readers_know_them(method, name):
-    assert plots.method_name(method) == report.arm_name(method, False) == name

@@ -1,4 +1,4 @@
-"""Figures of relearning: tidy frame in, matplotlib Axes out. Nothing here reads or writes files."""
+"""Figures of relearning: tidy frame in, matplotlib Axes or Figure out."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ember.reporting.plots import ARM_COLOURS, PALETTE, label_bottoms, method_name
+from ember.data.arms import UNEDITED, Arm
+from ember.reporting.format import error_bars, interval_texts
+from ember.reporting.plots import PALETTE, marker_face, new_axes, new_panels
+from ember.reporting.relearn_tables import LIKELIHOOD_ENDS
 
-_UNEDITED = "#111111"
+_UNEDITED_COLOUR = "#111111"
 _CHANGE = "probability of the right answer,\nchange from before training"
 
 
-def relearning_curve(
-    steps: pd.DataFrame, regained: pd.DataFrame, *, axes: Sequence[Axes] | None = None
-) -> Sequence[Axes]:
+def relearning_curve(steps: pd.DataFrame, regained: pd.DataFrame) -> Sequence[Axes]:
     """One run: training loss, and knowledge regained on all questions, stated ones and others, against tokens.
 
     ``steps`` has columns tokens and loss, ``regained`` is a ``regained_table`` of one metric.
     """
-    if axes is None:
-        _, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
-    left, right = axes
+    left, right = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")[1]
     left.plot(steps.tokens, steps.loss, color=PALETTE["neutral"], lw=0.8, label="each step")
     smooth = steps.loss.rolling(10, min_periods=1).mean()
     left.plot(steps.tokens, smooth, color=PALETTE["simdom"], label="mean of 10 steps")
@@ -41,7 +40,7 @@ def relearning_curve(
     right.set(xlabel="training tokens", ylabel=_CHANGE)
     right.set_title("Knowledge that comes back (95 % intervals)")
     right.legend(fontsize=8)
-    return axes
+    return left, right
 
 
 def regained_panels(regained: pd.DataFrame) -> Figure:
@@ -50,41 +49,27 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
     ``regained`` has columns method, ember and those of ``regained_table`` for all questions and one metric. Dashed
     lines show what the arm had erased; the unedited model under the same training is in every panel.
     """
-    methods = [m for m in dict.fromkeys(regained.method) if m != "none"]
-    columns = min(4, len(methods))
-    rows = -(-len(methods) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.5 * columns, 3.1 * rows + 0.6),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
-    unedited = regained[regained.method == "none"]
-    for ax in grid.flat[len(methods) :]:
-        ax.axis("off")
+    methods = [method for method in dict.fromkeys(regained.method) if method != UNEDITED]
+    regained = regained.sort_values("tokens", kind="stable")
+    unedited = regained[regained.method == UNEDITED]
+    figure, grid = new_panels(len(methods), 4, (3.5, 3.1), below=0.6)
     for ax, method in zip(grid.flat, methods, strict=False):
-        colour = ARM_COLOURS.get(method, PALETTE["base"])
-        for ember in (False, True):
-            part = regained[(regained.method == method) & (regained.ember == ember)].sort_values("tokens")
-            if len(part):
-                _line(ax, part, colour, "o", None, filled=ember or method == "ember", shift=0.012 if ember else -0.012)
-                ax.axhline(part.gap.iloc[0], color=colour, ls="--" if ember or method == "ember" else ":", lw=1.2)
+        for ember, part in regained[regained.method == method].groupby("ember"):
+            arm, face = Arm(method, bool(ember)), marker_face(Arm(method, bool(ember)))
+            _line(ax, part, arm.colour, "o", None, face=face, shift=0.012 if ember else -0.012)
+            ax.axhline(part.gap.iloc[0], color=arm.colour, ls=":" if face == "white" else "--", lw=1.2)
         if len(unedited):
-            _line(ax, unedited.sort_values("tokens"), _UNEDITED, ".", None)
+            _line(ax, unedited, _UNEDITED_COLOUR, ".", None)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
-        ax.set_title(method_name(method))
-    label_bottoms(grid, len(methods))
-    for ax in grid.flat[max(0, len(methods) - columns) : len(methods)]:
+        ax.set_title(Arm(method).name)
+    for ax in grid.flat[max(0, len(methods) - grid.shape[1]) : len(methods)]:
         ax.set_xlabel("training tokens")
     for ax in grid[:, 0]:
         ax.set_ylabel(_CHANGE, fontsize=9)
     handles = [
         Line2D([], [], marker="o", color="#666666", mfc="white", label="alone"),
         Line2D([], [], marker="o", color="#666666", label="after EMBER (or EMBER)"),
-        Line2D([], [], marker=".", color=_UNEDITED, label="unedited model"),
+        Line2D([], [], marker=".", color=_UNEDITED_COLOUR, label="unedited model"),
         Line2D([], [], ls=":", color="#666666", label="all that it had erased, alone"),
         Line2D([], [], ls="--", color="#666666", label="… after EMBER (or EMBER)"),
     ]
@@ -98,12 +83,11 @@ def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ``regained`` has columns method, attack, arm, share, ci_low, ci_high: one row each. The unedited model, from which
     nothing was erased, is left out.
     """
-    regained = regained[regained.method != "none"]
+    regained = regained[regained.method != UNEDITED]
     arms, attacks = list(dict.fromkeys(regained.arm)), list(dict.fromkeys(regained.attack))
-    if ax is None:
-        ax = plt.subplots(figsize=(1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks)), layout="constrained")[1]
+    ax = new_axes(ax, 1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks))
     shares = regained.pivot(index="attack", columns="arm", values="share").loc[attacks, arms]
-    words = regained.assign(text=[_percent(row) for row in regained.itertuples()])
+    words = regained.assign(text=[text.replace(" ", "\n", 1) for text in interval_texts(regained, "share", form=".0%")])
     text = words.pivot(index="attack", columns="arm", values="text").loc[attacks, arms].fillna("not run")
     sns.heatmap(
         shares.astype(float), annot=text.to_numpy(), fmt="", cmap="vlag", center=0, vmin=-1, vmax=1, ax=ax,
@@ -116,23 +100,20 @@ def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _percent(row) -> str:  # type: ignore[no-untyped-def]
-    if not np.isfinite(row.share):
-        return "–"
-    return f"{row.share:.0%}\n[{row.ci_low:.0%}, {row.ci_high:.0%}]"
-
-
 def precision_panel(table: pd.DataFrame) -> Figure:
     """What the precision of training does to relearning: knowledge back, weights changed, edited rows' way back.
 
     ``table`` holds the rows of ``relearn_tables.precision_table`` for one concept, or for all.
     """
     figure, grid = plt.subplots(2, 2, figsize=(11, 6.6), layout="constrained", sharex=True)
+    table = table.rename(columns=LIKELIHOOD_ENDS)
     settings = list(dict.fromkeys(zip(table.lr, table.budget, table.precision, strict=True)))
     tokens = table.groupby(["lr", "budget"]).tokens.mean()
     labels = [f"{p.replace('_', ' ')}\nlr {lr:g}\n{tokens[lr, budget]:.0f} tokens" for lr, budget, p in settings]
     arms = list(dict.fromkeys(table.arm))
-    colours = dict(zip(arms, (PALETTE["concept"], _UNEDITED, PALETTE["simdom"], PALETTE["general"]), strict=False))
+    colours = dict(
+        zip(arms, (PALETTE["concept"], _UNEDITED_COLOUR, PALETTE["simdom"], PALETTE["general"]), strict=False)
+    )
     panels = (
         ("back", "Knowledge that comes back", _CHANGE),
         ("back_logprob", "… by likelihood", "log-likelihood of the right answer,\nchange (nats per character)"),
@@ -144,11 +125,8 @@ def precision_panel(table: pd.DataFrame) -> Figure:
             mine = table[table.arm == arm]
             places = [settings.index(key) for key in zip(mine.lr, mine.budget, mine.precision, strict=True)]
             x = np.array(places) + 0.16 * (a - (len(arms) - 1) / 2)
-            error = None
-            if column.startswith("back"):
-                low, high = (mine[column.replace("back", f"back_{side}")] for side in ("low", "high"))
-                error = [mine[column] - low, high - mine[column]]
-            ax.errorbar(x, mine[column], error, fmt="o", color=colours[arm], capsize=3, label=arm)
+            bars = error_bars(mine, column, column) if column.startswith("back") else None
+            ax.errorbar(x, mine[column], bars, fmt="o", color=colours[arm], capsize=3, label=arm)
         ax.set_xticks(range(len(settings)), labels, fontsize=8)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set(title=title, ylabel=name, xlim=(-0.6, len(settings) - 0.4))
@@ -157,16 +135,8 @@ def precision_panel(table: pd.DataFrame) -> Figure:
 
 
 def _line(
-    ax: Axes,
-    part: pd.DataFrame,
-    colour: str,
-    marker: str,
-    label: str | None,
-    *,
-    filled: bool = True,
-    shift: float = 0.0,
+    ax: Axes, part: pd.DataFrame, colour: str, marker: str, label: str | None, *, face: str = "", shift: float = 0.0
 ) -> None:
     """What came back against tokens, moved aside by ``shift`` times the last point so that bars stay apart."""
-    error = [(part.back - part.back_low).clip(lower=0), (part.back_high - part.back).clip(lower=0)]
-    x, face = part.tokens + shift * part.tokens.max(), colour if filled else "white"
-    ax.errorbar(x, part.back, error, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)
+    x, style = part.tokens + shift * part.tokens.max(), {"color": colour, "marker": marker, "mfc": face or colour}
+    ax.errorbar(x, part.back, error_bars(part, "back", "back"), capsize=2, lw=1.3, label=label, **style)

@@ -5,14 +5,18 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pandas as pd
 
-from ember.evaluation.metrics import pooled
+from ember.data.arms import UNEDITED, Arm
+from ember.evaluation.resampling import draws, pooled
 from ember.relearning.attacks import PRECISIONS
 from ember.relearning.regained import net_of_reference, regained_table
-from ember.reporting.tables import ALL, arm_name, ember_first
+from ember.reporting.format import MISSING, interval_texts
+from ember.reporting.tables import ALL, each_concept, ember_first
 
 RECIPE = ["precision", "lr", "budget"]
 ATTACKED = ["method", "ember", "attack", *RECIPE]
 _BACK = ["back", "back_low", "back_high"]
+# A measure's ends are called NAME_low and NAME_high, but for these columns of ``precision_table``.
+LIKELIHOOD_ENDS = {f"back_{end}_logprob": f"back_logprob_{end}" for end in ("low", "high")}
 
 
 def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
@@ -22,12 +26,8 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     ``ATTACKED``, seeds, runs, diverged (any run), accuracy (after; mean over runs), and those of ``regained_table``,
     for ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
     """
-    items = ember_first(items)
-    parts = [(str(concept), part) for concept, part in items.groupby("concept", sort=False)]
-    if len(parts) > 1:
-        parts.append((ALL, items))
     tables = []
-    for concept, part in parts:
+    for concept, part in each_concept(ember_first(items)):
         right = part[part.metric == "correct"]
         groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
         accuracy = pd.concat(
@@ -50,20 +50,24 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
                 beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
                 table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
-    found = pd.concat(tables, ignore_index=True)
+    whole = pd.concat(tables, ignore_index=True)
     # Rounding its weights may move the unedited model's scores: a gap, but none to divide by.
-    unedited = found.method == "none"
-    found.loc[unedited, ["share", "ci_low", "ci_high"]] = np.nan
-    found.loc[unedited, "note"] = "nothing was erased: no gap to divide by"
+    unedited = whole.method == UNEDITED
+    whole.loc[unedited, ["share", "ci_low", "ci_high"]] = np.nan
+    whole.loc[unedited, "note"] = "nothing was erased: no gap to divide by"
     front = ["concept", *ATTACKED, "seeds", "runs", "diverged"]
-    return found[front + [column for column in found if column not in front]]
+    return whole[front + [column for column in whole if column not in front]]
 
 
 def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
     """The last point of every attack on every arm, with the arm's name in column arm."""
     rows = table[(table.metric == metric) & (table.questions == questions)]
     last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
-    return last.assign(arm=list(map(arm_name, last.method, last.ember)))
+    return last.assign(arm=_arms(last))
+
+
+def _arms(rows: pd.DataFrame) -> list[str]:
+    return [Arm(*arm).name for arm in zip(rows.method, rows.ember, strict=True)]
 
 
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
@@ -76,24 +80,19 @@ def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
         {
             "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
             "lr": last.lr, "runs": last.runs, "tokens": tokens, "accuracy after": last.accuracy.round(3),
-            "erased (probability)": _with_interval(last, "gap"), "came back": _with_interval(last, "back"),
-            "share": _share(last, "share", "ci"), "net share": _share(last, "net_share", "net_share"),
-            "net share (log-likelihood)": list(_share(likelihood, "net_share", "net_share")),
+            "erased (probability)": interval_texts(last, "gap", "gap", "+.3f"),
+            "came back": interval_texts(last, "back", "back", "+.3f"),
+            "share": interval_texts(last, "share", form=".0%"), "net share": _net_shares(last),
+            "net share (log-likelihood)": _net_shares(likelihood),
         }
     ).reset_index(drop=True)  # fmt: skip
 
 
-def _with_interval(rows: pd.DataFrame, name: str) -> list[str]:
-    parts = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
-    return [f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in parts]
-
-
-def _share(rows: pd.DataFrame, name: str, interval: str) -> list[str]:
-    """Shares in per cent; an en dash where there is nothing to divide by, or nothing to compare with."""
-    if name not in rows:
-        return ["–"] * len(rows)
-    parts = zip(rows[name], rows[f"{interval}_low"], rows[f"{interval}_high"], strict=True)
-    return [f"{v:.0%} [{low:.0%}, {high:.0%}]" if np.isfinite(v) else "–" for v, low, high in parts]
+def _net_shares(rows: pd.DataFrame) -> list[str]:
+    """In per cent; missing where the unedited model was not attacked."""
+    if "net_share" not in rows:
+        return [MISSING] * len(rows)
+    return interval_texts(rows, "net_share", "net_share", ".0%")
 
 
 def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
@@ -107,7 +106,7 @@ def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
     return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
 
 
-def control_table(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFrame:
+def left_beside_ember(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFrame:
     """By how much less is known after an attack on each control edit of EMBER's rows than after one on EMBER.
 
     Paired question by question, at the last point, in probability and log-likelihood (nats per character) of the right
@@ -118,12 +117,12 @@ def control_table(items: pd.DataFrame, controls: Collection[str]) -> pd.DataFram
     return _known_beside(items[items.method.isin(controls)], own, [])
 
 
-def ember_table(items: pd.DataFrame) -> pd.DataFrame:
+def left_with_ember(items: pd.DataFrame) -> pd.DataFrame:
     """By how much less is known after an attack where EMBER went before a method than where it did not.
 
-    As ``control_table``; negative: with EMBER less is left.
+    As ``left_beside_ember``; negative: with EMBER less is left.
     """
-    alone = items[~items.ember & ~items.method.isin(["none", "ember"])]
+    alone = items[~items.ember & ~items.method.isin([UNEDITED, "ember"])]
     return _known_beside(items[items.ember], alone, ["method"])
 
 
@@ -134,21 +133,13 @@ def _known_beside(first: pd.DataFrame, second: pd.DataFrame, also: Sequence[str]
     first, second = (part[part.point == part.groupby("run").point.transform("max")] for part in (first, second))
     both = first.merge(second[[*keys, "after"]], on=keys, suffixes=("", "_beside"))
     both = both.assign(gap=both.after - both.after_beside)
-    parts = [(str(concept), part) for concept, part in both.groupby("concept", sort=False)]
     rows = []
-    for concept, part in [*parts, (ALL, both)] if len(parts) > 1 else parts:
+    for concept, part in each_concept(both):
         for key, group in part.groupby(["method", "attack", *RECIPE, "metric"], sort=False):
-            runs = {name: run.gap for name, run in group.groupby(["concept", "seed"], sort=False)}
-            draws = [(gap.mean(), _draws(gap)) for gap in runs.values()]
-            rows.append((concept, *key, len(runs), *pooled(draws, groups=[name for name, _ in runs])))
+            runs = {run: part.gap for run, part in group.groupby(["concept", "seed"], sort=False)}
+            means = [(gap.mean(), gap.to_numpy()[draws(len(gap))].mean(1)) for gap in runs.values()]
+            rows.append((concept, *key, len(runs), *pooled(means, groups=[name for name, _ in runs])))
     return pd.DataFrame(rows, columns=columns)
-
-
-def _draws(values: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Bootstrap means [n_resamples]; equally many values are drawn alike."""
-    chosen = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
-    means: np.ndarray = values.to_numpy()[chosen].mean(1)
-    return means
 
 
 def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
@@ -167,12 +158,12 @@ def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     table = relearning_table(items)
     likelihood = final_points(table, metric="gold_logprob")[["concept", "arm", *RECIPE, *_BACK]]
-    found = final_points(table).merge(likelihood, on=["concept", "arm", *RECIPE], suffixes=("", "_logprob"))
-    movements = [mean_movement(moved, concept).assign(concept=concept) for concept in dict.fromkeys(found.concept)]
-    found = found.merge(pd.concat(movements), on=["concept", "arm", *RECIPE])
-    place = [list(PRECISIONS).index(precision) for precision in found.precision]
+    last = final_points(table).merge(likelihood, on=["concept", "arm", *RECIPE], suffixes=("", "_logprob"))
+    movements = [mean_movement(moved, concept).assign(concept=concept) for concept in dict.fromkeys(last.concept)]
+    last = last.merge(pd.concat(movements), on=["concept", "arm", *RECIPE])
+    place = [list(PRECISIONS).index(precision) for precision in last.precision]
     order = ["concept", "lr", "budget", "arm", "place"]
-    return found.assign(place=place).sort_values(order)[columns].reset_index(drop=True)
+    return last.assign(place=place).sort_values(order)[columns].reset_index(drop=True)
 
 
 def _in_every_precision(rows: pd.DataFrame) -> pd.DataFrame:
@@ -190,7 +181,7 @@ def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
     """
     mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
     keys = ["arm", *RECIPE]
-    mine = mine.assign(arm=list(map(arm_name, mine.method, mine.ember)))
+    mine = mine.assign(arm=_arms(mine))
     everything = mine.part == "all that is trained"
     changed = mine[everything].groupby(keys).changed.mean()
     travelled = mine[~everything].groupby(keys).travelled.mean()

@@ -1,4 +1,4 @@
-"""Figures of the stability of features: tidy frame in, matplotlib Axes out."""
+"""Figures of the stability of features: tidy frame in, matplotlib Axes or Figure out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ember.reporting.plots import LABELS, PALETTE
+from ember.reporting.format import MISSING, error_bars
+from ember.reporting.plots import LABELS, PALETTE, new_axes
 
 _NAMES = {
     "cosine": "|cosine| with its mate", "rows_jaccard": "rows changed by both ÷ by either",
@@ -23,7 +24,7 @@ def _grid(ax: Axes, values: np.ndarray, across: Sequence[str], down: Sequence[st
     colours = plt.get_cmap("cividis").with_extremes(bad="#EEEEEE")
     image = ax.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap=colours, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        text = f"{value:.2f}" if np.isfinite(value) else "–"
+        text = f"{value:.2f}" if np.isfinite(value) else MISSING
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if not value < 0.6 else "white")
     ax.set_xticks(range(len(across)), [name.replace(", ", "\n") for name in across], fontsize=7)
     ax.set_yticks(range(len(down)), down, fontsize=8)
@@ -34,9 +35,7 @@ def _grid(ax: Axes, values: np.ndarray, across: Sequence[str], down: Sequence[st
 def pair_grid(pairs: pd.DataFrame, *, value: str = "cosine", ax: Axes | None = None) -> Axes:
     """One measure of every ordered pair of fits; ``pairs`` is ``stability.pair_table``'s, of all pairs."""
     names = list(dict.fromkeys([*pairs.fit, *pairs.other]))
-    if ax is None:
-        size = (0.95 * len(names) + 4.4, 0.55 * len(names) + 2.2)
-        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    ax = new_axes(ax, 0.95 * len(names) + 4.4, 0.55 * len(names) + 2.2)
     wide = pairs.pivot(index="fit", columns="other", values=value).reindex(index=names, columns=names)
     _grid(ax, wide.to_numpy(dtype=float), names, names, _NAMES.get(value, value))
     ax.set(xlabel="other fit", ylabel="fit", title=_NAMES.get(value, value))
@@ -50,8 +49,7 @@ def variation_points(varied: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ``stability.varied_pairs``'s.
     """
     names = list(dict.fromkeys(varied.varied))
-    if ax is None:
-        ax = plt.subplots(figsize=(7.4, 0.5 * len(names) + 1.9), layout="constrained")[1]
+    ax = new_axes(ax, 7.4, 0.5 * len(names) + 1.9)
     for k, name in enumerate(names):
         mine = varied[(varied.varied == name) & varied.cosine.notna()]
         if mine.empty:
@@ -100,14 +98,12 @@ def row_overlap(fits: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
 def outcome_points(outcomes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Change of the right answer's probability by each fit's edit, with 95 % intervals; one colour a question set."""
     names, sets = list(dict.fromkeys(outcomes.fit)), list(dict.fromkeys(outcomes.set))
-    if ax is None:
-        ax = plt.subplots(figsize=(7.6, 0.45 * len(names) + 1.9), layout="constrained")[1]
+    ax = new_axes(ax, 7.6, 0.45 * len(names) + 1.9)
     for k, name in enumerate(sets):
         mine = outcomes[outcomes.set == name].set_index("fit").reindex(names)
         y = np.arange(len(names)) + 0.2 * (k - (len(sets) - 1) / 2)
-        error = [(mine.change - mine.ci_low).clip(lower=0), (mine.ci_high - mine.change).clip(lower=0)]
-        colour, label = PALETTE.get(str(name), PALETTE["neutral"]), LABELS.get(str(name), str(name))
-        ax.errorbar(mine.change, y, xerr=error, fmt="o", color=colour, capsize=3, label=f"{label} questions")
+        style = {"color": PALETTE.get(name, PALETTE["neutral"]), "label": f"{LABELS.get(name, name)} questions"}
+        ax.errorbar(mine.change, y, xerr=error_bars(mine, "change"), fmt="o", capsize=3, **style)
     ax.axvline(0, color=PALETTE["base"], lw=1, ls="--", label="base model")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="change in probability of the right answer (95 % interval)")

@@ -1,15 +1,16 @@
-"""Records → the tables of the report."""
+"""Records of erasing → its tables."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import pandas as pd
 
-from ember.evaluation.metrics import Comparison, compare, pooled
-from ember.reporting.plots import method_name
-from ember.store.paths import slug
+from ember.data.arms import Arm
+from ember.evaluation.metrics import Comparison, compare
+from ember.evaluation.resampling import pooled
+from ember.reporting.format import MISSING, interval_text, interval_texts
 
-KEYS = ["concept", "method", "ember", "seed"]
-ARM = ["concept", "method", "ember"]
+ARM_COLUMNS = ["concept", "method", "ember"]
+RUN_COLUMNS = [*ARM_COLUMNS, "seed"]
 SCORES = [
     "efficacy_cont", "specificity_cont", "coherence", "harmonic_cont", "final_cont",
     "efficacy", "specificity", "harmonic", "final",
@@ -31,28 +32,26 @@ SHOWN_FURTHER = {
     "coherence_judged": "coherence (judge)", "final_judged": "final score (judge)",
 }  # fmt: skip
 
+# Plain measures of one set each.
+PLAIN = {
+    ("concept", "accuracy"): "concept questions, accuracy",
+    ("simdom", "accuracy"): "similar domain, accuracy",
+    ("general", "accuracy"): "general knowledge, accuracy",
+    ("concept", "gold_logprob"): "concept questions, log-likelihood of the answer (nats/char)",
+    ("simdom", "gold_logprob"): "similar domain, log-likelihood of the answer (nats/char)",
+    ("neutral", "loss"): "neutral text, loss (nats/token)",
+    ("other_sense", "loss"): "other-sense text, loss (nats/token)",
+}
 
-def figure_name(kind: str, frame: pd.DataFrame) -> str:
-    """File name of a run's figure: its kind and what the frame's first row says of concept, method and seed."""
-    row = frame.iloc[0]
-    parts = [kind, slug(row.concept)]
-    if "method" in frame:
-        parts.append(f"{row.method}{'-with-ember' if row.ember else ''}")
-    return "__".join([*parts, f"seed{row.seed}"])
+ALL = "all concepts"
+Comparisons = Mapping[tuple[str, str, bool, int], Comparison]  # by concept, method, ember and seed
+_Runs = dict[tuple[str, int], Comparison]  # of one arm, by concept and seed
 
 
-def comparisons(items: pd.DataFrame) -> dict[tuple[str, str, bool, int], Comparison]:
-    """The comparison with the base model of every run, from its item scores (columns base and edited).
-
-    All draw the same items, so that two arms of a concept can be subtracted draw by draw.
-    """
-    keys = ["set", "item", "metric"]
-    return {
-        (str(c), str(m), bool(e), int(s)): compare(
-            run[keys].assign(value=run.base), run[keys].assign(value=run.edited)
-        )
-        for (c, m, e, s), run in ember_first(items).groupby(KEYS, sort=False)
-    }  # fmt: skip
+def each_concept(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each concept and, if there are several, all of them as those of ``ALL``."""
+    parts = [(str(concept), part) for concept, part in frame.groupby("concept", sort=False)]
+    yield from [*parts, (ALL, frame)] if len(parts) > 1 else parts
 
 
 def ember_first(items: pd.DataFrame) -> pd.DataFrame:
@@ -63,106 +62,95 @@ def ember_first(items: pd.DataFrame) -> pd.DataFrame:
     return order.sort_values(["concept", "place", "method", "ember", "seed"]).drop(columns="place")
 
 
-ALL = "all concepts"
-Run = tuple[str, int]  # concept, seed
+def comparisons(items: pd.DataFrame) -> Comparisons:
+    """The comparison with the base model of every run, from its item scores (columns base and edited).
+
+    All draw the same items, so that two arms of a concept can be subtracted draw by draw.
+    """
+    keys = ["set", "item", "metric"]
+    return {
+        (str(c), str(m), bool(e), int(s)): compare(
+            run[keys].assign(value=run.base), run[keys].assign(value=run.edited)
+        )
+        for (c, m, e, s), run in ember_first(items).groupby(RUN_COLUMNS, sort=False)
+    }  # fmt: skip
 
 
-def main_table(found: dict[tuple[str, str, bool, int], Comparison], cells: pd.DataFrame) -> pd.DataFrame:
+def main_table(compared: Comparisons, cells: pd.DataFrame) -> pd.DataFrame:
     """One row for each arm and score: mean and interval over items and runs (seeds), and the cells chosen.
 
     Where there are several concepts, further rows pool all of them.
     """
     rows = []
-    for arm, runs in _arms(found).items():
-        mine = cells[cells.chosen & (cells[ARM] == list(arm)).all(axis=1)]
+    for arm, runs in _arms(compared).items():
+        mine = cells[cells.chosen & (cells[ARM_COLUMNS] == list(arm)).all(axis=1)]
         chosen = "; ".join(dict.fromkeys(mine.sort_values("seed").cell))
         for metric in measured(runs.values()):
-            parts = [(c.value(metric), c.draws[metric]) for c in runs.values()]
+            parts = [(run.value(metric), run.draws[metric]) for run in runs.values()]
             interval = pooled(parts, groups=[concept for concept, _ in runs])
             rows.append((*arm, len(runs), chosen, metric, *interval))
-    return pd.DataFrame(rows, columns=[*ARM, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
+    return pd.DataFrame(rows, columns=[*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
 
 
-def measured(comparisons: Iterable[Comparison]) -> list[str]:
+def measured(compared: Iterable[Comparison]) -> list[str]:
     """The scores that all of the comparisons have: ``SCORES``, and what of ``FURTHER`` was measured in each."""
-    found = list(comparisons)
-    return SCORES + [metric for metric in FURTHER if all(metric in c.draws for c in found)]
+    runs = list(compared)
+    return SCORES + [metric for metric in FURTHER if all(metric in run.draws for run in runs)]
 
 
-def effect_table(found: dict[tuple[str, str, bool, int], Comparison]) -> pd.DataFrame:
+def effect_table(compared: Comparisons) -> pd.DataFrame:
     """What EMBER adds to each other method: the paired difference of every score, over items and runs (seeds).
 
     Where there are several concepts, further rows pool all of them.
     """
-    arms = _arms(found)
-    pairs = {
-        (concept, method): (arms.get((concept, method, True), {}), alone)
-        for (concept, method, ember), alone in arms.items()
-        if not ember
-    }
-    return _differences(pairs)
+    arms = _arms(compared)
+    alone = {(concept, method): runs for (concept, method, ember), runs in arms.items() if not ember}
+    return _differences({key: (arms.get((*key, True), {}), runs) for key, runs in alone.items()})
 
 
-def control_table(found: dict[tuple[str, str, bool, int], Comparison], controls: Collection[str]) -> pd.DataFrame:
+def control_table(compared: Comparisons, controls: Collection[str]) -> pd.DataFrame:
     """By how much each control edit of EMBER's rows scores above EMBER: paired differences as in ``effect_table``."""
-    arms = _arms(found)
-    pairs = {
-        (concept, method): (runs, arms.get((concept, "ember", False), {}))
-        for (concept, method, _), runs in arms.items()
-        if method in controls
-    }
-    return _differences(pairs)
+    arms = _arms(compared)
+    beside = {(concept, method): runs for (concept, method, _), runs in arms.items() if method in controls}
+    return _differences({key: (runs, arms.get((key[0], "ember", False), {})) for key, runs in beside.items()})
 
 
-def _differences(pairs: Mapping[tuple[str, str], tuple[dict[Run, Comparison], dict[Run, Comparison]]]) -> pd.DataFrame:
+def _differences(pairs: Mapping[tuple[str, str], tuple[_Runs, _Runs]]) -> pd.DataFrame:
     """Of each (concept, method): every score of the first arm less that of the second, over their common runs."""
     rows = []
     for (concept, method), (first, second) in pairs.items():
-        common = [run for run in second if run in first]
-        if not common:
+        both = {run: (first[run], second[run]) for run in second if run in first}
+        if not both:
             continue
-        for metric in measured(arm[run] for run in common for arm in (first, second)):
-            both = [(first[run], second[run]) for run in common]
-            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in both]
-            interval = pooled(parts, groups=[name for name, _ in common])
-            rows.append((concept, method, len(common), metric, *interval))
+        for metric in measured(one for pair in both.values() for one in pair):
+            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in both.values()]
+            interval = pooled(parts, groups=[name for name, _ in both])
+            rows.append((concept, method, len(both), metric, *interval))
     return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
 
 
-def _arms(
-    found: dict[tuple[str, str, bool, int], Comparison],
-) -> dict[tuple[str, str, bool], dict[Run, Comparison]]:
+def _arms(compared: Comparisons) -> dict[tuple[str, str, bool], _Runs]:
     """The runs of each arm of each concept and, if there are several concepts, of each arm on all of them."""
-    arms: dict[tuple[str, str, bool], dict[Run, Comparison]] = {}
-    for (concept, method, ember, seed), comparison in found.items():
-        arms.setdefault((concept, method, ember), {})[concept, seed] = comparison
-    if len({concept for concept, *_ in found}) > 1:
-        for (concept, method, ember, seed), comparison in found.items():
-            arms.setdefault((ALL, method, ember), {})[concept, seed] = comparison
+    arms: dict[tuple[str, str, bool], _Runs] = {}
+    for own in (True, False) if len({concept for concept, *_ in compared}) > 1 else (True,):
+        for (concept, method, ember, seed), comparison in compared.items():
+            arms.setdefault((concept if own else ALL, method, ember), {})[concept, seed] = comparison
     return arms
 
 
 def change_table(edited: pd.DataFrame) -> pd.DataFrame:
     """Paired changes from the base model by set, with interval and effect size d_z."""
     rows = edited[edited.metric.str.startswith("delta_") | (edited.metric == "selectivity")]
-    columns = [*KEYS, "set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
+    columns = [*RUN_COLUMNS, "set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
     return rows[columns].reset_index(drop=True)
 
 
 def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Every cell of every grid: its scores on train, and which one was chosen."""
+    keys, choice = [*RUN_COLUMNS, "cell"], ["behind", "standard_error", "tie", "chosen"]
     rows = train[(train.set == "") & train.metric.isin(SCORES)]
-    wide = rows.pivot(index=[*KEYS, "cell"], columns="metric", values="value")
-    choice = ["behind", "standard_error", "tie", "chosen"]
-    table = cells[[*KEYS, "cell", *choice]].merge(wide[SCORES].reset_index(), on=[*KEYS, "cell"], how="left")
-    return table[[*KEYS, "cell", *SCORES, *choice]]
-
-
-def arm_name(method: str, ember: bool) -> str:
-    """How tables name an arm: ``EMBER``, ``RMU``, ``EMBER + RMU``; ``unedited`` for the model as it is."""
-    if method == "none":
-        return "unedited"
-    return f"EMBER + {method_name(method)}" if ember else method_name(method)
+    wide = rows.pivot(index=keys, columns="metric", values="value")[SCORES].reset_index()
+    return cells[keys + choice].merge(wide, on=keys, how="left")[keys + SCORES + choice]
 
 
 def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
@@ -172,14 +160,11 @@ def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     shown = SHOWN | {metric: title for metric, title in SHOWN_FURTHER.items() if (main.metric == metric).any()}
-    for (concept, method, ember), arm in main.groupby(ARM, sort=False):
-        scores = arm.set_index("metric")
-        row = {"concept": concept, "method": arm_name(method, ember), "chosen on train": arm.cell.iloc[0]}
-        row["runs"] = arm.runs.iloc[0]
-        for metric, title in shown.items():
-            s = scores.loc[metric] if metric in scores.index else None
-            row[title] = "–" if s is None else f"{s.value:.2f} [{s.ci_low:.2f}, {s.ci_high:.2f}]"
-        rows.append(row)
+    for (concept, method, ember), arm in main.groupby(ARM_COLUMNS, sort=False):
+        texts = dict(zip(arm.metric, interval_texts(arm, form=".2f"), strict=True))
+        about = {"concept": concept, "method": Arm(method, ember).name}
+        about |= {"chosen on train": arm.cell.iloc[0], "runs": arm.runs.iloc[0]}
+        rows.append(about | {title: texts.get(metric, MISSING) for metric, title in shown.items()})
     return pd.DataFrame(rows)
 
 
@@ -194,8 +179,8 @@ def verdict_table(
 ) -> pd.DataFrame:
     """Does EMBER beat its controls, and what does the frequency rule save: one row an answer.
 
-    The frames are ``control_table``'s, ``trade.strength_table``'s, ``trade.area_table``'s,
-    ``relearn_tables.control_table``'s and ``trade.equal_gain_table``'s; any may be empty.
+    The frames are ``control_table``'s, ``trade_curves.strength_table``'s, ``trade_curves.area_table``'s,
+    ``relearn_tables.left_beside_ember``'s and ``trade_curves.equal_gain_table``'s; any may be empty.
 
     Columns: question, beside (the control), measure, runs, difference from EMBER and its 95 % interval over items,
     seeds and concepts, better (EMBER, the control, or "not shown").
@@ -204,12 +189,12 @@ def verdict_table(
     for row in scores.itertuples():
         if row.metric in SHOWN:
             interval = (row.value, row.ci_low, row.ci_high)
-            rows.append(("scores before relearning", method_name(row.method), SHOWN[row.metric], row.runs, 1, interval))
+            rows.append(("scores before relearning", Arm(row.method).name, SHOWN[row.metric], row.runs, 1, interval))
     for row in left.itertuples():
         if row.metric == "gold_prob" and row.attack == "all":
             measure = f"probability of the right answer ({row.precision}, lr {float(row.lr):g})"
             interval = (row.value, row.ci_low, row.ci_high)
-            rows.append(("left after relearning", method_name(row.method), measure, row.runs, -1, interval))
+            rows.append(("left after relearning", Arm(row.method).name, measure, row.runs, -1, interval))
     same = strengths[strengths.delta == 1] if len(strengths) else strengths
     for question, table, sign, measure in (
         ("taken at delta=1", same, 1, "probability of the right answer"),
@@ -236,32 +221,20 @@ def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
     lines = []
     alone = edited[(edited.method == "ember") & ~edited.ember]
     for concept, arm in alone.groupby("concept", sort=False):
-        arm = arm[arm.seed == arm.seed.min()]
-        for label, set_, metric in (
-            ("concept questions, accuracy", "concept", "accuracy"),
-            ("similar domain, accuracy", "simdom", "accuracy"),
-            ("general knowledge, accuracy", "general", "accuracy"),
-            ("concept questions, log-likelihood of the answer (nats/char)", "concept", "gold_logprob"),
-            ("similar domain, log-likelihood of the answer (nats/char)", "simdom", "gold_logprob"),
-            ("neutral text, loss (nats/token)", "neutral", "loss"),
-            ("other-sense text, loss (nats/token)", "other_sense", "loss"),
-        ):
-            if not len(arm[arm.set == set_]):
+        after = arm[arm.seed == arm.seed.min()].set_index(["set", "metric"])
+        before = base[base.concept == concept].set_index(["set", "metric"]).value
+        for (name, metric), label in PLAIN.items():
+            if name not in after.index:
                 continue  # released concepts have no texts in another sense
-            before = _row(base[base.concept == concept], set_, metric)
-            after, change = _row(arm, set_, metric), _row(arm, set_, f"delta_{metric}")
+            change = after.loc[(name, f"delta_{metric}")]
             lines.append(
                 {
                     "concept": concept,
-                    "cell": arm.cell.iloc[0],
+                    "cell": after.cell.iloc[0],
                     "measure (test split)": label,
-                    "base model": f"{before.value:.3f}",
-                    "edited": f"{after.value:.3f}",
-                    "change [95 % interval]": f"{change.value:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}]",
+                    "base model": f"{before[name, metric]:.3f}",
+                    "edited": f"{after.value[name, metric]:.3f}",
+                    "change [95 % interval]": interval_text(change.value, change.ci_low, change.ci_high, "+.3f"),
                 }
             )
     return pd.DataFrame(lines)
-
-
-def _row(frame: pd.DataFrame, set_: str, metric: str) -> pd.Series:
-    return frame[(frame.set == set_) & (frame.metric == metric)].iloc[0]

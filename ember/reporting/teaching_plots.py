@@ -1,11 +1,11 @@
 """Figures of teaching and erasing: tidy frame in, matplotlib Axes out."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ember.reporting.plots import PALETTE
+from ember.reporting.format import error_bars
+from ember.reporting.plots import PALETTE, new_axes
 
 _ARMS = (("alone", False, PALETTE["simdom"], "o"), ("after EMBER", True, PALETTE["concept"], "s"))
 
@@ -17,16 +17,15 @@ def arrival_points(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ``teaching.arrival_table`` gives them for one metric and half. A setting without a share is named as such.
     """
     labels = list(dict.fromkeys(table.label))
-    if ax is None:
-        ax = plt.subplots(figsize=(7.4, 0.42 * len(labels) + 1.7), layout="constrained")[1]
+    ax = new_axes(ax, 7.4, 0.42 * len(labels) + 1.7)
     for name, after, colour, marker in _ARMS:
         mine = table[table.ember == after]
         if mine.empty:
             continue
         y = np.array([labels.index(label) for label in mine.label]) + (0.14 if after else -0.14)
         known = np.isfinite(mine.share.to_numpy(float))
-        error = [(mine.share - mine.ci_low)[known].clip(lower=0), (mine.ci_high - mine.share)[known].clip(lower=0)]
-        ax.errorbar(mine.share[known], y[known], xerr=error, fmt=marker, color=colour, capsize=3, label=name)
+        bars = error_bars(mine[known], "share")
+        ax.errorbar(mine.share[known], y[known], xerr=bars, fmt=marker, color=colour, capsize=3, label=name)
         for height in y[~known]:
             ax.annotate("no share: too little was taught", (0.02, height), color=colour, fontsize=8, va="center")
     ax.axvline(0, color=PALETTE["base"], lw=1.2)

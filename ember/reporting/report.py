@@ -1,0 +1,236 @@
+"""Frames of all runs of a profile → the tables and figures of its report, each with the name of its file.
+
+Frames of runs have a column ``run``. Figures of single runs are to show one seed a concept (``first_seeds``).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ember.data.arms import Arm
+from ember.evaluation import localization, stability
+from ember.evaluation import trade_curves as trade
+from ember.evaluation.trade_off import RARE
+from ember.reporting import control_plots, feature_plots, localization_plots, plots, relearn_plots, stability_plots
+from ember.reporting import relearn_tables as relearned
+from ember.reporting import tables as erased
+from ember.reporting.teaching_plots import arrival_points
+from ember.store.paths import slug
+
+Tables = dict[str, pd.DataFrame]
+Figures = Iterator[tuple[str, Figure]]
+ASKED = ["accuracy", "gold_prob", "letter_correct", "letter_valid", "open_correct"]
+
+
+def first_seeds(items: pd.DataFrame, order: Sequence[int]) -> pd.Series:
+    """Of each concept the first seed, in this order, with which EMBER found something to edit."""
+    alone = items[(items.method == "ember") & ~items.ember]
+    return alone.groupby("concept").seed.agg(lambda seeds: min(seeds, key=list(order).index))
+
+
+def figure_name(kind: str, frame: pd.DataFrame) -> str:
+    """File name of a run's figure: its kind and what the frame's first row says of concept, method and seed."""
+    row = frame.iloc[0]
+    arm = [f"{row.method}{'-with-ember' if row.ember else ''}"] if "method" in frame else []
+    return "__".join([kind, slug(row.concept), *arm, f"seed{row.seed}"])
+
+
+def _by_concept(kind: str, frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for concept, part in frame.groupby("concept", sort=False):
+        yield f"{kind}__{slug(str(concept))}", part
+
+
+def _by_run(kind: str, frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for _, part in frame.groupby("run"):
+        yield figure_name(kind, part), part
+
+
+def erasure_tables(
+    records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, *, controls: Collection[str] = ()
+) -> Tables:
+    """What each method erases, from the frames of notebook 03; with ``controls``, each beside EMBER."""
+    test, train = (records[records.split == split] for split in ("test", "train"))
+    edited = test[test.method != "base"]
+    base = test[test.method == "base"].drop_duplicates(["concept", "set", "metric"])
+    compared = erased.comparisons(items)
+    main = erased.main_table(compared, cells)
+    tables = {
+        "base_model": base[base.metric.isin(ASKED)][["concept", "set", "metric", "value", "ci_low", "ci_high", "n"]],
+        "main": main, "overview": erased.arm_overview(main), "ember_effect": erased.effect_table(compared),
+        "changes": erased.change_table(edited), "headline": erased.headline(base, edited),
+        "grid": erased.grid_table(train, cells),
+    }  # fmt: skip
+    return tables | ({"controls": erased.control_table(compared, controls)} if controls else {})
+
+
+def arm_figures(main: pd.DataFrame, effects: pd.DataFrame) -> Figures:
+    """The arms of each concept, and what EMBER adds."""
+    for name, arms in _by_concept("methods", main):
+        yield name, plots.arm_scores(arms)
+    for name, arms in _by_concept("trade_off", main):
+        yield name, plots.arm_trade_off(arms).figure
+    for name, differences in _by_concept("ember_effect", effects):
+        yield name, plots.ember_effect(differences)
+
+
+def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
+    """The best features and the rows to edit, from the frames of notebook 02."""
+    return {"features": scores.groupby("run").head(12).drop(columns="run"), "edited_rows": preview.drop(columns="run")}
+
+
+def feature_figures(loss: pd.DataFrame, scores: pd.DataFrame, preview: pd.DataFrame) -> Figures:
+    """Each run's fit, features and rows, from the frames of notebooks 01 and 02."""
+    for name, run in _by_run("factorization_loss", loss):
+        yield name, feature_plots.loss_curve(run.loss.tolist(), total=run.total.iloc[0]).figure
+    for name, run in _by_run("selected_features", scores):
+        chosen, threshold = run.feature[run.selected].tolist(), run.threshold.iloc[0]
+        yield name, feature_plots.feature_scores(run, threshold=threshold, selected=chosen).figure
+    for name, run in _by_run("keyness_and_ratio", scores):
+        yield name, feature_plots.role_composition(run, selected=run.feature[run.selected].tolist()).figure
+    for name, run in _by_run("token_preview", preview):
+        yield name, feature_plots.token_preview(run).figure
+
+
+def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, samples: pd.DataFrame) -> Figures:
+    """Every grid, and of EMBER alone: question by question, in words, and the damage to texts."""
+    train = records[(records.split == "train") & (records.set == "")]
+    for (concept, seed), grids in erased.ember_first(train).groupby(["concept", "seed"], sort=False):
+        chosen = cells[cells.chosen & (cells.concept == concept) & (cells.seed == seed)]
+        yield f"grids__{slug(concept)}__seed{seed}", plots.grid_panels(grids, chosen)
+    alone = items[(items.method == "ember") & ~items.ember & (items.metric == "gold_logprob")]
+    for name, run in _by_run("item_changes", alone.assign(change=alone.edited - alone.base)):
+        yield name, feature_plots.item_changes(run).figure
+    for name, run in _by_run("generations", samples[samples.method == "ember"]):
+        yield name, plots.text_panel(run[["prompt", "base", "edited"]]).figure
+    titles = {**plots.LABELS, "instruction": "reference responses"}
+    texts = records.set.isin(["neutral", "instruction", "other_sense", "paragraph"]) & (records.metric == "delta_loss")
+    damage = records[texts & (records.split == "test") & (records.method == "ember")]
+    for name, run in _by_run("text_damage", damage.assign(label=damage.set.map(titles))):
+        title, unit = "Rise in loss on the test texts (EMBER alone)", "nats per token (95 % interval)"
+        yield name, plots.interval_bars(run.sort_values("value"), title=title, xlabel=unit, base=0.0).figure
+
+
+def relearning_tables(
+    items: pd.DataFrame, moved: pd.DataFrame, curve: pd.DataFrame, *, controls: Collection[str] = ()
+) -> Tables:
+    """What comes back, from the frames of notebook 04; with ``controls``, what is left of each beside EMBER."""
+    table, moved = relearned.relearning_table(items), moved.drop(columns="run")
+    pace = ["concept", *relearned.ATTACKED, "seed", "tokens", "seconds", "tokens_per_second", "diverged"]
+    tables = {
+        "relearning": table, "relearning_overview": relearned.relearning_overview(table), "weights_moved": moved,
+        "ember_effect_relearned": relearned.left_with_ember(items),
+        "precision": relearned.precision_table(items, moved),
+        "relearning_speed": curve.groupby("run").last()[pace].reset_index(drop=True),
+    }  # fmt: skip
+    return tables | ({"controls_relearned": relearned.left_beside_ember(items, controls)} if controls else {})
+
+
+def relearning_figures(table: pd.DataFrame, precisions: pd.DataFrame) -> Figures:
+    """What comes back: by method against tokens, by attack where there are several, and by precision."""
+    for name, part in _by_concept("relearning", table):
+        widest = relearned.recipe(part[part.attack == "all"], most="method")
+        yield name, relearn_plots.regained_panels(widest[(widest.metric == "gold_prob") & (widest.questions == "all")])
+    for name, part in _by_concept("attacks", relearned.final_points(table)):
+        if set(part.attack) != {"all"}:
+            yield name, relearn_plots.share_heatmap(relearned.recipe(part, most="attack")).figure
+    for name, part in _by_concept("precision", precisions):
+        yield name, relearn_plots.precision_panel(part)
+
+
+def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.Series) -> Tables:
+    """Where predictions change, from the frames of notebook 05; the tokens hurt most are those of ``seeds``."""
+    alone = tokens[(tokens.method == "ember") & ~tokens.ember & (tokens.seed == tokens.concept.map(seeds))]
+    worst = [localization.most_damaged(part).assign(concept=name) for name, part in alone.groupby("concept")]
+    everyday = everyday.drop(columns=["run", "method", "ember"]).drop_duplicates(["concept", "seed", "set"])
+    return {
+        "localization": localization.by_arm(tokens), "half_of_change": localization.half_by_arm(tokens),
+        "everyday": everyday, "most_damaged": pd.concat(worst),
+    }  # fmt: skip
+
+
+def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
+    """KL before and after an edited token by arm, and by the number of them for EMBER alone."""
+    for name, part in _by_concept("localization", table):
+        names = [Arm(*arm).name for arm in zip(part.method, part.ember, strict=True)]
+        yield name, localization_plots.arm_exposure(part, names)
+    for name, part in _by_concept("exposure", tokens[(tokens.method == "ember") & ~tokens.ember]):
+        texts = part.assign(text=part.seed.astype(str) + " " + part.text.astype(str))
+        yield name, localization_plots.exposure_bars(localization.by_exposure(texts)).figure
+
+
+Runs = Mapping[tuple[str, int], trade.Curves]  # by concept and seed
+
+
+def trade_runs(items: pd.DataFrame) -> Runs:
+    """The curves of every run, from the item scores of notebook 06."""
+    return {key: trade.curves(part) for key, part in items.groupby(["concept", "seed"], sort=False)}
+
+
+def trade_tables(runs: Runs, rows: pd.DataFrame) -> Tables:
+    """What control edits take and cost, per concept and over all, and the rows that they move."""
+    parts = {concept: {key: run for key, run in runs.items() if key[0] == concept} for concept, _ in runs}
+    parts |= {erased.ALL: dict(runs)} if len(parts) > 1 else {}
+
+    def each(table: Callable[..., pd.DataFrame], *edit: str) -> pd.DataFrame:
+        return pd.concat([table(part, *edit).assign(concept=name) for name, part in parts.items()])
+
+    tables = {"trade": each(trade.area_table), "strengths": each(trade.strength_table)}
+    tables["control_rows"] = rows.drop(columns="run")
+    if RARE in set(tables["trade"].edit):
+        tables["spared_tokens"] = each(trade.equal_gain_table, RARE)
+    return tables
+
+
+def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
+    """The areas of every concept, and the curves of one seed each."""
+    for name, part in _by_concept("trade_areas", areas):
+        yield name, control_plots.area_differences(part)
+    for (concept, seed), run in runs.items():
+        if seed == seeds[concept]:
+            yield f"trade__{slug(concept)}", control_plots.trade_curves(trade.point_table(run))
+
+
+def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """``verdict_table`` over all concepts, of those tables of this module that there are."""
+    concept = tables["main"].concept.iloc[-1]  # all concepts, where there are several
+    needed = (tables.get(name) for name in ("controls", "strengths", "trade", "controls_relearned", "spared_tokens"))
+    parts = [pd.DataFrame() if table is None else table[table.concept == concept] for table in needed]
+    return erased.verdict_table(*parts, concept=concept)
+
+
+def stability_tables(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Tables:
+    """Whether the same feature comes back, from the frames of notebook 08."""
+    varied = [
+        stability.variation_table(part).assign(concept=name)
+        for name, part in erased.each_concept(_varied_pairs(fits, pairs))
+    ]
+    return {
+        "stability_fits": fits.drop(columns="run"), "stability_outcomes": outcomes.drop(columns="run"),
+        "stability": pd.concat(varied),
+    }  # fmt: skip
+
+
+def _varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    parts = pairs.drop(columns="run").groupby("concept", sort=False)
+    return pd.concat([stability.varied_pairs(fits[fits.concept == concept], part) for concept, part in parts])
+
+
+def stability_figures(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Figures:
+    """What came of each concept's feature, and of its edits."""
+    for name, part in _by_concept("stability", _varied_pairs(fits, pairs)):
+        yield name, stability_plots.variation_points(part).figure
+    for name, part in _by_concept("stability_outcomes", outcomes):
+        yield name, stability_plots.outcome_points(part).figure
+
+
+def teaching_tables(cells: pd.DataFrame, **frames: pd.DataFrame) -> Tables:
+    """Where erasing what was taught arrives, from notebook 09's cells; its other ``frames`` as they are."""
+    arrived = cells[cells.chosen & (cells.split == "test")].drop(columns=["run", "split", "chosen"])
+    return {"arrival": arrived} | {f"taught_{name}": frame.drop(columns="run") for name, frame in frames.items()}
+
+
+def teaching_figures(arrived: pd.DataFrame) -> Figures:
+    """The arrival of each arm in probability, with the first seed."""
+    likely = arrived[(arrived.metric == "gold_prob") & (arrived.seed == arrived.seed.iloc[0])]
+    yield "arrival", arrival_points(likely.assign(label=[Arm(method).name for method in likely.method])).figure
