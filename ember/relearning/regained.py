@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ember.evaluation.metrics import accuracy_table
+from ember.evaluation.resampling import interval, pooled_mean_draws
 
 KEYS = ["set", "item", "metric"]
 
@@ -60,21 +61,16 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
         if not np.isfinite([base, erased, after]).all():
             raise ValueError("a score is missing")
         changes.append(np.stack([after - erased, base - erased]))
-    generator = np.random.default_rng(seed)
-    means = np.stack([
-        change[:, generator.integers(0, change.shape[1], (n_resamples, change.shape[1]))].mean(-1) for change in changes
-    ])  # fmt: skip
-    chosen = generator.integers(0, len(parts), (len(parts), n_resamples))
-    draws = np.take_along_axis(means, chosen[:, None, :], axis=0).mean(0)
+    draws = pooled_mean_draws(changes, n_resamples=n_resamples, seed=seed)
     back, gap = np.mean([change.mean(1) for change in changes], axis=0)
-    (back_low, gap_low), (back_high, gap_high) = np.percentile(draws, [2.5, 97.5], axis=1)
-    share = np.full(3, np.nan)
+    (back_low, gap_low), (back_high, gap_high) = interval(draws)
+    share, low, high = np.full(3, np.nan)
     if gap_low > 0:
-        ratios = draws[0] / np.where(draws[1] > 0, draws[1], np.nan)
-        share = np.array([back / gap, *np.nanpercentile(ratios, [2.5, 97.5])])
+        share = back / gap
+        low, high = interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan))
     n = sum(change.shape[1] for change in changes)
     return Share(
-        float(share[0]), float(share[1]), float(share[2]), float(back), float(back_low), float(back_high),
+        float(share), float(low), float(high), float(back), float(back_low), float(back_high),
         float(gap), float(gap_low), float(gap_high), n,
     )  # fmt: skip
 
@@ -107,21 +103,21 @@ def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str =
     (seeds, concepts) are pooled. Columns: those of ``by``, point, tokens (mean over runs), questions, metric, base and
     after (means), and those of ``Share`` with the note.
     """
-    scores = items[items.metric == metric]
-    groups = {"all": scores, "stated": scores[scores.stated], "not stated": scores[~scores.stated]}
     rows = []
-    for questions, group in groups.items():
+    for questions, group in _groups(items[items.metric == metric]).items():
         for key, part in group.groupby([*by, "point"], sort=False):
-            parts = [
-                (run.base.to_numpy(float), run.erased.to_numpy(float), run.after.to_numpy(float))
-                for _, run in part.groupby("run", sort=False)
-            ]
-            share = share_regained(parts)
+            runs = [run[["base", "erased", "after"]] for _, run in part.groupby("run", sort=False)]
+            share = share_regained([tuple(run.to_numpy(float).T) for run in runs])
             means = (part.tokens.mean(), questions, metric, part.base.mean(), part.after.mean())
             rows.append((*key, *means, *vars(share).values(), share.note))
     columns = [*by, "point", "tokens", "questions", "metric", "base", "after", "share", "ci_low", "ci_high"]
     columns += ["back", "back_low", "back_high", "gap", "gap_low", "gap_high", "n", "note"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _groups(items: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Those of all questions, and of those that the texts state and do not state."""
+    return {"all": items, "stated": items[items.stated], "not stated": items[~items.stated]}
 
 
 def net_of_reference(items: pd.DataFrame, pairing: Sequence[str]) -> pd.DataFrame:
@@ -147,7 +143,7 @@ def regained_summary(items: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     names = {"all": "concept", "stated": "concept stated", "not stated": "concept not stated"}
-    for questions, part in {"all": items, "stated": items[items.stated], "not stated": items[~items.stated]}.items():
+    for questions, part in _groups(items).items():
         for tokens, point in part.groupby("tokens"):
             for row in accuracy_table(point.assign(value=point.after)).itertuples():
                 rows.append((tokens, names[questions], "accuracy", row.accuracy, row.ci_low, row.ci_high, row.n))

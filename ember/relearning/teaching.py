@@ -6,7 +6,7 @@ One copy of a model is taught an invented subject, another copy reads as much ne
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pandas as pd
@@ -16,6 +16,7 @@ from ember.data.types import SPLITS, Question
 from ember.editing import Edit
 from ember.errors import EmberError, require_at_least
 from ember.evaluation.evaluate import question_scores, text_scores
+from ember.evaluation.resampling import interval, pooled_mean_draws
 from ember.methods.training import require_finite
 from ember.models.loading import LoadedModel
 from ember.relearning.optimizers import make_optimizer, stepping_backward
@@ -76,24 +77,18 @@ def teach(
         raise EmberError(f"teaching needs a model in float32, not in {loaded.dtype}")
     order = RelearnConfig((config.tokens,), batch_size=config.batch_size, max_tokens=config.max_tokens)
     plan = training_plan(loaded, texts, order, seed)
-    model = copy.deepcopy(loaded.model)
-    # Hashing it can wait until it has been trained.
-    student = LoadedModel(model, loaded.tokenizer, loaded.spec, loaded.architecture, {"": "in training"})
-    _train(student, plan, config, progress)
-    return LoadedModel(model.requires_grad_(False), loaded.tokenizer, loaded.spec, loaded.architecture)
-
-
-def _train(student: LoadedModel, plan: Sequence[Sequence[Sequence[int]]], config: TeachConfig, progress: bool) -> None:
-    """Train all parameters in place, one step for each entry of the plan."""
+    student = replace(loaded, model=copy.deepcopy(loaded.model))
     steps = {}
     for parameter in student.model.requires_grad_(True).parameters():
         optimizer = make_optimizer("adamw", [parameter], lr=config.lr, weight_decay=config.weight_decay)
         steps[parameter] = partial(_update, optimizer)
-    with torch.enable_grad(), stepping_backward(steps):
+    with student.in_training(config, seed), torch.enable_grad(), stepping_backward(steps):
         for step, sequences in enumerate(bar(plan, show=progress, desc="teaching"), 1):
             loss = packed_loss(student, sequences)
             require_finite(loss, "teaching", step)
             loss.backward()
+    student.model.requires_grad_(False)
+    return replace(student, parameter_hashes={})  # which are taken anew
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
@@ -134,8 +129,8 @@ def arrival_table(
         for metric in METRICS:
             for cell, scores in erased.items():
                 frames = (taught, untaught, scores)
-                found = arrival(*(f[f["item"].isin(mine) & (f.metric == metric)] for f in frames))
-                rows.append((cell, split, metric, *vars(found).values(), found.note))
+                share = arrival(*(f[f["item"].isin(mine) & (f.metric == metric)] for f in frames))
+                rows.append((cell, split, metric, *vars(share).values(), share.note))
     columns = ["cell", "split", "metric", "share", "ci_low", "ci_high", "back", "back_low", "back_high"]
     return pd.DataFrame(rows, columns=[*columns, "gap", "gap_low", "gap_high", "n", "note"])
 
@@ -158,8 +153,8 @@ def damage(reference: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, part in _aligned(reference, erased).groupby(level=["set", "metric"], sort=False):
         before, after = part.to_numpy(float).T
-        found = share_regained([(before, before, after)])
-        rows.append((*key, found.back, found.back_low, found.back_high, found.n))
+        change = (after - before)[None]
+        rows.append((*key, change.mean(), *interval(pooled_mean_draws([change])[0]), change.size))
     return pd.DataFrame(rows, columns=["set", "metric", "change", "ci_low", "ci_high", "n"])
 
 
@@ -168,4 +163,7 @@ def _aligned(*frames: pd.DataFrame) -> pd.DataFrame:
     columns = [frame.set_index(KEYS).value for frame in frames]
     if any(set(column.index) != set(columns[0].index) for column in columns):
         raise ValueError("the models were not scored on the same items")
-    return pd.concat(columns, axis=1)
+    scores = pd.concat(columns, axis=1)
+    if scores.isna().any(axis=None):
+        raise ValueError("a score is missing")
+    return scores

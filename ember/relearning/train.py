@@ -4,20 +4,19 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ember.editing import Edit
 from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.models.loading import LoadedModel
 from ember.models.scoring import packed_mask
-from ember.relearning.attacks import PRECISIONS, Attack, Trained, opened, working_copy
+from ember.relearning.attacks import PRECISIONS, Attack, Trained, edited_rows, movement, opened, working_copy
 from ember.relearning.optimizers import OPTIMIZERS, make_optimizer, require_optimizer, stepping_backward
 from ember.store.files import read_sealed, sealed_dir
 from ember.store.progress import bar
@@ -49,12 +48,11 @@ class RelearnConfig:
             raise ValueError(f"points must be positive numbers of tokens in rising order, got {self.points}")
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, got {self.max_tokens}")
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
         if self.optimizer not in OPTIMIZERS:
             raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
+        require_at_least(self, 2, "max_tokens")
         require_at_least(self, 1, "batch_size")
 
 
@@ -121,72 +119,52 @@ def relearn(
     """
     require_optimizer(config.optimizer, loaded.device)
     plan = training_plan(loaded, texts, config, seed)
-    edited = _edited_rows(loaded, edit)
-    found = _read(store) if store else None
-    if found and (found.diverged or found.tokens >= config.points[-1]):
-        return found
+    edited = edited_rows(loaded, edit)
+    result = _read(store) if store and store.exists() else None
+    if result and (result.diverged or result.tokens >= config.points[-1]):
+        return result
     with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
         settings = {"lr": config.lr, "weight_decay": config.weight_decay}
         optimizers = {name: make_optimizer(config.optimizer, [t.leaf], **settings) for name, t in trained.items()}
         # New memory for each gradient would take longer than what is done with it.
         largest = max((t.leaf.numel() for t in trained.values() if t.leaf is not t.live), default=0)
         room = next(iter(trained.values())).leaf.new_empty(largest, requires_grad=False)
-        steps = {t.live: partial(_update, t, optimizers[name], room) for name, t in trained.items()}
-        if found is None:
-            found = Relearning(items=_measured(loaded, measure, 0))
-        else:
+        steps = {t.live: partial(t.step, optimizers[name], room) for name, t in trained.items()}
+        if result and store:
             _restore(store, trained, optimizers)
-        shown = bar(total=config.points[-1], initial=found.tokens, show=progress, desc="relearning", unit="token")
-        for step in range(len(found.steps), len(plan)):
-            started, before = time.perf_counter(), found.tokens
+        else:
+            result = Relearning(items=_measured(loaded, measure, 0))
+        count = bar(total=config.points[-1], initial=result.tokens, show=progress, desc="relearning", unit="token")
+        for step, sequences in enumerate(plan[len(result.steps) :], len(result.steps) + 1):
+            started, before = time.perf_counter(), result.tokens
             with checkpointed(loaded) if config.gradient_checkpointing else nullcontext(), stepping_backward(steps):
-                loss, taken = _step(loaded, plan[step])
-            if not taken:
-                found.diverged = f"the loss is {loss:.3g} nats per token at step {step + 1}, after {before} tokens"
-                break
-            tokens = before + sum(map(len, plan[step]))
-            found.steps.append({"step": step + 1, "tokens": tokens, "loss": loss})
-            found.seconds += time.perf_counter() - started
-            shown.update(tokens - before)
+                loss = packed_loss(loaded, sequences)
+                value = float(loss.detach())
+                if not value <= 2 * math.log(loaded.embedding.shape[0]):  # also if it is NaN
+                    result.diverged = f"the loss is {value:.3g} nats per token at step {step}, after {before} tokens"
+                    break
+                loss.backward()
+            tokens = before + sum(map(len, sequences))
+            result.steps.append({"step": step, "tokens": tokens, "loss": value})
+            result.seconds += time.perf_counter() - started
+            count.update(tokens - before)
             if any(before < point <= tokens for point in config.points):
-                found.items = pd.concat([found.items, _measured(loaded, measure, tokens)], ignore_index=True)
+                result.items = pd.concat([result.items, _measured(loaded, measure, tokens)], ignore_index=True)
                 if store and tokens < config.points[-1]:
-                    _write(store, found, trained, optimizers)
-        shown.close()
-        found.moved = movement(trained, edited)
+                    state = {name: (t.leaf.detach(), optimizers[name].state_dict()) for name, t in trained.items()}
+                    _write(store, result, state)
+        count.close()
+        result.moved = movement(trained, edited)
     if store:
-        _write(store, found)
-    return found
-
-
-def _edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Of each embedding matrix that the edit changes: the rows, and their values before the edit."""
-    return {
-        name: (change.rows, loaded.model.get_parameter(name).detach()[change.rows.to(loaded.device)].clone())
-        for name, change in (edit.tensors.items() if edit else ())
-        if name in (loaded.embedding_name, loaded.head_name)
-    }
-
-
-def _update(trained: Trained, optimizer: torch.optim.Optimizer, room: torch.Tensor) -> None:
-    trained.pull(room)
-    optimizer.step()
-    trained.push()
-
-
-def _step(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> tuple[float, bool]:
-    """The loss, and whether the step was taken: not with a loss that is NaN or over twice that of a uniform guess."""
-    loss = packed_loss(loaded, sequences)
-    value = float(loss.detach())
-    if not value <= 2 * math.log(loaded.embedding.shape[0]):
-        return value, False
-    loss.backward()
-    return value, True
+        _write(store, result)
+    return result
 
 
 @contextmanager
 def checkpointed(loaded: LoadedModel) -> Iterator[None]:
     """Gradient checkpointing in every layer; nothing else goes into training mode, so dropout stays off."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # transformers 5 has another name for it, and warns of the old one.
     kind = "activation" if hasattr(loaded.model, "activation_checkpointing_enable") else "gradient"
     getattr(loaded.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
@@ -244,79 +222,28 @@ def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torc
 
 def _measured(loaded: LoadedModel, measure: Callable[[int], pd.DataFrame], tokens: int) -> pd.DataFrame:
     """The scores at one point, taken in float32 so that only the training differs between precisions."""
-    if loaded.embedding.dtype == torch.float32:
+    exact = loaded.embedding.dtype == torch.float32
+    with nullcontext() if exact else working_copy(loaded.model, torch.float32):
         return measure(tokens).assign(tokens=tokens)
-    with working_copy(loaded.model, torch.float32):
-        return measure(tokens).assign(tokens=tokens)
 
 
-@torch.no_grad()
-def movement(
-    trained: Mapping[str, Trained], edited: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-) -> list[dict[str, float | str]]:
-    """How far training moved the weights; ``edited`` maps embedding matrices to edited rows and their base values.
-
-    One row for all that was trained and one for each matrix of embeddings with edited rows: how many ``values`` there
-    are and what share of them ``changed`` at all; and for edited rows the share of their displacement by the edit
-    that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
-    """
-    counts = [(int((t.value().to(t.start.device) != t.start).sum()), t.start.numel()) for t in trained.values()]
-    changed, values = map(sum, zip(*counts, strict=True))
-    rows: list[dict[str, float | str]] = [
-        {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
-    ]
-    for name, (where, base) in edited.items():
-        if name not in trained:
-            continue
-        t = trained[name]
-        # An attack on the edited rows alone trains just these, in this order.
-        inside = torch.arange(len(where)) if t.rows is not None else where
-        start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
-        back = base.to(start) - start
-        travelled = float(((after - start) * back).sum() / back.square().sum())
-        values, share = start.numel(), float((after != start).float().mean())
-        rows.append({"part": f"edited rows of {name}", "values": values, "changed": share, "travelled": travelled})
-    return rows
-
-
-# On disk: items.parquet and, while the run goes on, weights.safetensors with the optimizer's moments.
-
-
-def _write(
-    store: Path,
-    found: Relearning,
-    trained: Mapping[str, Trained] | None = None,
-    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
-) -> None:
-    about = {key: value for key, value in asdict(found).items() if key != "items"}
+def _write(store: Path, result: Relearning, state: Mapping[str, Any] | None = None) -> None:
+    """``state``, while the run goes on: of each tensor under attack its value and its optimizer's state."""
+    about = {key: value for key, value in vars(result).items() if key != "items"}
     with sealed_dir(store, about, ours=True) as target:
-        if trained and optimizers:
-            tensors: dict[str, torch.Tensor] = {}
-            for name, t in trained.items():
-                state = {k: torch.as_tensor(v) for k, v in optimizers[name].state[t.leaf].items()}
-                tensors |= {f"{name}::leaf": t.leaf.detach(), **{f"{name}::{k}": v for k, v in state.items()}}
-            save_file({key: value.contiguous() for key, value in tensors.items()}, target / "weights.safetensors")
-        found.items.to_parquet(target / "items.parquet", index=False)
+        result.items.to_parquet(target / "items.parquet", index=False)
+        if state is not None:
+            torch.save(state, target / "state.pt")
 
 
-def _read(store: Path) -> Relearning | None:
-    if not store.exists():
-        return None
-    about = read_sealed(store)
-    return Relearning(items=pd.read_parquet(store / "items.parquet"), **about)
+def _read(store: Path) -> Relearning:
+    return Relearning(**read_sealed(store), items=pd.read_parquet(store / "items.parquet"))
 
 
 @torch.no_grad()
-def _restore(
-    store: Path | None, trained: Mapping[str, Trained], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> None:
-    assert store is not None
-    tensors = load_file(store / "weights.safetensors")
-    for name, t in trained.items():
-        t.leaf.copy_(tensors.pop(f"{name}::leaf"))
-        t.push()
-        for key in [key for key in tensors if key.rpartition("::")[0] == name]:
-            value = tensors.pop(key).to(t.leaf.device)
-            # bitsandbytes counts steps with a plain number.
-            number = value.ndim == 0 and not value.is_floating_point()
-            optimizers[name].state[t.leaf][key.rpartition("::")[2]] = int(value) if number else value
+def _restore(store: Path, trained: Mapping[str, Trained], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    state = torch.load(store / "state.pt", map_location="cpu", weights_only=True)
+    for name, (value, moments) in state.items():
+        trained[name].leaf.copy_(value)
+        trained[name].push()
+        optimizers[name].load_state_dict(moments)
