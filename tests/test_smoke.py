@@ -9,6 +9,7 @@ import sys
 import pandas as pd
 import pytest
 
+from ember.batch.notebooks import list_notebooks, read_notebook
 from ember.batch.profiles import load_profile
 from ember.editing import Edit
 from ember.store.paths import REPOSITORY
@@ -38,11 +39,25 @@ def test_every_notebook_left_a_manifest_and_an_executed_copy(results):
     ran = [json.loads(manifest.read_text())["notebook"][:2] for manifest in manifests]
     assert ran == ["00", "01", "02", *["03"] * 4, *["04"] * 4, "05", "05", "06", "08", "09", "10"]
     for manifest in manifests:
-        about = json.loads(manifest.read_text())
-        assert about["wall_seconds"] > 0
-        assert about["peak_memory_mb"] > 100
         notebook = json.loads(manifest.with_suffix(".ipynb").read_text())
         assert all(c["execution_count"] for c in notebook["cells"] if c["cell_type"] == "code")
+    times = pd.read_csv(results / "tables" / "run_times.csv")
+    assert len(times) == len(manifests)
+    assert (times.wall_seconds > 1).all() and (times.peak_memory_mb > 100).all()
+
+
+def stdout(cell: dict) -> str:
+    return "".join("".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout")
+
+
+@pytest.mark.parametrize("name", list_notebooks())
+def test_checked_cells_print_what_is_committed(results, name):
+    """With the defaults of the parameters, as a reader would run them; nbval compares the same cells (`make nbval`)."""
+    copies = [json.loads(path.read_text()) for path in (results / "notebooks").glob(f"{name}*.ipynb")]
+    committed = [c for c in read_notebook(name)["cells"] if "nbval-check-output" in c["metadata"].get("tags", [])]
+    for cell in committed:
+        printed = [stdout(c) for copy in copies for c in copy["cells"] if c["id"] == cell["id"]]
+        assert stdout(cell) in printed, "".join(cell["source"])
 
 
 def test_records_hold_provenance_and_no_zero_for_missing(results):

@@ -69,7 +69,7 @@ def run_notebook(options: argparse.Namespace) -> int:
         raise EmberError(f"the parameters must be a JSON object, got {options.parameters}")
     manifest = runner.run_notebook(options.notebook, parameters, progress=sys.stderr.isatty())
     about = json.loads(manifest.read_text(encoding="utf-8"))
-    print(f"{manifest.stem}: {about['wall_seconds']:.0f} s, {about['peak_memory_mb']} MB")
+    print(f"{manifest.stem}: {about['wall_seconds']:.0f} s")
     if "nothing_found" in about:
         print(f"nothing to edit: {about['nothing_found']}")
     return 0

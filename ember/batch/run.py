@@ -23,7 +23,8 @@ from ember.data.ours import load_concept
 from ember.data.types import Concept
 from ember.editing import Edit
 from ember.evaluation.cache import EvaluationCache
-from ember.evaluation.evaluate import Evaluation, Sizes, Suite, evaluate, load_suite
+from ember.evaluation.evaluate import Evaluation, evaluate
+from ember.evaluation.suite import Sizes, Suite, load_suite
 from ember.models.loading import LoadedModel, load_model
 from ember.reporting.plots import use_theme
 from ember.store.environment import device_name, git_commit, library_versions
@@ -72,13 +73,15 @@ class Run:
     @cached_property
     def suite(self) -> Suite:
         """The concept's questions and texts, as many as the profile says."""
-        return self.suite_of(**{split: Sizes(**size) for split, size in self.profile.sizes.items()})
+        return self.suite_of(**self.profile.sizes)
 
     def suite_of(self, **sizes: Sizes) -> Suite:
         """The concept's questions and texts in sizes of its own, by split."""
         return load_suite(self.concept, sizes, source=self.profile.source)
 
-    def cached(self, compute: Callable[[], pd.DataFrame], *parts: object, loaded: LoadedModel | None = None) -> Any:
+    def cached(
+        self, compute: Callable[[], pd.DataFrame], *parts: object, loaded: LoadedModel | None = None
+    ) -> pd.DataFrame:
         """A frame of item scores from the cache of all notebooks, or computed and kept.
 
         The key holds the weights, this notebook's code and ``parts``, which must name whatever else decides it.
@@ -94,6 +97,14 @@ class Run:
         """The evaluation of the unedited model on a split of the suite, which all notebooks and arms share."""
         key = self.cache.key(self.loaded, code_hash(ERASE), self.suite, split, "base")
         return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, progress=True))
+
+    def evaluation(self, split: str, edit: Callable[[], Edit], *parts: object) -> Evaluation:
+        """The evaluation of an edit on a split of the suite; the edit is made only if it is not in the cache.
+
+        ``parts`` must name whatever decides the edit, besides the weights and this notebook's code.
+        """
+        key = self.cache.key(self.loaded, code_hash(self.notebook), self.suite, split, *parts)
+        return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, edit(), progress=True))
 
     def saved_edit(self, arm: Arm | None = None) -> Edit:
         """The edit that ``03_erase_concept`` saved for an arm (by default this run's), model, concept and seed.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,10 @@ from ember.store.paths import notebooks_dir
 def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = False) -> Path:
     """Execute a notebook with papermill into the profile's results; return the manifest's path.
 
-    The executed copy moves into place after the last cell; the manifest (parameters, code hash, wall seconds, peak
-    memory) is written last of all, so that a run without one did not finish. The copy of a failed run is kept beside
-    it under ``….failed.ipynb``. A run that finds nothing of the concept to edit, or needs one that did, is no failure:
-    its manifest holds the reason under ``nothing_found``, and its frames are empty files.
+    The executed copy moves into place after the last cell; the manifest (parameters, code hash, start, wall seconds) is
+    written last of all, so that a run without one did not finish. The copy of a failed run is kept beside it under
+    ``….failed.ipynb``. A run that finds nothing of the concept to edit, or needs one that did, is no failure: its
+    manifest holds the reason under ``nothing_found``, and its frames are empty files.
 
     Raises
     ------
@@ -52,7 +51,6 @@ def run_notebook(name: str, parameters: Mapping[str, Any], *, progress: bool = F
         "code_hash": code_hash(name),
         "started": round(started, 1),
         "wall_seconds": round(time.time() - started, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
     write_text(manifest, json.dumps(about | ({"nothing_found": reason} if reason else {}), indent=1) + "\n")
     return manifest

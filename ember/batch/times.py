@@ -47,7 +47,7 @@ def measured_times(profile: str) -> pd.DataFrame:
 
 
 def write_run_times(profile: Profile) -> Path:
-    """Collect start, wall seconds and peak memory of a profile's runs into ``tables/run_times.csv``.
+    """Collect start, wall seconds and peak memory (sampled, MB) of a profile's runs into ``tables/run_times.csv``.
 
     ``start`` counts seconds from the start of the first run.
     """
@@ -57,6 +57,12 @@ def write_run_times(profile: Profile) -> Path:
 
 
 def _run_time(profile: Profile, job: Job) -> dict[str, object]:
-    about = json.loads(manifest_path(profile.name, job.name).read_text(encoding="utf-8"))
-    keep = {key: about[key] for key in ("wall_seconds", "peak_memory_mb")}
-    return {"run": job.name, "notebook": job.notebook, "start": about["started"]} | keep
+    """What Snakemake's benchmark of a run says, or of one that it did not make, the manifest."""
+    manifest = manifest_path(profile.name, job.name)
+    about = json.loads(manifest.read_text(encoding="utf-8"))
+    row = {"run": job.name, "notebook": job.notebook, "start": about["started"], "wall_seconds": about["wall_seconds"]}
+    benchmark = manifest.with_suffix(".tsv")
+    if not benchmark.exists():
+        return {**row, "peak_memory_mb": float("nan")}
+    (measured,) = pd.read_csv(benchmark, sep="\t", na_values="-").itertuples()
+    return {**row, "wall_seconds": measured.s, "peak_memory_mb": measured.max_rss}
