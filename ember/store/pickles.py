@@ -2,8 +2,8 @@
 
 A pickle is a program: it names functions and calls them with arguments of its choice. Here every name that is admitted
 leads to a ``Record``, which keeps what it is called with and does nothing. Once all of the file is read, arrays and
-tensors are made of records, after comparing what these claim with the bytes that are there. What ``torch.save`` wrote
-is left to ``torch.load(weights_only=True)``. A hostile file may still take time that grows with its size.
+tensors are made of records, after comparing what these claim with the bytes that are there; ``torch.load`` reads what
+``torch.save`` wrote. A hostile file may still take time that grows with its size.
 """
 
 import io
@@ -21,10 +21,8 @@ import torch
 from ember.errors import DataError
 
 DEPTH = 20  # of nesting; a path through endless lists would be as long as the file
-_MALFORMED = (
-    pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, TypeError, AttributeError, LookupError,
-    ArithmeticError, MemoryError, RuntimeError,
-)  # fmt: skip
+_MALFORMED = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, TypeError, AttributeError, LookupError)
+_TOO_LARGE = (ArithmeticError, MemoryError, RuntimeError)
 _SCALAR = (str, bytes, int, float, type(None))
 _TENSOR, _STORAGE = "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
 _CORES, _BUILTINS = ("numpy.core", "numpy._core"), ("builtins", "__builtin__")  # before and after a renaming
@@ -49,7 +47,7 @@ def unpickle(path: str | Path, *, classes: Collection[str] = ()) -> dict[str, An
         return _flatten(content, classes, limit=10 * len(data))
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
-    except _MALFORMED as error:
+    except (*_MALFORMED, *_TOO_LARGE) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0][:500]
         raise DataError(f"{path}: refused: {said}") from error
 
@@ -123,10 +121,17 @@ def _archive(data: bytes, classes: Collection[str]) -> Any:
         _require(honest, "the archive is compressed, which torch.save does not do, or claims more than it holds")
         orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
         _require(all(order == b"little" for order in orders), "it was written by a machine of another byte order")
-    names = (name for name in {*classes, *_ADMITTED} if not name.startswith(("torch.", "collections.")))
-    inert: list[Any] = [(Record.called(name), name) for name in names]
-    with torch.serialization.safe_globals(inert):
+    ours = {*classes, *(name for name in _ADMITTED if not name.startswith(("torch.", "collections.")))}
+    with torch.serialization.safe_globals([(Record.called(name), name) for name in ours]):
+        return _saved(data)
+
+
+def _saved(data: bytes | bytearray) -> Any:
+    try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its message advises to run the file
+        cause = str(error.__context__ or error).partition(". Please use")[0]
+        raise pickle.UnpicklingError(f"{cause}; for the attributes of a class, name it in classes") from error
 
 
 def _bytes(item: Any) -> bytes | bytearray:
@@ -154,9 +159,7 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray[Any
     return array
 
 
-def _reconstructed(record: Record) -> np.ndarray[Any, Any]:
-    _require(getattr(record.args[0], "name", None) == "numpy.ndarray", "an array of another class is not admitted")
-    _, shape, dtype, fortran, raw = record.state
+def _restored(_: Any, shape: Any, dtype: Any, fortran: Any, raw: Any) -> np.ndarray[Any, Any]:
     return _array(raw, dtype, shape, "F" if fortran else "C")
 
 
@@ -164,7 +167,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch
     """A view of a storage, which is a file of ``torch.save``; PyTorch refuses one that reaches beyond it."""
     data = _bytes(*_named(storage, _STORAGE).args)
     _require(data.startswith(b"\x80\x02"), "the bytes of a storage are an archive, or something else")
-    values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    values = _saved(data)
     _require(isinstance(values, torch.storage.TypedStorage), "the bytes of a storage hold something else")
     return torch.empty(0, dtype=values.dtype).set_(values._untyped_storage).as_strided(size, stride, offset)
 
@@ -177,7 +180,7 @@ def _named(item: Any, name: str) -> Record:
 # What records stand for. Each looks at one further record at a time, or a nest of them would take for ever.
 _MAKERS: dict[str, Callable[[Record], Any]] = {
     "numpy.dtype": lambda record: str(_dtype(record)),
-    **{f"{core}.multiarray._reconstruct": _reconstructed for core in _CORES},
+    **{f"{core}.multiarray._reconstruct": lambda record: _restored(*record.state) for core in _CORES},
     **{f"{core}.multiarray.scalar": lambda r: _array(r.args[1], r.args[0], ()).item() for core in _CORES},
     **{f"{core}.numeric._frombuffer": lambda record: _array(*record.args) for core in _CORES},
     _TENSOR: lambda record: _tensor(*record.args),
@@ -237,10 +240,8 @@ def _own(value: Any) -> Any:
             return sorted(value, key=repr) if value and all(isinstance(member, _SCALAR) for member in value) else None
         case list() | tuple() | dict():
             return (dict(value) if isinstance(value, dict) else list(value)) or None
-        case torch.dtype() | torch.device():
-            return str(value)
-        case type():
-            return getattr(value, "name", None)
+        case type() | torch.dtype() | torch.device():
+            return getattr(value, "name", None) or str(value)
     return value if isinstance(value, _SCALAR) else None
 
 
