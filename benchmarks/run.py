@@ -27,8 +27,9 @@ from matplotlib.ticker import LogLocator
 from benchmarks import reference
 from ember import METHODS, load_concept, load_model, load_suite
 from ember.data.types import Question
-from ember.evaluation.evaluate import PROMPT, Sizes, question_scores
+from ember.evaluation.evaluate import PROMPT, question_scores
 from ember.evaluation.letters import read_letter
+from ember.evaluation.suite import Sizes
 from ember.factorization import Factorization, semi_nmf, sparse_mf
 from ember.models.activations import Site, collect
 from ember.models.loading import LoadedModel, weights_hash

@@ -23,7 +23,7 @@ _EXPORTS = {
     "Edit": "ember.editing",
     "METHODS": "ember.methods",
     "erase": "ember.methods",
-    "load_suite": "ember.evaluation.evaluate",
+    "load_suite": "ember.evaluation.suite",
     "evaluate": "ember.evaluation.evaluate",
     "compare": "ember.evaluation.metrics",
     "ATTACKS": "ember.relearning.attacks",

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from helpers.suites import blank, shared_data, suite_of, talkative, values_of
+from helpers.suites import blank, suite_of, talkative, values_of
 from helpers.tiny import make_concept, make_loaded
 
 from ember.data.types import Question
-from ember.evaluation.evaluate import Sizes, evaluate
+from ember.evaluation.evaluate import evaluate
 from ember.evaluation.letters import NEW_TOKENS, letter_answers, letter_prompt, letter_scores, read_letter
 from ember.models.loading import weights_hash
 from ember.store.paths import REPOSITORY
@@ -25,7 +25,7 @@ def answering(monkeypatch, *texts: str) -> list[list[list[int]]]:
     seen: list[list[list[int]]] = []
     loaded = make_loaded()
 
-    def generate(loaded_, prompts, *, max_new_tokens, **_):
+    def generate(_, prompts, *, max_new_tokens, **__):
         assert max_new_tokens == NEW_TOKENS <= 4
         seen.append([list(p) for p in prompts])
         return [loaded.encode(texts[k % len(texts)], bos=False) for k in range(len(prompts))]
@@ -61,7 +61,7 @@ def test_the_prompt_has_every_option_once_under_its_letter():
 def test_the_order_is_the_question_s_own_in_every_process():
     here = [letter_prompt(q) for q in QUESTIONS]
     code = (
-        "import json; from conftest import make_concept; from ember.evaluation.letters import letter_prompt\n"
+        "import json; from helpers.tiny import make_concept; from ember.evaluation.letters import letter_prompt\n"
         "print(json.dumps([letter_prompt(q) for q in make_concept().questions]))"
     )
     for seed in ("1", "2"):
@@ -73,7 +73,7 @@ def test_the_order_is_the_question_s_own_in_every_process():
 
 def test_right_wrong_and_no_letter(monkeypatch):
     """All questions are equally long here, so they are asked in order."""
-    gold = replace(QUESTIONS[0])
+    gold = QUESTIONS[0]
     same = [replace(gold, set=f"{k}") for k in range(3)]
     right, wrong = "ABCD"[gold.gold], "ABCD"[gold.gold - 1]
     answering(monkeypatch, right, wrong, "The Tiber")
@@ -137,13 +137,7 @@ def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
 # In an evaluation
 
 
-@pytest.fixture
-def shared(monkeypatch):
-    data = shared_data()
-    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda *_, **__: data)
-
-
-def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(shared, monkeypatch):
+def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(monkeypatch):
     answering(monkeypatch, "A")
     loaded = make_loaded()
     plain = evaluate(loaded, suite_of(), "test")
@@ -152,8 +146,7 @@ def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(shared, 
     pd.testing.assert_frame_equal(found.items.drop(extra.index).reset_index(drop=True), plain.items)
     for name in ("concept", "simdom", "general"):
         assert (values_of(found, name, "letter_valid") == 1).all()
-        asked = suite_of().questions[name]["test"]
-        wanted = {q.id: float(q.gold == 0) for q in asked}
+        wanted = {q.id: float(q.gold == 0) for q in suite_of().questions[name]["test"]}
         assert values_of(found, name, "letter_correct").to_dict() == wanted
 
 
@@ -165,16 +158,3 @@ def test_the_embedded_model_answers_in_the_format(embedded):
     ]
     scores = letter_scores(embedded, questions)
     assert scores[scores.metric == "letter_valid"].value.mean() >= 2 / 3
-
-
-@pytest.mark.parametrize("name", ["letters", "judge", "divergence"])
-def test_switches_are_true_or_false(name):
-    with pytest.raises(ValueError, match=f"{name} must be true or false, got 1"):
-        Sizes(**{name: 1})
-
-
-def test_sizes_know_whether_a_judge_is_asked():
-    assert not Sizes().judged and not Sizes(letters=True).judged
-    assert Sizes(judge=True).judged and Sizes(open_answers=3).judged and Sizes(open_answers=None).judged
-    with pytest.raises(ValueError, match="judge grades generations"):
-        Sizes(judge=True, generations=0)

@@ -17,8 +17,9 @@ from ember.data.arms import Arm
 from ember.data.types import Instruction, SharedData
 from ember.editing import Edit, Provenance
 from ember.errors import DamagedFileError, EmberError
-from ember.evaluation.evaluate import Sizes, evaluate
+from ember.evaluation.evaluate import evaluate
 from ember.evaluation.metrics import compare
+from ember.evaluation.suite import Sizes
 from ember.methods.ember import EmberConfig
 
 SUMMARY = pd.DataFrame(
@@ -137,7 +138,7 @@ def suite(monkeypatch) -> list[str]:
     questions = [replace(q, set="general", id=f"g-{q.id}") for q in make_concept().questions if q.set == "concept"]
     instructions = [Instruction(f"i-{split}", split, "Say yes.", "Yes, I do.") for split in ("train", "test")]
     shared = SharedData(tuple(questions), {"train": NEUTRAL, "test": NEUTRAL[:2]}, tuple(instructions), NEUTRAL)
-    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda source: shared)
+    monkeypatch.setattr("ember.evaluation.suite.load_shared", lambda source: shared)
     done: list[str] = []
     monkeypatch.setattr(module, "evaluate", lambda *a, **k: done.append(a[2]) or evaluate(*a, **k))
     return done

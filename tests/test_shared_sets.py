@@ -16,9 +16,10 @@ from ember.data.released import INDICES
 from ember.data.types import SPLITS, Concept
 from ember.editing import Edit
 from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
-from ember.evaluation.evaluate import Sizes, evaluate, load_suite
+from ember.evaluation.evaluate import evaluate
 from ember.evaluation.localization import by_exposure, everyday_exposure, token_changes
 from ember.evaluation.metrics import compare
+from ember.evaluation.suite import Sizes, load_suite
 from ember.evaluation.trade_curves import area_table, curves, equal_gain_table, point_table
 from ember.evaluation.trade_off import make_probe, probe_edit
 from ember.methods import METHODS

@@ -11,8 +11,9 @@ from helpers.tiny import make_concept, make_loaded
 
 from ember.errors import UnknownNameError
 from ember.evaluation import trade_off as trade
-from ember.evaluation.evaluate import load_suite, question_scores, text_scores
+from ember.evaluation.evaluate import question_scores, text_scores
 from ember.evaluation.localization import expected_per_thousand
+from ember.evaluation.suite import load_suite
 from ember.evaluation.trade_curves import (
     COSTS,
     area,

@@ -11,8 +11,9 @@ import pandas as pd
 from ember.data.types import Question
 from ember.editing import Edit
 from ember.errors import UnknownNameError
-from ember.evaluation.evaluate import PROMPT, Suite, question_scores, text_scores
+from ember.evaluation.evaluate import PROMPT, question_scores, text_scores
 from ember.evaluation.localization import expected_per_thousand
+from ember.evaluation.suite import Suite
 from ember.models.loading import LoadedModel
 
 RARE = "EMBER, rare tokens"

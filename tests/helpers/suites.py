@@ -7,7 +7,8 @@ import torch
 
 from ember.data.types import Instruction, SharedData
 from ember.editing import Edit, Provenance
-from ember.evaluation.evaluate import Evaluation, Sizes, Suite, load_suite
+from ember.evaluation.evaluate import Evaluation
+from ember.evaluation.suite import Sizes, Suite, load_suite
 from ember.models.loading import LoadedModel
 from helpers.tiny import NEUTRAL, SENTENCES, make_concept
 
@@ -31,7 +32,8 @@ def shared_data() -> SharedData:
 def suite_of(**sizes) -> Suite:
     """Two paragraphs a split: a comparison needs at least two items of each set."""
     concept = replace(make_concept(), paragraphs=SENTENCES * 4)
-    return load_suite(concept, {split: Sizes(**{"new_tokens": 4} | sizes) for split in ("train", "test")})
+    sizes = {split: Sizes(**{"new_tokens": 4} | sizes) for split in ("train", "test")}
+    return load_suite(concept, sizes, shared=shared_data())
 
 
 def blank(loaded: LoadedModel, *words: str) -> Edit:
