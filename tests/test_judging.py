@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.suites import blank, shared_data, suite_of, talkative
+from helpers.items import DEFAULTS, make_items
+from helpers.suites import blank, suite_of, talkative
 from helpers.tiny import make_concept, make_loaded
 
 from ember.errors import DamagedFileError, EmberError
+from ember.evaluation.evaluate import evaluate
 from ember.evaluation.metrics import compare, harmonic_mean
 from ember.features import concept_features
 from ember.judging.client import Judge, open_judge
@@ -31,6 +33,7 @@ from ember.judging.grading import (
     no_verdicts,
     top_tokens,
 )
+from ember.judging.replies import Verdict
 from ember.judging.settings import JudgeConfig, deciding
 from ember.models.loading import weights_hash
 from ember.store.paths import REPOSITORY
@@ -38,6 +41,7 @@ from ember.store.paths import REPOSITORY
 KEY = "sk-very-secret-0123456789"
 VARIABLE = "EMBER_TEST_JUDGE_KEY"
 QUICK = {"backoff": 0.01, "max_wait": 2.0, "timeout": 0.3, "retries": 2, "rereads": 2}
+YES = {"correct": True}
 
 
 def reply(text: str, tokens: int = 10, **more) -> tuple[int, dict, bytes]:
@@ -110,57 +114,66 @@ def judge_for(endpoint: Endpoint, **changes) -> Judge:
 
 
 def parsed(text: str) -> dict:
-    found = json.loads(text)
-    if "correct" not in found:
+    values = json.loads(text)
+    if "correct" not in values:
         raise ValueError("no 'correct'")
-    return found
+    return values
 
 
-# Configuration
+def ask(judge: Judge, prompt: str = "a") -> Verdict:
+    return judge.ask_all([prompt], parsed)[0]
+
+
+def files_of(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file()]
+
+
+# Settings
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "said"),
     [
-        ({"base_url": "localhost:11434/v1"}, "base_url must start with http"),
-        ({"base_url": "ftp://x/v1"}, "base_url"),
-        ({"model": " "}, "model must be a name"),
-        ({"model": 4}, "model must be str"),
-        ({"timeout": 0}, "timeout must be above 0"),
-        ({"timeout": "1e1"}, "timeout must be a number"),
-        ({"retries": -1}, "retries must be at least 0"),
-        ({"rereads": 1.5}, "rereads must be a whole number"),
-        ({"concurrency": 0}, "concurrency must be at least 1"),
-        ({"max_calls": 0}, "max_calls must be at least 1"),
-        ({"max_tokens": True}, "max_tokens"),
-        ({"required": 1}, "required must be bool"),
-        ({"options": {"temperature": 1}}, "options must be a mapping without"),
+        ({"base_url": "localhost:11434/v1"}, "'base_url': must start with http:// .*'localhost:11434/v1'"),
+        ({"base_url": "ftp://x/v1"}, "'base_url': must start with http"),
+        ({"model": " "}, "'model': expected text, got ' '"),
+        ({"model": 4}, "'model': expected text, got 4"),
+        ({"timeout": 0}, "'timeout': expected greater than 0, got 0"),
+        ({"timeout": "1e1"}, "'timeout': expected a valid number, got '1e1'"),
+        ({"retries": -1}, "'retries': expected greater than or equal to 0, got -1"),
+        ({"rereads": 1.5}, "'rereads': expected a valid integer.*1.5"),
+        ({"concurrency": 0}, "'concurrency': expected greater than 0, got 0"),
+        ({"max_calls": 0}, "'max_calls': expected greater than 0, got 0"),
+        ({"max_tokens": True}, "'max_tokens': .* got True"),
+        ({"required": 1}, "'required': expected a valid boolean, got 1"),
+        ({"options": {"temperature": 1}}, "'options': must be a mapping without model.*'temperature': 1"),
+        ({"modell": "m"}, "unknown setting in the judge 'modell'; known: .*model"),
+        ({"base_url": f"http://user:{KEY}@x/v1"}, "'base_url': .* environment variable"),
+        ({"base_url": f"http://x/v1?key={KEY}"}, "'base_url': .* environment variable"),
+        ({"key_variable": KEY}, "'key_variable': .* environment variable"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused_by_name(change, named):
-    with pytest.raises(ValueError, match=named):
-        JudgeConfig(**{"base_url": "http://localhost/v1", "model": "m", **change})
-
-
-@pytest.mark.parametrize(
-    "change", [{"base_url": f"http://user:{KEY}@x/v1"}, {"base_url": f"http://x/v1?key={KEY}"}, {"key_variable": KEY}]
-)
-def test_a_key_in_the_configuration_is_refused_and_not_repeated(change):
-    with pytest.raises(ValueError, match="environment variable") as caught:
-        JudgeConfig(**{"base_url": "http://localhost/v1", "model": "m", **change})
-    assert KEY not in str(caught.value)
+def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not_repeated(change, said):
+    settings = {"base_url": "http://localhost/v1", "model": "m", **change}
+    with pytest.raises(EmberError, match=said) as caught:
+        open_judge(settings)
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    if "modell" not in change:
+        with pytest.raises(ValueError, match=next(iter(change))) as direct:
+            JudgeConfig(**settings)
+        assert KEY not in str(direct.value)
 
 
 @pytest.mark.parametrize("key", ["", "  ", "secret\nkey", "geheim€"])
 def test_a_key_that_is_missing_or_cannot_be_one_is_an_error_without_it(key, monkeypatch):
     monkeypatch.setenv(VARIABLE, key)
     with pytest.raises(EmberError, match=VARIABLE) as caught:
-        Judge(JudgeConfig("http://localhost/v1", "m", VARIABLE))
+        Judge(JudgeConfig(base_url="http://localhost/v1", model="m", key_variable=VARIABLE))
     assert not key.strip() or key not in str(caught.value)
 
 
 def test_an_endpoint_without_a_key_gets_none(endpoint):
-    judge_for(endpoint, key_variable="").ask("a", parsed)
+    ask(judge_for(endpoint, key_variable=""))
     assert [request["key"] for request in endpoint.requests] == [None]
 
 
@@ -169,32 +182,29 @@ def test_an_endpoint_without_a_key_gets_none(endpoint):
 
 def test_a_request_is_a_chat_completion_at_temperature_0(endpoint):
     judge = judge_for(endpoint, options={"reasoning_effort": "none"})
-    found = judge.ask("Is it?", parsed)
+    assert ask(judge, "Is it?") == Verdict(YES, '{"correct": true}', "", "served-1", cached=False)
     (request,) = endpoint.requests
-    assert (request.pop("path"), request.pop("key")) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert request == {
-        "model": "judge-1", "messages": [{"role": "user", "content": "Is it?"}], "temperature": 0, "max_tokens": 300,
-        "reasoning_effort": "none",
+        "path": "/v1/chat/completions", "key": f"Bearer {KEY}", "model": "judge-1", "temperature": 0, "max_tokens": 300,
+        "messages": [{"role": "user", "content": "Is it?"}], "reasoning_effort": "none",
     }  # fmt: skip
-    assert (found.values, found.served_by, found.cached, found.reason) == ({"correct": True}, "served-1", False, "")
     assert (judge.about()["calls"], judge.about()["tokens"]) == (1, 10)
 
 
 def test_the_same_question_is_asked_once(endpoint):
-    judge = judge_for(endpoint)
-    first = judge.ask_all(["a", "b", "a"], parsed)
+    first = judge_for(endpoint).ask_all(["a", "b", "a"], parsed)
     again = judge_for(endpoint, retries=0, max_calls=1).ask_all(["b", "a"], parsed)
     assert sorted(endpoint.prompts) == ["a", "b"]
-    assert [v.values for v in [*first, *again]] == [{"correct": True}] * 5
+    assert [v.values for v in [*first, *again]] == [YES] * 5
     assert all(v.cached for v in again) and not any(v.cached for v in first)
 
 
 def test_another_process_finds_the_reply(endpoint):
-    judge_for(endpoint).ask("a", parsed)
+    ask(judge_for(endpoint))
     code = (
-        "import json, sys; from ember.judging.client import Judge; from ember.judging.settings import JudgeConfig\n"
-        "judge = Judge(JudgeConfig(**json.loads(sys.argv[1])))\n"
-        "print(judge.ask('a', json.loads), judge.calls)"
+        "import json, sys; from ember.judging.client import open_judge\n"
+        "judge = open_judge(json.loads(sys.argv[1]))\n"
+        "print(judge.ask_all(['a'], json.loads), judge.calls)"
     )
     command = [sys.executable, "-c", code, json.dumps(settings_for(endpoint))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
@@ -204,9 +214,9 @@ def test_another_process_finds_the_reply(endpoint):
 
 @pytest.mark.parametrize("change", [{"model": "judge-2"}, {"reply_tokens": 50}, {"options": {"seed": 1}}, "url"])
 def test_whatever_a_reply_depends_on_makes_a_new_request(endpoint, change):
-    judge_for(endpoint).ask("a", parsed)
+    ask(judge_for(endpoint))
     change = {"base_url": endpoint.url.replace("/v1", "/v2")} if change == "url" else change
-    assert not judge_for(endpoint, **change).ask("a", parsed).cached
+    assert not ask(judge_for(endpoint, **change)).cached
     assert len(endpoint.requests) == 2
 
 
@@ -216,13 +226,26 @@ def test_whatever_a_reply_depends_on_makes_a_new_request(endpoint, change):
 )
 def test_a_damaged_entry_is_named_and_not_read(endpoint, cache, damage):
     judge = judge_for(endpoint)
-    judge.ask("a", parsed)
-    (entry,) = (path for path in cache.rglob("*") if path.is_file())
+    ask(judge)
+    (entry,) = files_of(cache)
     entry.write_text(damage(entry.read_text()))
     with pytest.raises(DamagedFileError, match=str(entry)):
-        judge.ask("a", parsed)
+        ask(judge)
     entry.unlink()
-    assert judge.ask("a", parsed).values == {"correct": True}
+    assert ask(judge).values == YES
+
+
+def test_entries_are_whole_or_absent_after_an_interrupted_write(endpoint, cache, monkeypatch):
+    def broken(self: Path, *_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    judge = judge_for(endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", broken)
+        with pytest.raises(OSError, match="disk full"):
+            ask(judge)
+    assert not files_of(cache)
+    assert ask(judge).values == YES
 
 
 # Failures that pass
@@ -231,8 +254,7 @@ def test_a_damaged_entry_is_named_and_not_read(endpoint, cache, damage):
 @pytest.mark.parametrize("step", [failure(429), failure(500), failure(503), failure(408), "hang", "drop"], ids=str)
 def test_a_failure_that_passes_is_tried_again(endpoint, step):
     endpoint.script = [step]
-    found = judge_for(endpoint).ask("a", parsed)
-    assert found.values == {"correct": True}
+    assert ask(judge_for(endpoint)).values == YES
     assert endpoint.prompts == ["a", "a"]
 
 
@@ -240,16 +262,13 @@ def test_a_failure_that_passes_is_tried_again(endpoint, step):
 def test_a_failure_that_lasts_ends_after_the_retries(endpoint, step):
     endpoint.script = [step] * 9
     with pytest.raises(EmberError, match=r"gave no answer in 3 attempts"):
-        judge_for(endpoint).ask("a", parsed)
+        ask(judge_for(endpoint))
     assert len(endpoint.requests) == 3
 
 
 def test_nobody_listens(cache):
-    judge = Judge(JudgeConfig("http://127.0.0.1:9/v1", "m", **QUICK))
-    with pytest.raises(
-        EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts: .*Connect|Connect"
-    ):
-        judge.ask("a", parsed)
+    with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts: |Connect"):
+        ask(Judge(JudgeConfig(base_url="http://127.0.0.1:9/v1", model="m", **QUICK)))
 
 
 @pytest.mark.parametrize("asked", ["0.4", "date"])
@@ -258,21 +277,20 @@ def test_the_endpoint_s_own_wait_is_kept(endpoint, status, asked):
     # A date has no fractions of seconds, so two seconds ahead are one at least.
     stated = asked if asked != "date" else formatdate(time.time() + 2, usegmt=True)
     endpoint.script = [failure(status, Retry_After=stated)]
-    judge_for(endpoint, max_wait=5.0).ask("a", parsed)
-    first, second = endpoint.times
-    assert second - first >= (0.4 if asked != "date" else 0.9)
+    ask(judge_for(endpoint, max_wait=5.0))
+    assert np.diff(endpoint.times) >= (0.4 if asked != "date" else 0.9)
 
 
 def test_a_wait_beyond_the_limit_ends_at_once(endpoint):
     endpoint.script = [failure(429, "daily quota", Retry_After="3600")]
     with pytest.raises(EmberError, match=r"asks to wait 3600 s, and max_wait is 2 s: 429 daily quota"):
-        judge_for(endpoint).ask("a", parsed)
+        ask(judge_for(endpoint))
     assert len(endpoint.requests) == 1
 
 
 def test_waits_grow(endpoint):
     endpoint.script = [failure(500)] * 3
-    judge_for(endpoint, retries=3, backoff=0.1).ask("a", parsed)
+    ask(judge_for(endpoint, retries=3, backoff=0.1))
     waits = np.diff(endpoint.times)
     assert (waits >= [0.1, 0.2, 0.4]).all() and waits.max() < 1
 
@@ -283,7 +301,7 @@ def test_waits_grow(endpoint):
 def test_a_refusal_fails_at_once_with_what_to_do(endpoint, status, advice):
     endpoint.script = [failure(status, f"bad key {KEY}")]
     with pytest.raises(EmberError, match=rf"refuses the request for judge-1: {status} bad key \[key\].*{advice}"):
-        judge_for(endpoint).ask("a", parsed)
+        ask(judge_for(endpoint))
     assert len(endpoint.requests) == 1
 
 
@@ -291,30 +309,25 @@ def test_a_refusal_fails_at_once_with_what_to_do(endpoint, status, advice):
 
 
 NONSENSE = [
-    reply("I think so."),
-    reply('{"right": true}'),
-    reply(""),
-    (200, {}, b"<html>"),
-    (200, {}, b"[1]"),
+    reply("I think so."), reply('{"right": true}'), reply(""), (200, {}, b"<html>"), (200, {}, b"[1]"),
     (200, {}, b'{"choices": []}'),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", NONSENSE, ids=lambda step: step[2].decode()[-60:])
 def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cache, step):
     endpoint.script = [step] * 3
     judge = judge_for(endpoint)
-    found = judge.ask("a", parsed)
-    assert found.values == {} and np.isnan(found.value("correct"))
-    assert found.reason.startswith("not readable in 3 attempts: ")
-    assert len(endpoint.requests) == 3
-    assert not any(path.is_file() for path in cache.rglob("*"))  # asked anew next time
-    assert judge.ask("a", parsed).values == {"correct": True}
+    verdict = ask(judge)
+    assert verdict.values == {} and np.isnan(verdict.value("correct"))
+    assert verdict.reason.startswith("not readable in 3 attempts: ")
+    assert len(endpoint.requests) == 3 and not files_of(cache)  # asked anew next time
+    assert ask(judge).values == YES
 
 
 def test_the_model_is_told_what_was_wrong(endpoint):
     endpoint.script = [reply('{"right": 1}')]
-    assert judge_for(endpoint).ask("a", parsed).values == {"correct": True}
+    assert ask(judge_for(endpoint)).values == YES
     user, assistant, told = endpoint.requests[1]["messages"]
     assert (user["content"], assistant["content"]) == ("a", '{"right": 1}')
     assert "no 'correct'" in told["content"]
@@ -323,8 +336,7 @@ def test_the_model_is_told_what_was_wrong(endpoint):
 def test_a_reply_that_is_no_unicode_can_be_kept(endpoint):
     endpoint.script = [reply('{"correct": true, "why": "\ud800"}')]
     judge = judge_for(endpoint)
-    first = judge.ask("a", parsed)
-    assert first.values == judge.ask("a", parsed).values == {"correct": True, "why": "?"}
+    assert ask(judge).values == ask(judge).values == {"correct": True, "why": "?"}
 
 
 # Budget
@@ -332,9 +344,8 @@ def test_a_reply_that_is_no_unicode_can_be_kept(endpoint):
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
-    judge = judge_for(endpoint, max_calls=3, concurrency=concurrency)
     with pytest.raises(EmberError, match="max_calls=3 is spent"):
-        judge.ask_all(list("abcdefgh"), parsed)
+        judge_for(endpoint, max_calls=3, concurrency=concurrency).ask_all(list("abcdefgh"), parsed)
     assert len(endpoint.requests) == 3
     # What was answered is kept: a larger budget goes on from there.
     assert len(judge_for(endpoint, max_calls=5).ask_all(list("abcdefgh"), parsed)) == 8
@@ -344,39 +355,35 @@ def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
 def test_retries_count_as_calls(endpoint):
     endpoint.script = [failure(500)] * 9
     with pytest.raises(EmberError, match="max_calls=2"):
-        judge_for(endpoint, max_calls=2).ask("a", parsed)
+        ask(judge_for(endpoint, max_calls=2))
     assert len(endpoint.requests) == 2
 
 
 def test_the_budget_in_tokens_stops_before_a_call_that_could_exceed_it(endpoint):
     """Each call may take 10 + 20 // 2 tokens and takes 10."""
     judge = judge_for(endpoint, max_tokens=45, reply_tokens=10, concurrency=1)
-    prompts = [letter * 20 for letter in "abcdefgh"]
     with pytest.raises(EmberError, match=r"max_tokens=45 \(30 tokens used, 20 more possible\)"):
-        judge.ask_all(prompts, parsed)
+        judge.ask_all([letter * 20 for letter in "abcdefgh"], parsed)
     assert len(endpoint.requests) == 3 and judge.tokens == 30
 
 
-def test_tokens_that_the_endpoint_does_not_state_count_as_expected(endpoint):
-    endpoint.script = [reply('{"correct": true}', usage=None)]
+@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": -1}, {"total_tokens": "many"}])
+def test_tokens_that_the_endpoint_does_not_state_count_as_expected(endpoint, usage):
+    endpoint.script = [reply('{"correct": true}', usage=usage)]
     judge = judge_for(endpoint, reply_tokens=10)
-    judge.ask("a" * 20, parsed)
+    ask(judge, "a" * 20)
     assert judge.tokens == 20
-
-
-# The key
 
 
 def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
     """Not even where the endpoint repeats it."""
     endpoint.script = [reply(json.dumps({"correct": True, "echo": KEY})), failure(429, KEY), failure(401, KEY)]
     judge = judge_for(endpoint)
-    shown = [repr(judge), repr(judge.config), repr(vars(judge.config)), repr(judge.about())]
-    shown.append(repr(judge.ask("a", parsed)))
+    shown = [repr(judge), repr(judge.config), repr(vars(judge.config)), repr(judge.about()), repr(ask(judge))]
     with pytest.raises(EmberError) as caught:
-        judge.ask("b", parsed)
+        ask(judge, "b")
     shown += [str(caught.value), repr(caught.value.__cause__), repr(caught.value.__context__)]
-    files = [path for path in cache.rglob("*") if path.is_file()]
+    files = files_of(cache)
     assert files and all(KEY not in text for text in [*shown, *(path.read_text() for path in files)])
     assert endpoint.requests[0]["key"] == f"Bearer {KEY}"
 
@@ -388,15 +395,11 @@ def test_no_judge_is_no_judge():
     assert open_judge({}) is None
 
 
-def test_without_a_key_there_is_one_note_and_no_judge(endpoint, monkeypatch):
+def test_without_a_key_there_is_one_note_and_no_judge_unless_it_is_required(endpoint, monkeypatch):
     monkeypatch.delenv(VARIABLE)
     with pytest.warns(UserWarning, match=rf"{VARIABLE}.*Judged scores will be missing") as noted:
         assert open_judge(settings_for(endpoint)) is None
     assert len(noted) == 1 and not endpoint.requests
-
-
-def test_a_required_judge_without_a_key_fails_with_what_to_do(endpoint, monkeypatch):
-    monkeypatch.delenv(VARIABLE)
     with pytest.raises(EmberError, match=rf"{VARIABLE}.*take judge\.required or the judge out of the profile"):
         open_judge(settings_for(endpoint, required=True))
 
@@ -437,24 +440,24 @@ QUESTIONS = [q for q in make_concept().questions if q.split == "test"]
 )
 def test_open_answers_are_right_wrong_or_missing(endpoint, text, value):
     endpoint.answer = lambda prompt: text
-    found = judge_open_answers(judge_for(endpoint), QUESTIONS[:2], ["in Gaul", ""])
+    judged = judge_open_answers(judge_for(endpoint), QUESTIONS[:2], ["in Gaul", ""])
     wanted = [("concept_open", q.id, "open_correct", value) for q in QUESTIONS[:2]]
-    pd.testing.assert_frame_equal(found.items, pd.DataFrame(wanted, columns=found.items.columns))
-    assert (found.verdicts.reason != "").tolist() == [np.isnan(value)] * 2
+    pd.testing.assert_frame_equal(judged.items, pd.DataFrame(wanted, columns=judged.items.columns))
+    assert (judged.verdicts.reason != "").tolist() == [np.isnan(value)] * 2
 
 
 def test_the_judge_sees_question_reference_and_answer(endpoint):
     question = replace(QUESTIONS[0], answer="Rome {x}", aliases=("Roma",))
-    found = judge_open_answers(judge_for(endpoint), [question], ["in {Gaul}"])
+    judged = judge_open_answers(judge_for(endpoint), [question], ["in {Gaul}"])
     (prompt,) = endpoint.prompts
-    for part in (question.question, "Rome {x} / Roma", "in {Gaul}"):
-        assert part in prompt
-    row = found.verdicts.iloc[0]
+    assert all(part in prompt for part in (question.question, "Rome {x} / Roma", "in {Gaul}"))
+    row = judged.verdicts.iloc[0]
     assert (row.prompt, row.reply, row.judge) == (prompt, '{"correct": true}', "open")
     assert (row.model, row.served_by, row.endpoint) == ("judge-1", "served-1", f"{endpoint.url}/chat/completions")
+    assert json.loads(row["values"]) == YES
     assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
-    assert {"open", "coherence", "about", "describe"} == found.about["prompts"].keys()
-    assert found.verdicts.columns.tolist() == no_verdicts().columns.tolist()
+    assert {"open", "coherence", "about", "describe"} == judged.about["prompts"].keys()
+    assert judged.verdicts.columns.tolist() == no_verdicts().columns.tolist()
 
 
 @pytest.mark.parametrize(
@@ -485,10 +488,9 @@ def features(cache):
 
 
 def test_the_judge_of_features_sees_the_most_active_tokens(features):
-    shown = top_tokens(features, 1, count=5)
     G = features.factorization.G[:, 1].abs()
     place = {token: k for k, token in enumerate(features.table.token)}
-    activations = [float(G[place[token]]) for token in shown]
+    activations = [float(G[place[token]]) for token in top_tokens(features, 1, count=5)]
     assert activations == sorted(activations, reverse=True) and activations[0] == float(G.max())
     assert 0 < len(top_tokens(features, 1, count=10**6)) == int((G > 0).sum())
 
@@ -507,22 +509,22 @@ def test_a_feature_is_accepted_with_a_confidence_of_85_percent(endpoint, feature
         return json.dumps({"about": about, "confidence": confidence})
 
     endpoint.answer = answer
-    found = judge_features(judge_for(endpoint), "Tiny Rome", features, [2, 0])
-    rows = found.items.set_index(["item", "metric"]).value
+    judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [2, 0])
+    rows = judged.items.set_index(["item", "metric"]).value
     np.testing.assert_array_equal([rows["2", "accepted"], rows["0", "accepted"]], [accepted] * 2)
-    assert accepted_features(found) == ([2, 0] if accepted == 1 else [])
-    table = features.scores.merge(feature_verdicts(found), how="left", on="feature").set_index("feature")
+    assert accepted_features(judged) == ([2, 0] if accepted == 1 else [])
+    table = features.scores.merge(feature_verdicts(judged), how="left", on="feature").set_index("feature")
     np.testing.assert_array_equal(table.judge_accepted[[2, 0]], [accepted] * 2)
     assert table.judge_confidence.notna().sum() == (0 if np.isnan(accepted) else 2)
-    assert found.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
+    assert judged.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
     first = next(prompt for prompt in endpoint.prompts if "<tokens>" in prompt)
     assert any(repr(top_tokens(features, k)[0]) in first for k in (0, 2))
 
 
 def test_a_feature_that_is_not_described_is_missing_and_not_refused(endpoint, features):
     endpoint.answer = lambda prompt: "hm" if "<tokens>" in prompt else "never asked"
-    found = judge_features(judge_for(endpoint), "Tiny Rome", features, [1])
-    assert found.items.value.isna().all() and found.items.metric.tolist() == ["about", "confidence", "accepted"]
+    judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [1])
+    assert judged.items.value.isna().all() and judged.items.metric.tolist() == ["about", "confidence", "accepted"]
     assert all("<tokens>" in prompt for prompt in endpoint.prompts)
 
 
@@ -536,53 +538,48 @@ def verdict_on(prompt: str) -> str:
     return json.dumps({"instruction": 1 + len(prompt) % 2, "fluency": 2})
 
 
-@pytest.fixture
-def asking(monkeypatch):
-    """A suite whose sizes leave two open answers a set and two generations to a judge."""
-    data = shared_data()
-    monkeypatch.setattr("ember.evaluation.evaluate.load_shared", lambda *_, **__: data)
-    return suite_of(open_answers=2, judge=True, generations=2, questions=3, instructions=2, letters=True)
+# Two open answers a set and two generations are left to a judge.
+ASKING = {"open_answers": 2, "judge": True, "generations": 2, "questions": 3, "instructions": 2, "letters": True}
 
 
-def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny, asking):
-    from ember.evaluation.evaluate import evaluate
-
+def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny):
     endpoint.answer = verdict_on
-    tiny = talkative(tiny)
-    edit, judge = blank(tiny, " Romans", " the"), judge_for(endpoint)
-    base, after = (judged_scores(tiny, asking, "test", judge, chosen) for chosen in (None, edit))
+    tiny, suite, judge = talkative(tiny), suite_of(**ASKING), judge_for(endpoint)
+    edit = blank(tiny, " Romans", " the")
+    base, after = (judged_scores(tiny, suite, "test", judge, chosen) for chosen in (None, edit))
     with edit.applied(tiny):
-        inside = judged_scores(tiny, asking, "test", judge)
+        inside = judged_scores(tiny, suite, "test", judge)
     pd.testing.assert_frame_equal(after.items, inside.items)
     assert base.verdicts.prompt.tolist() != after.verdicts.prompt.tolist() == inside.verdicts.prompt.tolist()
     assert weights_hash(tiny.model) == tiny.weights_hash
     assert after.items.columns.tolist() == ["set", "item", "metric", "value"]
-    found = {(s, m): len(part) for (s, m), part in after.items.groupby(["set", "metric"])}
-    assert found == {
+    assert after.items.value_counts(["set", "metric"]).to_dict() == {
         ("concept_open", "open_correct"): 2, ("simdom_open", "open_correct"): 2,
         ("generation", "judge_instruction"): 2, ("generation", "judge_fluency"): 2,
     }  # fmt: skip
-    plain = evaluate(tiny, asking, "test", edit)
-    given = judged_scores(tiny, asking, "test", judge, edit, responses=plain.samples)
+    plain = evaluate(tiny, suite, "test", edit)
+    given = judged_scores(tiny, suite, "test", judge, edit, responses=plain.samples)
     pd.testing.assert_frame_equal(given.items, after.items)
-    wrong = plain.samples.assign(item="other")
     with pytest.raises(ValueError, match="responses are not those"):
-        judged_scores(tiny, asking, "test", judge, edit, responses=wrong)
+        judged_scores(tiny, suite, "test", judge, edit, responses=plain.samples.assign(item="other"))
 
 
-def test_chat_prompts_of_open_answers_have_one_bos(endpoint, asking, monkeypatch):
+def test_chat_prompts_of_open_answers_have_one_bos(endpoint, monkeypatch):
     loaded, seen = make_loaded(bos=True), []
     generate = lambda loaded, prompts, **_: seen.extend(prompts) or [[5]] * len(prompts)  # noqa: E731
     monkeypatch.setattr("ember.judging.grading.generate_greedy", generate)
-    judged_scores(loaded, asking, "test", judge_for(endpoint, rereads=0))
+    judged_scores(loaded, suite_of(**ASKING), "test", judge_for(endpoint, rereads=0))
     assert len(seen) == 6 and all(ids.count(1) == 1 and ids[0] == 1 for ids in seen)
 
 
-def test_sizes_that_ask_for_nothing_get_nothing(endpoint, asking, monkeypatch):
-    found = judged_scores(make_loaded(), suite_of(), "test", judge_for(endpoint))
-    assert found.items.empty and found.verdicts.empty and not endpoint.requests
+def test_sizes_that_ask_for_nothing_get_nothing(endpoint):
+    judged = judged_scores(make_loaded(), suite_of(), "test", judge_for(endpoint))
+    assert judged.items.empty and judged.verdicts.empty and not endpoint.requests
     with pytest.raises(ValueError, match="split must be one of"):
         judged_scores(make_loaded(), suite_of(), "dev", judge_for(endpoint))
+
+
+# What a comparison makes of verdicts: rows of scores before and after
 
 
 JUDGED = {
@@ -597,71 +594,49 @@ LETTERS = {
 }
 
 
-def with_rows(extra: dict, side: int) -> pd.DataFrame:
-    from helpers.items import DEFAULTS, make_items
-
-    rows = [
-        (key.split("/")[0], f"{key.split('/')[0]}-{i}", key.split("/")[1], float(value))
-        for key, both in extra.items()
-        for i, value in enumerate(both[side])
-    ]
-    plain = make_items(sizes=dict.fromkeys(DEFAULTS, 4))
-    return pd.concat([plain, pd.DataFrame(rows, columns=plain.columns)], ignore_index=True)
+def compared(extra: dict):
+    """A comparison of items with these scores more."""
+    plain, sides = make_items(sizes=dict.fromkeys(DEFAULTS, 4)), []
+    for side in (0, 1):
+        keys = [(*key.split("/"), values[side]) for key, values in extra.items()]
+        rows = [(set_, f"{set_}-{i}", metric, float(v)) for set_, metric, values in keys for i, v in enumerate(values)]
+        sides.append(pd.concat([plain, pd.DataFrame(rows, columns=plain.columns)], ignore_index=True))
+    return compare(*sides, n_resamples=20)
 
 
 def test_judged_and_lettered_scores_are_the_paper_s_formulas():
-    rows = JUDGED | LETTERS
-    found = compare(with_rows(rows, 0), with_rows(rows, 1), n_resamples=20)
-    assert found.value("efficacy_letter") == pytest.approx(0.5)  # (0.5 - 0.25) / (0.75 - 0.25) is left
-    assert found.value("specificity_letter") == pytest.approx(1)
-    assert found.value("efficacy_open") == pytest.approx(0.75)  # min(1, 0.25 / 1) is left
-    assert found.value("specificity_open") == pytest.approx(1)  # min(1, 0.75 / 0.5), and general questions by letter
-    assert found.value("coherence_judged") == pytest.approx(harmonic_mean(0.5, 1.0))
-    for name, efficacy, specificity in (("final_letter", 0.5, 1.0), ("final_open", 0.75, 1.0)):
-        assert found.value(name) == pytest.approx(harmonic_mean(efficacy, specificity, harmonic_mean(0.5, 1.0)))
-    wanted = harmonic_mean(found.value("efficacy"), found.value("specificity"), found.value("coherence_judged"))
-    assert found.value("final_judged") == pytest.approx(wanted)
+    found = compared(JUDGED | LETTERS)
+    coherence = harmonic_mean(0.5, 1.0)
+    wanted = {
+        "efficacy_letter": 0.5,  # (0.5 - 0.25) / (0.75 - 0.25) is left
+        "specificity_letter": 1,
+        "efficacy_open": 0.75,  # min(1, 0.25 / 1) is left
+        "specificity_open": 1,  # min(1, 0.75 / 0.5), and general questions by letter
+        "coherence_judged": coherence,
+        "final_letter": harmonic_mean(0.5, 1.0, coherence),
+        "final_open": harmonic_mean(0.75, 1.0, coherence),
+        "final_judged": harmonic_mean(found.value("efficacy"), found.value("specificity"), coherence),
+    }
+    assert [found.value(name) for name in wanted] == pytest.approx([float(value) for value in wanted.values()])
     assert found.value("delta_letter_correct", "concept") == pytest.approx(-0.25)
-    plain = compare(with_rows({}, 0), with_rows({}, 1), n_resamples=20).summary
+    plain = compared({}).summary
     shared = found.summary.merge(plain, on=["set", "metric"], suffixes=("", "_plain"))
     assert len(shared) == len(plain) and (shared.value == shared.value_plain).all()
 
 
 def test_what_no_judge_has_seen_is_not_there():
-    metrics = set(compare(with_rows({}, 0), with_rows({}, 1), n_resamples=20).summary.metric)
+    metrics = set(compared({}).summary.metric)
     assert not any(tag in name for name in metrics for tag in ("judge", "open", "letter"))
-    lettered = set(compare(with_rows(LETTERS, 0), with_rows(LETTERS, 1), n_resamples=20).summary.metric)
     extra = {"efficacy_letter", "specificity_letter", "harmonic_letter", "letter_correct", "delta_letter_correct"}
-    assert lettered - metrics == extra  # the paper's final score needs judged coherence
+    assert set(compared(LETTERS).summary.metric) - metrics == extra  # the final score needs judged coherence
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_missing_verdicts_are_nan_and_never_0():
-    missing = {key: (base, [np.nan] * 4) for key, (base, _) in JUDGED.items()}
-    found = compare(with_rows(missing, 0), with_rows(missing, 1), n_resamples=20)
-    for name in (
-        "efficacy_open",
-        "specificity_open",
-        "harmonic_open",
-        "coherence_judged",
-        "final_judged",
-        "final_open",
-    ):
-        assert np.isnan(found.value(name)), name
+    found = compared({key: (base, [np.nan] * 4) for key, (base, _) in JUDGED.items()})
+    names = ("efficacy_open", "specificity_open", "harmonic_open", "coherence_judged", "final_judged", "final_open")
+    assert {name for name in names if np.isnan(found.value(name))} == set(names)
     assert np.isnan(found.value("open_correct", "concept_open"))
-    assert found.value("final") == compare(with_rows({}, 0), with_rows({}, 1), n_resamples=20).value("final")
+    assert found.value("final") == compared({}).value("final")
     one = {**JUDGED, "concept_open/open_correct": ([1, 1, 1, 1], [1, np.nan, 0, 0])}
-    assert compare(with_rows(one, 0), with_rows(one, 1), n_resamples=20).value("efficacy_open") == pytest.approx(2 / 3)
-
-
-def test_files_are_whole_or_absent_after_an_interrupted_write(endpoint, cache, monkeypatch):
-    def broken(self: Path, *_: object, **__: object) -> None:
-        raise OSError("disk full")
-
-    judge = judge_for(endpoint)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", broken)
-        with pytest.raises(OSError, match="disk full"):
-            judge.ask("a", parsed)
-    assert not [path for path in cache.rglob("*") if path.is_file()]
-    assert judge.ask("a", parsed).values == {"correct": True}
+    assert compared(one).value("efficacy_open") == pytest.approx(2 / 3)
