@@ -26,14 +26,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ember.batch.pages import data_tables, fill_blocks
-from ember.data.ours import concept_from_sentences
+from ember.data.ours import concept_from_sentences, list_concepts, load_concept, load_shared
 from ember.data.types import Concept, Question
 from ember.data.wording import Texts, paraphrases
-from ember.evaluation.data_checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, mark_answers
+from ember.evaluation.data_checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, check_data, check_table, mark_answers
 from ember.evaluation.evaluate import blind_scores, question_scores
-from ember.evaluation.metrics import CHANCE
+from ember.evaluation.metrics import CHANCE, accuracy_table
 from ember.models.loading import LoadedModel, load_model
+from ember.reporting.format import fill_blocks
 from ember.store.files import write_text
 
 SCREEN = "Q: {question}\nA:"
@@ -147,6 +147,21 @@ def build(loaded: LoadedModel, folder: Path, name: str, about: Concept | None, o
     return Built(sorted([*parts[0], *parts[1]], key=lambda q: q.id), counts)
 
 
+def card_tables(loaded: LoadedModel) -> dict[str, str]:
+    """The data card's blocks on what is written: the check report, and the base model's accuracy on test questions."""
+    asked = {name: load_concept(name).questions for name in list_concepts()} | {"shared": load_shared().questions}
+    frames = []
+    for name, questions in asked.items():
+        test = [q for q in questions if q.split == "test"]
+        items = question_scores(loaded, test).assign(set=[q.set for q in test for _ in range(3)])
+        frames.append(accuracy_table(items).assign(data=name))
+    accuracy = pd.concat(frames)[["data", "set", "accuracy", "ci_low", "ci_high", "n"]]
+    return {
+        "report": check_table(check_data(loaded=loaded)).to_markdown(index=False, disable_numparse=True),
+        "accuracy": accuracy.to_markdown(index=False, floatfmt=".3f"),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail if the written files differ")
@@ -170,7 +185,7 @@ def main() -> int:
     if not check:
         screening = pd.DataFrame(counts)
         card = DATA / "README.md"
-        blocks = data_tables(loaded) | {"screening": screening.to_markdown(index=False)}
+        blocks = card_tables(loaded) | {"screening": screening.to_markdown(index=False)}
         write_text(card, fill_blocks(card.read_text("utf-8"), blocks))
     if stale:
         print(f"stale: {', '.join(stale)}; run python data/build_questions.py", file=sys.stderr)
