@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from ember.batch.expected import request
 
 from ember.batch.planning import plan
 from ember.batch.profiles import load_profile
@@ -18,7 +18,7 @@ SNAKEFILE = (REPOSITORY / "Snakefile").read_text(encoding="utf-8")
 PROFILE = yaml.safe_load((REPOSITORY / "cluster" / "slurm" / "config.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module", params=["paper-gemma", "paper-llama"])
+@pytest.fixture(scope="module", params=["paper-gemma", "paper-llama", "smoke"])
 def dry(request, tmp_path_factory) -> tuple[str, str]:
     """A profile's name, and what a dry run prints with no connection, no token, no GPU and empty caches."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -34,20 +34,30 @@ def dry(request, tmp_path_factory) -> tuple[str, str]:
     return request.param, done.stdout + done.stderr
 
 
-def test_a_dry_run_lists_one_job_a_run(dry):
+def test_a_dry_run_lists_one_job_a_run_with_a_benchmark_file(dry):
     name, text = dry
     jobs = plan(load_profile(name))
     assert re.search(rf"^total +{len(jobs) + 2}$", text, re.M)  # and: fetch, all
     assert text.count(" -m ember run-notebook ") == len(jobs)
+    assert sorted(re.findall(r"^    benchmark: .*/notebooks/(.*)\.tsv$", text, re.M)) == sorted(j.name for j in jobs)
 
 
 def test_each_run_of_a_large_model_asks_for_one_gpu(dry):
     name, text = dry
     asked = re.findall(r"^ +resources: .*\bgpu=(\d), runtime=(\d+), mem_mb=(\d+)", text, re.M)
-    profile = load_profile(name)
-    wanted = [request(profile, job) for job in plan(profile)]
-    assert sorted(tuple(map(int, row)) for row in asked) == sorted((r.gpu, r.runtime, r.mem_mb) for r in wanted)
-    assert sum(gpu == "1" for gpu, *_ in asked) == len(wanted) - 1
+    runs, large = len(plan(load_profile(name))), name != "smoke"
+    assert len(asked) == runs and {int(minutes) for _, minutes, _ in asked} == {240}
+    assert {int(memory) for *_, memory in asked} == {48_000 if large else 8_000}
+    assert sum(gpu == "1" for gpu, *_ in asked) == (runs - 1) * large  # the report loads no model
+
+
+def test_a_further_attempt_gets_more():
+    """Which a dry run does not show."""
+    for name in ("mem_mb", "runtime"):
+        assert re.search(rf"^ +{name}=lambda wildcards, attempt: \w+ \* attempt,$", SNAKEFILE, re.M)
+    # Retries of a rule are nested in those of the profile, and Slurm's own would start a run beside another.
+    assert PROFILE["retries"] > 0 and PROFILE["slurm-no-requeue"] is True
+    assert not re.search(r"^ +retries:", SNAKEFILE, re.M)
 
 
 def test_only_the_fetch_may_need_a_connection(dry):
@@ -61,36 +71,22 @@ def test_only_the_fetch_may_need_a_connection(dry):
 
 def test_the_cluster_profile_covers_every_rule():
     """Without a number of cores the Snakefile's own threads would be 1 here and half the node's there."""
-    rules = re.findall(r"^rule (\w+):.*?(?=^rule |\Z)", SNAKEFILE, re.M | re.S)
-    assert PROFILE["executor"] == "slurm"
-    assert set(PROFILE["set-threads"]) == set(rules) - {"all", "fetch"}
+    rules = {job.notebook.split("_", 1)[1] for job in plan(load_profile("laptop"))}
+    assert PROFILE["executor"] == "slurm" and set(PROFILE["set-threads"]) == rules
 
 
-def test_retries_are_snakemake_s_alone():
-    """Retries of a rule are nested in those of the profile, and Slurm's own would start a run beside another."""
-    assert PROFILE["retries"] > 0 and PROFILE["slurm-no-requeue"] is True
-    assert not re.search(r"^ +retries:", SNAKEFILE, re.M)
-
-
-class Resources(dict):
-    __getattr__ = dict.__getitem__
-
-
-class Job:
-    def __init__(self, threads: int, **resources) -> None:
-        self.threads, self.resources = threads, Resources(resources)
-
-
-@pytest.mark.parametrize(("name", "gpus"), [("paper-gemma", " --gpus=1"), ("smoke", "")])
-def test_the_sbatch_line(name, gpus):
+@pytest.mark.parametrize(("gpu", "gpus"), [(1, " --gpus=1"), (0, "")])
+def test_the_sbatch_line(gpu, gpus):
     """What the plugin makes of a run's resources; `snakemake --profile cluster/slurm` submits this."""
     submit = pytest.importorskip("snakemake_executor_plugin_slurm.submit_string", reason="the extra `slurm`")
     utils = pytest.importorskip("snakemake_executor_plugin_slurm.utils")
-    profile = load_profile(name)
-    asked = request(profile, plan(profile)[0])
-    job = Job(PROFILE["set-threads"]["factorize_embeddings"], **vars(asked))
+
+    class Resources(dict):
+        __getattr__ = dict.__getitem__
+
+    job = SimpleNamespace(threads=4, resources=Resources(gpu=gpu, mem_mb=48_000, runtime=240))
     given = {"run_uuid": "u", "slurm_logfile": Path("log"), "comment_str": "c", "account": "", "partition": ""}
     line = submit.get_submit_command(job, given | {"workdir": None}) + utils.set_gres_string(job)
-    assert f" --mem {asked.mem_mb} " in line and f" -t {asked.runtime} " in line
+    assert " --mem 48000 " in line and " -t 240 " in line
     assert " --cpus-per-task=4" in line or " --cpus-per-gpu=4" in line
     assert ("--gpus" in line) == bool(gpus) and line.endswith(gpus)

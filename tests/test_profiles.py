@@ -8,28 +8,12 @@ from itertools import product
 import pytest
 import yaml
 
+from ember.batch import planning
 from ember.batch.notebooks import check_parameters, read_notebook
-from ember.batch.planning import (
-    CONTROL,
-    ERASE,
-    FACTORIZE,
-    FRAMES,
-    LOCALIZE,
-    RELEARN,
-    SELECT,
-    STABILITY,
-    TEACH,
-    Job,
-    arms,
-    frame_path,
-    manifest_path,
-    plan,
-    run_name,
-)
+from ember.batch.planning import ERASE, RELEARN, SELECT, Job, arms, frame_path, manifest_path, plan, run_name
 from ember.batch.profiles import Profile, list_profiles, load_profile
 from ember.data.ours import list_concepts
 from ember.errors import DataError, EmberError, UnknownNameError
-from ember.evaluation.evaluate import Sizes
 from ember.methods import METHODS
 from ember.models.specs import MODELS
 from ember.relearning.train import RelearnConfig
@@ -96,7 +80,7 @@ def test_profile_names_what_exists_and_its_settings_are_accepted_where_they_go(n
     assert set(profile.concepts) <= set(list_concepts() if profile.source == "ours" else RELEASED)
     assert {*profile.methods, *profile.controls} <= profile.grids.keys() <= METHODS.keys()
     assert profile.model in MODELS
-    assert {split: Sizes(**size) for split, size in profile.sizes.items()}.keys() == {"train", "test"}
+    assert profile.sizes.keys() == {"train", "test"}
     for method in profile.grids:
         cells = profile.cells(method)
         assert cells and all(METHODS[method].config(**settings) for settings in cells.values())
@@ -108,7 +92,7 @@ def test_jobs_have_parameters_the_notebooks_take(name):
         check_parameters(job.notebook, job.parameters)
 
 
-@pytest.mark.parametrize("notebook", FRAMES)
+@pytest.mark.parametrize("notebook", planning.FRAMES)
 def test_every_frame_that_a_notebook_writes_is_declared(notebook):
     """What is not declared is not made again when it is lost."""
     code = "\n".join("".join(c["source"]) for c in read_notebook(notebook)["cells"] if c["cell_type"] == "code")
@@ -118,7 +102,7 @@ def test_every_frame_that_a_notebook_writes_is_declared(notebook):
     for name in (ast.unparse(keyword.value) for keyword in save.keywords if not keyword.arg):  # **tables
         assigned = [node for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name]
         written |= {key.value for node in assigned for key in getattr(node.value, "keys", [])}
-    assert written == set(FRAMES[notebook])
+    assert written == set(planning.FRAMES[notebook])
 
 
 def test_the_paper_s_two_models_have_a_profile_each():
@@ -137,7 +121,7 @@ def test_a_paper_profile_is_the_paper_s_experiment(name):
     assert (first.attacks, first.precisions, first.lrs) == (("all",), ("bf16",), (1e-5,))
     assert set(first.arms) >= {"none", *(f"{e}{m}" for m in profile.methods[1:] for e in ("", "ember+"))}
     assert RelearnConfig(**profile.relearn.settings).points[-1] == 2 * 100 * 256
-    assert {split: size["questions"] for split, size in profile.sizes.items()} == {"train": 50, "test": 1000}
+    assert {split: size.questions for split, size in profile.sizes.items()} == {"train": 50, "test": 1000}
     # Layers exist, and released autoencoders are of this model.
     depth = {"paper-gemma": 26, "paper-llama": 32}[name]
     for method in ("crisp", "pisces"):
@@ -266,7 +250,6 @@ def test_unknown_profile_lists_the_known_ones(load, name):
         ({"delta": [1]}, r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"),
         ({"name": "x"}, r"key in mine\.yaml 'name'; known: concepts"),
         ({"fit": GOOD["fit"] | {"ranks": 8}}, r"key in fit of mine\.yaml 'ranks'; known: max_iter, .*rank, "),
-        ({"sizes": {"train": {"quest": 1}}}, r"key in sizes\.train of mine\.yaml 'quest'; known: .*questions"),
         ({"localize": GOOD["localize"] | {"more": 1}}, r"key in localize of mine\.yaml 'more'; known: arms, seeds"),
         ({"relearn": {"settings": {}, "sweeps": [], "more": 1}}, r"relearn of mine\.yaml 'more'; known: settings"),
         ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lr": [1.0]}]}}, r"sweeps\[0\] of mine\.yaml 'lr'; .*lrs"),
@@ -318,9 +301,6 @@ def test_missing_key(load, changes, key):
         ({"methods": [None]}, "methods[0]", "None"),
         ({"model": 5}, "model", "5"),
         ({"sizes": {"train": 4}}, "sizes.train", "4"),
-        ({"sizes": {"train": {"questions": 4.5}}}, "sizes.train.questions", "4.5"),
-        ({"sizes": {"train": {"letters": 1}}}, "sizes.train.letters", "1"),
-        ({"sizes": {"train": {"open_answers": True}}}, "sizes.train.open_answers", "True"),
         ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lrs": ["1e-5"]}]}}, "relearn.sweeps[0].lrs[0]", "'1e-5'"),
         ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"budgets": ["4"]}]}}, "relearn.sweeps[0].budgets[0]", "'4'"),
         ({"localize": {"arms": "ember", "texts": 3}}, "localize.arms", "'ember'"),
@@ -345,6 +325,15 @@ def test_a_judge_that_cannot_be_is_an_error_that_names_the_file(load, change):
     judge = {key: value for key, value in (GOOD["judge"] | change).items() if value is not None}
     with pytest.raises(DataError, match=rf"mine\.yaml.*judge.*{next(iter(change))}"):
         load(judge=judge)
+
+
+@pytest.mark.parametrize(
+    "size", [{"questions": 4.5}, {"letters": 1}, {"open_answers": True}, {"other_texts": 3}, {"quest": 1}], ids=str
+)
+def test_a_wrong_size_is_an_error_that_names_it(load, size):
+    ((name, typed),) = size.items()
+    with pytest.raises(DataError, match=rf"mine\.yaml, key 'sizes\.train': {name} .*, got {typed}$"):
+        load(sizes={"train": size})
 
 
 @pytest.mark.parametrize(("key", "known"), [("source", "'ours' or 'released'"), ("dtype", "'float32', 'bfloat16'")])
@@ -465,7 +454,7 @@ def test_a_sweep_may_train_on_several_budgets(load):
 
 
 def test_what_is_localized_needs_its_erasure_and_ember_s(load):
-    found = jobs(load(), LOCALIZE)
+    found = jobs(load(), planning.LOCALIZE)
     assert len(found) == len(GOOD["concepts"]) * len(GOOD["seeds"]) * 2
     for job in found:
         first, own = (like(job, ERASE, method=m, ember=m == "other") for m in ("ember", "other"))
@@ -475,25 +464,30 @@ def test_what_is_localized_needs_its_erasure_and_ember_s(load):
 @pytest.mark.parametrize(
     ("part", "notebook", "runs", "emptied"),
     [
-        ("trade", CONTROL, [("Rome", 1), ("Greece", 1)], "edits"),
-        ("stability", STABILITY, [("Rome", 1), ("Greece", 1)], "seeds"),
-        ("teach", TEACH, [(None, 1)], "arms"),
-        ("localize", LOCALIZE, [(c, s) for c in GOOD["concepts"] for s in GOOD["seeds"] for _ in range(2)], "arms"),
+        ("trade", planning.CONTROL, [("Rome", 1), ("Greece", 1)], "edits"),
+        ("stability", planning.STABILITY, [("Rome", 1), ("Greece", 1)], "seeds"),
+        ("teach", planning.TEACH, [(None, 1)], "arms"),
+        (
+            "localize",
+            planning.LOCALIZE,
+            [(c, s) for c in GOOD["concepts"] for s in GOOD["seeds"] for _ in range(2)],
+            "arms",
+        ),
     ],
 )
 def test_a_part_runs_on_the_first_seeds_if_it_names_anything(load, part, notebook, runs, emptied):
-    found = jobs(load(), notebook)
+    found = jobs(load(**{part: {"seeds": 1} | GOOD[part]}), notebook)
     assert [(job.parameters.get("concept_name"), job.parameters["seed"]) for job in found] == runs
     assert not jobs(load(**{part: GOOD[part] | {emptied: []}}), notebook)
 
 
 def test_stability_needs_the_factorization_controls_the_selection_and_teaching_nothing(load):
     profile = load()
-    for job in jobs(profile, STABILITY):
-        assert job.needs == (like(job, FACTORIZE, "rank", "sparsity"),)
-    for job in jobs(profile, CONTROL):
+    for job in jobs(profile, planning.STABILITY):
+        assert job.needs == (like(job, planning.FACTORIZE, "rank", "sparsity"),)
+    for job in jobs(profile, planning.CONTROL):
         assert job.needs == (like(job, SELECT, **GOOD["fit"]),)
-    assert not any(job.needs for job in jobs(profile, TEACH))
+    assert not any(job.needs for job in jobs(profile, planning.TEACH))
 
 
 def test_a_tour_needs_ember_s_erasure_of_its_own_concept_and_the_report_everything(load):

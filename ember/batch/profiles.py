@@ -10,6 +10,7 @@ from pydantic import AfterValidator, PrivateAttr
 from typing_extensions import TypedDict
 
 from ember.errors import DataError, UnknownNameError
+from ember.evaluation.suite import Sizes
 from ember.judging.settings import JudgeConfig
 from ember.store.paths import notebooks_dir
 from ember.store.validated import Listed, Strict, validated
@@ -98,21 +99,6 @@ class Fit(TypedDict, total=False):
     precision: str
 
 
-class Size(TypedDict, total=False):
-    """The fields of ``ember.evaluation.evaluate.Sizes`` that differ from its defaults."""
-
-    questions: int | None
-    texts: int | None
-    other_texts: int | None
-    instructions: int | None
-    generations: int | None
-    new_tokens: int
-    divergence: bool
-    letters: bool
-    judge: bool
-    open_answers: int | None
-
-
 class Profile(Strict):
     """One batch run.
 
@@ -132,7 +118,7 @@ class Profile(Strict):
     seeds: Listed[int]
     fit: Fit
     grids: dict[str, dict[str, Setting]]
-    sizes: dict[str, Size]
+    sizes: dict[str, Sizes]
     relearn: Relearn
     localize: Localize
     trade: Trade
