@@ -5,41 +5,38 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.edits import snapshot
-from helpers.tiny import NEUTRAL, SENTENCES, make_concept, noise, states
+from helpers.tiny import NEUTRAL, SENTENCES, SMALL_SAES, make_concept, noise, states
 
-from ember.editing import Edit
-from ember.methods import crisp, pisces, rmu
+from ember.methods import crisp, pisces, rmu, selection, training
 from ember.methods.crisp import CrispConfig
 from ember.methods.pisces import PiscesConfig, turn_against
 from ember.methods.rmu import RmuConfig
-from ember.methods.sae import SparseAutoencoder, load_saes
-from ember.methods.selection import select_features
+from ember.methods.sae import SparseAutoencoder
 from ember.methods.training import adapted, linear_modules, weights_edit
 from ember.models.activations import Site
-from ember.models.loading import LoadedModel
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 # CRISP
 
-CRISP = CrispConfig(layers=(1,), first_layer=0, features=5, min_ratio=1.5, steps=3)
+CRISP = CrispConfig(layers=(1,), first_layer=0, features=5, min_ratio=1.5, steps=3, sae_training=SMALL_SAES)
 
 
-def selected_activity(loaded: LoadedModel, edit: Edit, texts, *, edited: bool) -> float:
-    """Mean activation, over the texts, of the features that the edit was to lower."""
-    (sae,) = load_saes(loaded, make_concept(), "residual", [1])
-    features = [row["feature"] for row in edit.provenance.config["selected"]]
-    return float(sae.encode(states(loaded, texts, sae.site, edit if edited else None))[:, features].mean())
-
-
-def test_crisp_lowers_the_features_on_concept_text_and_keeps_neutral_text(tiny, small_saes):
-    drift, site = {}, Site("residual", 1)
+def test_crisp_lowers_the_features_on_concept_text_and_keeps_neutral_text(tiny, cache):
+    (sae,), drift, site = selection.prepare(tiny, make_concept(), CRISP), {}, Site("residual", 1)
     for beta in (0.0, 0.99):
         edit = crisp.run(tiny, make_concept(), replace(CRISP, beta=beta, steps=25, lr=4e-3))
-        before, after = (selected_activity(tiny, edit, SENTENCES, edited=e) for e in (False, True))
+        chosen = [row["feature"] for row in edit.provenance.config["selected"]]
+        before, after = (sae.encode(states(tiny, SENTENCES, site, e))[:, chosen].mean() for e in (None, edit))
         assert after < 0.7 * before
         drift[beta] = float((states(tiny, NEUTRAL, site, edit) - states(tiny, NEUTRAL, site)).square().mean())
+        (about,) = edit.provenance.config["autoencoders"]
+        assert about == {"site": "residual", "layer": 1, "width": 64, **sae.quality}
     assert drift[0.99] < 0.3 * drift[0.0]
+
+
+def merged_edit(tiny, values):
+    return weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0)
 
 
 def test_an_untrained_adapter_changes_nothing(tiny):
@@ -48,7 +45,7 @@ def test_an_untrained_adapter_changes_nothing(tiny):
         values = merged()
         assert parameters and all(p.requires_grad for p in parameters.values())
     assert all(torch.equal(value, before[name]) for name, value in values.items())
-    assert weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0).changed().empty
+    assert merged_edit(tiny, values).changed().empty
 
 
 @pytest.mark.parametrize("first_layer", [0, 1])
@@ -65,7 +62,7 @@ def test_the_merged_weights_give_the_adapters_logits(tiny, first_layer):
         assert len(trainable) == len(parameters) == 2 * len(values)
     linear = {n for n, m in tiny.model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
     assert set(values) == {f"{n}.weight" for n in linear if int(n.split(".")[2]) >= first_layer}
-    with weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0).applied(tiny), torch.no_grad():
+    with merged_edit(tiny, values).applied(tiny), torch.no_grad():
         torch.testing.assert_close(tiny.model(ids).logits, with_adapter, atol=1e-5, rtol=1e-5)
     assert (with_adapter - plain).abs().max() > 0.1
 
@@ -93,23 +90,21 @@ def test_the_activity_counts_where_the_feature_was_active(kind):
 
 
 @pytest.mark.parametrize(("position", "same"), [(0, True), (1, False)])
-@pytest.mark.parametrize("method", ["rmu", "crisp"])
-def test_the_first_position_has_no_influence_on_training(tiny, small_saes, monkeypatch, method, position, same):
-    module, config = {
-        "rmu": (rmu, RmuConfig(layer=1, n_trained=2, steps=3)),
-        "crisp": (crisp, CRISP),
-    }[method]
-    plain = module.run(tiny, make_concept(), config)
-    original = module.activations
+@pytest.mark.parametrize(
+    ("run", "config"), [(rmu.run, RmuConfig(layer=1, n_trained=2, steps=3)), (crisp.run, CRISP)], ids=["rmu", "crisp"]
+)
+def test_the_first_position_has_no_influence_on_training(tiny, cache, monkeypatch, run, config, position, same):
+    plain = run(tiny, make_concept(), config)
+    original = training.activations
 
     def disturbed(*arguments):
-        found = original(*arguments)
-        for value in found.values():
+        kept = original(*arguments)
+        for value in kept.values():
             value[:, position] *= 10
-        return found
+        return kept
 
-    monkeypatch.setattr(module, "activations", disturbed)
-    assert (module.run(tiny, make_concept(), config).identity == plain.identity) == same
+    monkeypatch.setattr(training, "activations", disturbed)
+    assert (run(tiny, make_concept(), config).identity == plain.identity) == same
 
 
 # PISCES
@@ -161,31 +156,35 @@ def test_an_input_scale_is_part_of_the_autoencoder():
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+def selected(tiny, sae: SparseAutoencoder):
+    return selection.select_features(tiny, make_concept(), [sae], replace(CRISP, features=9, min_ratio=0.0))
+
+
 @pytest.mark.parametrize("change", [{"k": 1}, {"k": None}, {"threshold": torch.ones(64)}, {"scale": 9.0}], ids=list)
-def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, small_saes, change):
-    (sae,) = load_saes(tiny, make_concept(), "residual", [0])
-    if "threshold" in change:
-        sae = replace(sae, k=None)
-    one, again, other = (select_features(tiny, make_concept(), [s], 9, 0.0) for s in (sae, sae, replace(sae, **change)))
+def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, cache, change):
+    (sae,) = selection.prepare(tiny, make_concept(), replace(CRISP, layers=(0,)))
+    sae = replace(sae, k=None) if "threshold" in change else sae
+    one, again, other = (selected(tiny, s) for s in (sae, sae, replace(sae, **change)))
     assert one.equals(again) and not one.equals(other)
 
 
-def test_a_selection_in_the_cache_is_that_of_its_weights(tiny, small_saes):
-    saes = load_saes(tiny, make_concept(), "residual", [0])
-    weight = tiny.model.get_parameter(DOWN).detach()
-    edit = weights_edit(tiny, make_concept(), "noise", CRISP, {DOWN: weight + noise(*weight.shape)}, seed=0)
-    base = select_features(tiny, make_concept(), saes, 9, 0.0)
-    with edit.applied(tiny):
-        assert not select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
-    assert select_features(tiny, make_concept(), saes, 9, 0.0).equals(base)
+def test_a_selection_in_the_cache_is_that_of_its_weights(tiny, cache):
+    (sae,) = selection.prepare(tiny, make_concept(), replace(CRISP, layers=(0,)))
+    weight, base = tiny.model.get_parameter(DOWN).detach(), selected(tiny, sae)
+    with merged_edit(tiny, {DOWN: weight + noise(*weight.shape)}).applied(tiny):
+        assert not selected(tiny, sae).equals(base)
+    assert selected(tiny, sae).equals(base)
 
 
-@pytest.mark.parametrize(
-    ("ramp", "expected"), [(0, [10, 10]), (1, [1, 10]), (2, [1, 10]), (10, [1, 2])], ids=lambda value: str(value)
-)
-def test_mu_grows_over_the_first_layers(tiny, small_saes, monkeypatch, ramp, expected):
+@pytest.mark.parametrize(("ramp", "expected"), [(0, [10, 10]), (1, [1, 10]), (2, [1, 10]), (10, [1, 2])])
+def test_mu_grows_over_the_first_layers(ramp, expected):
+    config = PiscesConfig(mu=10.0, ramp=ramp)
+    assert [config.mu_at(layer) for layer in (0, 1)] == pytest.approx(expected)
+
+
+def test_mu_is_that_of_the_layer(tiny, cache, monkeypatch):
     used = []
     monkeypatch.setattr(pisces, "turn_against", lambda W, sae, features, tau, mu: used.append(mu) or W)
-    edit = pisces.run(tiny, make_concept(), PiscesConfig(layers=(0, 1), min_ratio=0, mu=10.0, ramp=ramp))
-    assert used == pytest.approx(expected)
-    assert edit.changed().empty
+    config = PiscesConfig(layers=(0, 1), min_ratio=0, mu=10.0, ramp=10, sae_training=SMALL_SAES)
+    assert pisces.run(tiny, make_concept(), config).changed().empty
+    assert used == pytest.approx([1, 2])
