@@ -2,15 +2,14 @@
 
     python tests/cluster/run_slurm.py
 
-Needs root on Debian or Ubuntu: it installs slurmctld, slurmd and munge if they are missing, and starts them on the
-loopback interface out of a scratch folder. The committed state of the repository is cloned, its smoke profile is run
-through `cluster/slurm`, a running job is cancelled with scancel, and the same command finishes the rest. The exit
-status is 0 only if every run left its manifest, and the cancelled job alone was started twice.
+Needs the extra `slurm`, and root on Debian or Ubuntu: it installs slurmctld, slurmd and munge if they are missing, and
+starts them on the loopback interface out of a scratch folder. The committed state of the repository is cloned, its
+smoke profile is run through `cluster/slurm`, a running job is cancelled with scancel, and the same command finishes the
+rest. The exit status is 0 only if every run left its manifest, and the cancelled job alone was started twice.
 """
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -26,9 +25,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PLUGIN = "snakemake-executor-plugin-slurm"
 LINK = Path("/etc/slurm/slurm.conf")  # the plugin's inner srun sees no SLURM_CONF
 CANCELLED = "erase_concept"
+MEMORY_MB = 3000  # two jobs of the smoke profile fit a small machine
 
 CONFIG = """\
 ClusterName=solo
@@ -140,13 +139,13 @@ def jobs() -> list[dict[str, str]]:
     ]
 
 
-def start(log: Path, environment: dict[str, str], folder: Path, *options: str) -> subprocess.Popen:
-    rules = re.findall(r"^rule (\w+):", (folder / "Snakefile").read_text(), re.M)
+def snakemake(log: Path, environment: dict[str, str], folder: Path, *options: str) -> subprocess.Popen:
+    rules = {path.stem.split("_", 1)[1] for path in (folder / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     command = [
         sys.executable, "-m", "snakemake", "--profile", "cluster/slurm", "--config", "profile=smoke",
         "--jobs", str(os.cpu_count()), "--latency-wait", "10", "--slurm-init-seconds-before-status-checks", "6",
-        "--slurm-status-command", "squeue", "--set-threads", *(f"{r}=1" for r in rules if r not in ("all", "fetch")),
-        *options,
+        "--slurm-status-command", "squeue", "--set-threads", *(f"{rule}=1" for rule in rules),
+        "--set-resources", *(f"{rule}:mem_mb={MEMORY_MB}" for rule in rules), *options,
     ]  # fmt: skip
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -174,6 +173,8 @@ def check(condition: bool, text: str) -> None:
 def main() -> None:
     if os.geteuid() != 0:
         sys.exit("this test starts daemons that need root")
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        sys.exit("this test needs the extra `slurm`: pip install -e '.[slurm]'")
     if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "sbatch", "munged")):
         say("installing " + " ".join(PACKAGES))
         call("apt-get", "update")
@@ -182,53 +183,39 @@ def main() -> None:
         run(Path(scratch))
 
 
+def told(what: str, process: subprocess.Popen, log: Path) -> int:
+    """Wait for a call of Snakemake, and show what it says of jobs and errors."""
+    begun, code = time.time(), process.wait()
+    say(f"{what} ended with {code} after {time.time() - begun:.0f} s")
+    print("".join(line for line in log.read_text().splitlines(keepends=True) if "rror" in line or "submitted" in line))
+    return code
+
+
 def run(scratch: Path) -> None:
-    folder, results = scratch / "repository", scratch / "results"
+    folder = scratch / "repository"
     call("git", "clone", "--quiet", str(REPOSITORY), str(folder))
-    path = [str(folder)]
-    if importlib.util.find_spec(PLUGIN.replace("-", "_")) is None:
-        say(f"installing {PLUGIN} into the scratch folder")
-        call(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(scratch / "site"), "--no-deps",
-             PLUGIN, f"{PLUGIN}-jobstep", "throttler")  # fmt: skip
-        path.append(str(scratch / "site"))
-    path += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path),
-        "EMBER_RESULTS": str(results),
-        "TQDM_DISABLE": "1",
-    }
-    names = json.loads(
-        call(sys.executable, "-c",
-             "import json; from ember.batch.planning import plan; from ember.batch.profiles import load_profile; "
-             "print(json.dumps([job.name for job in plan(load_profile('smoke'))]))", cwd=folder, env=environment)
-    )  # fmt: skip
-    manifests = [results / "smoke" / "notebooks" / f"{name}.json" for name in names]
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "EMBER_RESULTS": str(scratch / "results"), "TQDM_DISABLE": "1"}
+    planned = (
+        "from ember.batch.planning import plan; from ember.batch.profiles import load_profile; "
+        "print(*(job.name for job in plan(load_profile('smoke'))))"
+    )
+    names = call(sys.executable, "-c", planned, cwd=folder, env=environment).split()
+    manifests = [scratch / "results" / "smoke" / "notebooks" / f"{name}.json" for name in names]
 
-    begun = time.time()
     log = scratch / "first.log"
-    process = start(log, environment, folder, "--retries", "0")
+    process = snakemake(log, environment, folder, "--retries", "0")
     cancelled = cancel_one(process, log)
-    code = process.wait()
+    check(told("the first call", process, log) != 0, "the call in which a job was cancelled says that it failed")
     done = sum(path.exists() for path in manifests)
-    say(f"the first call ended with {code} after {time.time() - begun:.0f} s; {done} of {len(names)} manifests")
-    print("".join(line for line in log.read_text().splitlines(keepends=True) if "rror" in line or "submitted" in line))
-    check(code != 0, "the call in which a job was cancelled says that it failed")
-    check(done < len(names), "the cancelled run has no manifest, nor what needs it")
+    check(done < len(names), f"the cancelled run has no manifest, nor what needs it: {done} of {len(names)} are there")
 
-    again = time.time()
     log = scratch / "second.log"
-    code = start(log, environment, folder).wait()
-    say(f"the second call ended with {code} after {time.time() - again:.0f} s")
-    print("".join(line for line in log.read_text().splitlines(keepends=True) if "rror" in line or "submitted" in line))
-    check(code == 0, "the same command finishes the rest")
+    check(told("the second call", snakemake(log, environment, folder), log) == 0, "the same command finishes the rest")
     missing = [path.name for path in manifests if not path.exists()]
     check(not missing, f"all {len(names)} manifests exist" + "".join(f"\n  no {name}" for name in missing))
 
     seen = jobs()
-    for job in seen:
-        limits = {key: job[key] for key in ("JobState", "TimeLimit", "RunTime", "MinMemoryNode") if key in job}
-        say(f"job {job['JobId']}: {' '.join(f'{k}={v}' for k, v in limits.items())} {job['Comment'][:90]}")
     started = Counter(job["Comment"] for job in seen)
     check(len(started) == len(names), f"every run was a job of its own ({len(seen)} jobs for {len(names)} runs)")
     twice = {comment for comment, count in started.items() if count != 1}
@@ -236,10 +223,8 @@ def run(scratch: Path) -> None:
     states = sorted(job["JobState"] for job in seen if job["Comment"] == cancelled["Comment"])
     check(states == ["CANCELLED", "COMPLETED"], f"it was {' and '.join(states)}")
 
-    log = scratch / "third.log"
-    code = start(log, environment, folder).wait()
+    code = snakemake(scratch / "third.log", environment, folder).wait()
     check(code == 0 and len(jobs()) == len(seen), "a third call submits nothing")
-    say(f"{len(seen)} jobs in {time.time() - begun:.0f} s, of which the second call {time.time() - again:.0f} s")
 
 
 if __name__ == "__main__":
