@@ -43,7 +43,7 @@ class Sweep(Strict):
 class Relearn(Strict):
     """The ``settings`` of every relearning (fields of ``RelearnConfig``), and the ``sweeps``, which may overlap."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Setting]
     sweeps: Listed[Sweep]
 
 
@@ -140,10 +140,7 @@ class Profile(Strict):
         return ("ember", *self.controls)
 
     def cells(self, method: str) -> dict[str, dict[str, Any]]:
-        """The grid of a method: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest.
-
-        The same cells serve the arms with and without EMBER.
-        """
+        """The grid of a method's arms: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest."""
         grid: dict[str, Any] = {**(self.fit if method in self.factorizing else {}), **self.grids[method]}
         searched = {key: value for key, value in grid.items() if isinstance(value, list)}
         cells = {}
@@ -180,10 +177,8 @@ def load_profile(name: str) -> Profile:
 
     Raises
     ------
-    UnknownNameError
-        If there is no such profile, or the file holds an unknown key.
-    DataError
-        If a value has the wrong type (YAML reads ``1e-4`` as text: write ``1.0e-4``).
+    UnknownNameError, DataError
+        If there is no such profile, or a key is unknown, missing or of a wrong type (YAML reads ``1e-4`` as text).
     """
     profile, sizes = _read(name), os.environ.get("EMBER_SIZES")
     shorter = {key: value for key, value in _read(sizes) if key in _LOOPS} if sizes else {}
