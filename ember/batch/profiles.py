@@ -140,7 +140,7 @@ class Profile(Strict):
         return ("ember", *self.controls)
 
     def cells(self, method: str) -> dict[str, dict[str, Any]]:
-        """The grid of a method's arms: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest."""
+        """The grid of a method: label, such as ``"layer=7 lr=0.001"``, → settings; the first keys vary slowest."""
         grid: dict[str, Any] = {**(self.fit if method in self.factorizing else {}), **self.grids[method]}
         searched = {key: value for key, value in grid.items() if isinstance(value, list)}
         cells = {}
