@@ -14,8 +14,9 @@ def question_row(number: int = 1, **changes) -> dict:
     return row | changes
 
 
-def write_rows(path: Path, rows) -> None:
+def write_rows(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def write_concept(folder: Path, name: str = "Tiny Rome") -> Path:
