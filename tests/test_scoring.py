@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.suites import blank, talkative
 from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
 from ember.data.types import Question
-from ember.editing import Edit, Provenance
+from ember.editing import Edit
 from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import PROMPT, Evaluation, blind_scores, question_scores, text_scores
-from ember.models import scoring
 from ember.models.loading import LoadedModel, weights_hash
 from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
@@ -35,9 +35,13 @@ def loaded(request) -> LoadedModel:
 def blank_rows(loaded: LoadedModel, word: str) -> tuple[Edit, int]:
     """An edit that empties the input row of a one-token word, and the token's id."""
     (token,) = loaded.encode(word, bos=False)
-    provenance = Provenance(loaded.name, loaded.weights_hash, "blank", {}, 0)
-    values = {loaded.embedding_name: (torch.tensor([token]), torch.zeros(1, loaded.embedding.shape[1]))}
-    return Edit.from_values(loaded, values, provenance), token
+    return blank(loaded, word), token
+
+
+def encoded(loaded: LoadedModel) -> tuple[list[list[int]], list[int]]:
+    """The texts' token ids, and a first scored token of each."""
+    sequences = [loaded.encode(text) for text in TEXTS]
+    return sequences, [1, 2, 5, 1, len(sequences[4]) - 1, 3]
 
 
 @torch.inference_mode()
@@ -56,10 +60,10 @@ def reference_option(loaded: LoadedModel, prompt: str, option: str) -> float:
     return -reference_loss(loaded, before + after, len(before)).sum()
 
 
-def assert_same_scores(one, other):
+def assert_same_scores(one, other, tolerance: float = TOLERANCE):
     for a, b in zip(one, other, strict=True):
-        for name in ("loss", "base_loss", "kl"):
-            np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
+        for before, after in zip(a, b, strict=True):
+            np.testing.assert_allclose(before, after, atol=tolerance, rtol=0)
 
 
 # Splitting
@@ -132,12 +136,12 @@ def test_options_do_not_depend_on_the_batch(loaded):
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), atol=TOLERANCE, rtol=0)
 
 
-def test_options_do_not_depend_on_what_runs_beside_them(loaded, monkeypatch):
+def test_options_do_not_depend_on_what_runs_beside_them(loaded):
     together = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
-    monkeypatch.setattr("ember.models.scoring._PACKED_TOKENS", 1)  # too few for any question: each runs alone
     passes: list[int] = []
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    apart = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
+    # Too few tokens for any question: each runs alone.
+    apart = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS), packed_tokens=1)
     assert len(passes) == len(PROMPTS) > 1
     np.testing.assert_allclose(np.stack(apart), np.stack(together), atol=TOLERANCE, rtol=0)
 
@@ -153,10 +157,9 @@ def test_options_need_a_list_for_each_prompt(tiny):
 def score_everything(loaded: LoadedModel) -> np.ndarray:
     edit, _ = blank_rows(loaded, " Roman")
     options = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
-    texts = sequence_scores(
-        loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS), partial(edit.applied, loaded)
-    )
-    return np.concatenate([*options, *(x for s in texts for x in (s.loss, s.base_loss, s.kl))])
+    sequences, _ = encoded(loaded)
+    texts = sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded))
+    return np.concatenate([*options, *(part for score in texts for part in score)])
 
 
 def test_padding_does_not_leak(tiny):
@@ -178,11 +181,11 @@ def test_mixed_lengths_give_numbers(kind, dtype):
 
 
 def test_losses_equal_the_reference(loaded):
-    sequences = [loaded.encode(text) for text in TEXTS]
-    starts = [1, 2, 5, 1, len(sequences[4]) - 1, 3]
-    scores = sequence_scores(loaded, sequences, starts)
-    for score, ids, start in zip(scores, sequences, starts, strict=True):
+    sequences, starts = encoded(loaded)
+    for score, ids, start in zip(sequence_scores(loaded, sequences, starts), sequences, starts, strict=True):
         np.testing.assert_allclose(score.loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
+        np.testing.assert_array_equal(score.loss, score.base_loss)  # without an edit nothing diverges
+        assert (score.kl == 0).all()
 
 
 def test_divergence_equals_the_reference(loaded):
@@ -199,25 +202,17 @@ def test_divergence_equals_the_reference(loaded):
 
 def test_texts_do_not_depend_on_the_batch(loaded):
     edit, _ = blank_rows(loaded, " Roman")
-    sequences = [loaded.encode(text) for text in TEXTS]
     one, eight = (
-        sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded), batch_size=size)
-        for size in (1, 8)
+        sequence_scores(loaded, *encoded(loaded), partial(edit.applied, loaded), batch_size=size) for size in (1, 8)
     )
     assert_same_scores(one, eight)
-
-
-def test_without_an_edit_nothing_diverges(loaded):
-    for score in sequence_scores(loaded, [loaded.encode(text) for text in TEXTS], [1] * len(TEXTS)):
-        assert (score.kl == 0).all()
-        np.testing.assert_array_equal(score.loss, score.base_loss)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
     """To the bit, also in a batch with texts that change."""
     edit, token = blank_rows(loaded, " Roman")
-    sequences = [loaded.encode(text) for text in TEXTS]
+    sequences, _ = encoded(loaded)
     scores = sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded), batch_size=batch_size)
     changed = [token in ids for ids in sequences]
     assert changed == [True, False, True, False, False, False]
@@ -242,16 +237,11 @@ def test_a_text_needs_a_scored_token_after_its_first(start):
             score(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
 
 
-def starts_of(sequences: list[list[int]]) -> list[int]:
-    return [1, 2, 5, 1, len(sequences[4]) - 1, 3]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_losses_alone_are_those_of_the_scores_to_the_bit(loaded, batch_size):
     """Also with an edit applied; each token is scored once, from its start on."""
     edit, _ = blank_rows(loaded, " Roman")
-    sequences = [loaded.encode(text) for text in TEXTS]
-    starts = starts_of(sequences)
+    sequences, starts = encoded(loaded)
     scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
     base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
     with edit.applied(loaded):
@@ -263,45 +253,26 @@ def test_losses_alone_are_those_of_the_scores_to_the_bit(loaded, batch_size):
     assert any((before != after).any() for before, after in zip(base, edited, strict=True))
 
 
-def test_losses_alone_equal_the_reference(loaded):
-    sequences = [loaded.encode(text) for text in TEXTS]
-    starts = starts_of(sequences)
-    for loss, ids, start in zip(sequence_losses(loaded, sequences, starts), sequences, starts, strict=True):
-        np.testing.assert_allclose(loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
-
-
 @pytest.mark.parametrize("score", [sequence_scores, sequence_losses])
 def test_no_sequences_have_no_scores(score):
     assert score(make_loaded(), [], []) == []
 
 
-@pytest.mark.parametrize("limit", [1, 60, 10**9])
+@pytest.mark.parametrize("limit", [1, 120, 10**9])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_size_of_a_group_changes_no_score(loaded, monkeypatch, limit, batch_size):
+def test_the_size_of_a_group_changes_no_score(tiny, limit, batch_size):
     """Groups only save work: an edit is applied once for each; the batches are the same, so are the bits."""
-    edit, _ = blank_rows(loaded, " Roman")
-    sequences = [loaded.encode(text) for text in TEXTS]
-    starts = starts_of(sequences)
-    before = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
-    applied, really = [], Edit.applied
-    monkeypatch.setattr(Edit, "applied", lambda self, model: applied.append(1) or really(self, model))
-    monkeypatch.setattr(scoring, "_GROUP_TOKENS", limit)
-    after = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
-    for one, other in zip(before, after, strict=True):
-        for name in ("loss", "base_loss", "kl"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    edit, _ = blank_rows(tiny, " Roman")
+    applied: list[int] = []
+    score = partial(sequence_scores, tiny, *encoded(tiny), batch_size=batch_size)
+    before = score(partial(edit.applied, tiny))
+    after = score(lambda: applied.append(1) or edit.applied(tiny), group_tokens=limit)
+    assert_same_scores(before, after, 0)
     batches = len(TEXTS) // batch_size
-    assert {1: len(applied) == batches, 60: 1 < len(applied) < batches, 10**9: len(applied) == 1}[limit]
+    assert {1: len(applied) == batches, 120: 1 < len(applied) < batches, 10**9: len(applied) == 1}[limit]
 
 
 # Generation
-
-
-def talkative(loaded: LoadedModel) -> LoadedModel:
-    """The tied head of a random model repeats its last token; another head does not."""
-    with torch.no_grad():
-        loaded.model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-    return loaded
 
 
 @torch.inference_mode()
@@ -394,27 +365,18 @@ def many_questions() -> list[Question]:
 def test_blind_scores_are_those_of_an_empty_question(loaded):
     questions = [*many_questions(), *(question(str(k), k) for k in range(4))]
     found, expected = wide(blind_scores(loaded, questions)), wide(blind(loaded, questions))
-    assert found.index.tolist() == expected.index.tolist()
-    np.testing.assert_array_equal(found.correct, expected.correct)
-    for metric in ("gold_prob", "gold_logprob"):
-        np.testing.assert_allclose(found[metric], expected[metric], atol=TOLERANCE)
+    pd.testing.assert_frame_equal(found, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_blind_scores_do_not_depend_on_what_is_asked(tiny):
+def test_blind_scores_follow_the_prompt_and_not_what_is_asked(tiny):
     questions = many_questions()
-    other = [replace(q, question="Who built the long road?") for q in questions]
-    pd.testing.assert_frame_equal(blind_scores(tiny, questions), blind_scores(tiny, other))
+    scores, other = blind_scores(tiny, questions), [replace(q, question="Who built the long road?") for q in questions]
+    pd.testing.assert_frame_equal(scores, blind_scores(tiny, other))
     asked = question_scores(tiny, questions)
     assert not np.allclose(asked.value, question_scores(tiny, other).value, atol=TOLERANCE)  # the others do
-
-
-def test_blind_scores_follow_the_prompt(tiny):
-    questions = many_questions()[:6]
-    prompt = "Q: {question}\nA:"
-    found = blind_scores(tiny, questions, prompt=prompt)
-    expected = blind(tiny, questions, "Q:\nA:")
-    np.testing.assert_allclose(found.value, expected.value, atol=TOLERANCE)
-    assert not np.allclose(found.value, blind_scores(tiny, questions).value, atol=TOLERANCE)
+    prompted = blind_scores(tiny, questions, prompt="Q: {question}\nA:")
+    np.testing.assert_allclose(prompted.value, blind(tiny, questions, "Q:\nA:").value, atol=TOLERANCE)
+    assert not np.allclose(prompted.value, scores.value, atol=TOLERANCE)
 
 
 def test_no_questions_have_no_blind_scores(tiny):
@@ -424,11 +386,11 @@ def test_no_questions_have_no_blind_scores(tiny):
 
 def test_an_edit_is_applied_to_questions_and_taken_back(tiny, tiny_concept):
     edit, _ = blank_rows(tiny, " Romans")
-    base = question_scores(tiny, tiny_concept.questions)
-    edited = question_scores(tiny, tiny_concept.questions, edit)
+    ask = partial(question_scores, tiny, tiny_concept.questions)
+    base, edited = ask(), ask(edit)
     with edit.applied(tiny):
-        pd.testing.assert_frame_equal(question_scores(tiny, tiny_concept.questions), edited)
-    pd.testing.assert_frame_equal(question_scores(tiny, tiny_concept.questions), base)
+        pd.testing.assert_frame_equal(ask(), edited)
+    pd.testing.assert_frame_equal(ask(), base)
     changed = set(edited.item[(edited.value != base.value).to_numpy()])
     assert changed == {q.id for q in tiny_concept.questions if "Romans" in q.question}
 
@@ -453,10 +415,9 @@ def test_base_and_edited_models_get_their_own_scores(how, tmp_path):
     if how != "applied":
         edit.apply(loaded)
     if how == "reloaded":
-        loaded = LoadedModel(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
+        loaded = replace(loaded, parameter_hashes={})
     with edit.applied(loaded) if how == "applied" else nullcontext():
-        edited = stored(cache, loaded)
-        expected = text_scores(loaded, SENTENCES)
+        edited, expected = stored(cache, loaded), text_scores(loaded, SENTENCES)
     assert edited == pytest.approx(expected.value[expected.metric == "loss"].tolist(), abs=1e-6)
     assert edited != pytest.approx(base, abs=1e-6)
 
@@ -470,13 +431,10 @@ def test_cache_keys_name_the_weights_and_the_dtype():
     assert EvaluationCache.key(make_loaded(), "x") == keys[0]
 
 
-@pytest.mark.parametrize("file", ["items.parquet", "samples.parquet"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_entry_is_computed_again(file, damage, tmp_path):
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:99])])
+def test_an_entry_with_damaged_samples_is_computed_again(damage, tmp_path):
     loaded, cache = make_loaded(), EvaluationCache(tmp_path)
     before = stored(cache, loaded)
-    path = tmp_path / cache.key(loaded, "texts") / file
-    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
-    with pytest.warns(UserWarning, match=file):
+    damage(tmp_path / cache.key(loaded, "texts") / "samples.parquet")
+    with pytest.warns(UserWarning, match=r"samples\.parquet"):
         assert stored(cache, loaded) == before
-    assert path.stat().st_size > 100
