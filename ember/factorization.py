@@ -15,7 +15,8 @@ from torch.nn.functional import embedding_bag
 from ember.errors import EmberError
 from ember.store.progress import bar
 
-_REST, _STILL = 10, 1e-6  # iterations; share of the loss
+# It is at rest where the same entries were kept, and the loss stood still to this share, for so many iterations.
+_REST, _STILL = 10, 1e-6
 _EXACT = 1e4  # times the precision: where so little of ‖X‖² is left, the loss as a difference of sums is rounding
 
 
@@ -99,7 +100,6 @@ def _sparse_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) 
     They serve the loss of this iteration and the regression of the next, so that X G(FᵀF + λI)⁻¹ is the only product
     of full size.
     """
-    total, support = float(X.double().square().sum()), None
     product, gram, norms = G.T @ X, G.T @ G, G.norm(dim=0)
     while True:
         F = _solve(gram, product, ridge) * torch.where(norms > 0, norms, torch.ones_like(norms))[:, None]
@@ -110,13 +110,7 @@ def _sparse_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) 
         G = torch.zeros_like(activations).scatter_(1, rows, values).T.contiguous()
         product, gram = (embedding_bag(rows, M, mode="sum", per_sample_weights=values) for M in (X, G))
         norms = values.norm(dim=1)
-        crossed = float((product * F).sum(dtype=torch.float64))
-        loss = total - 2 * crossed + float((gram * features).sum(dtype=torch.float64))
-        if loss < _EXACT * torch.finfo(X.dtype).eps * total:
-            loss = float((X - G @ F).double().square().sum())
-        settled = support is not None and torch.equal(rows, support)
-        support = rows
-        yield _Iterate(F.T, G, loss, settled)
+        yield _Iterate(F, G, product, gram, features, rows)
 
 
 def semi_nmf(
@@ -143,12 +137,9 @@ def semi_nmf(
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[1])
     start = _start(X, rank, seed, init)
-    if init is None:
-        start = start.abs()
-    elif bool((start < 0).any()):
+    if init is not None and bool((start < 0).any()):
         raise ValueError("init of semi_nmf must be non-negative")
-
-    return _best_of(X, _semi_iterates(X, start, kept, ridge), max_iter, patience, tol, progress)
+    return _best_of(X, _semi_iterates(X, start.abs(), kept, ridge), max_iter, patience, tol, progress)
 
 
 def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
@@ -156,9 +147,9 @@ def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) ->
 
     It serves the loss of this iteration and the regression of the next.
     """
-    total, support, X_columns = float(X.double().square().sum()), None, X.T.contiguous()
+    X_columns = X.T.contiguous()
     # Relative to X, so that the result does not depend on its units.
-    tiny = torch.finfo(X.dtype).eps * (total / X.numel() or 1.0)
+    tiny = torch.finfo(X.dtype).eps * (_squared(X) / X.numel() or 1.0)
     G = G.T.contiguous()
     gram, product = G @ G.T, G @ X
     while True:
@@ -173,22 +164,28 @@ def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) ->
         down = P.neg_().clamp_min_(0).addmm_(Q.clamp_min(0), G)
         G = up.div_(down.clamp_min_(tiny)).sqrt_().mul_(G)
         gram, product = G @ G.T, G @ X
-        crossed = float((product * F).sum(dtype=torch.float64))
-        loss = total - 2 * crossed + float((gram * Q).sum(dtype=torch.float64))
-        if loss < _EXACT * torch.finfo(X.dtype).eps * total:
-            loss = float((X - G.T @ F).double().square().sum())
-        settled = support is not None and torch.equal(columns, support)
-        support = columns
-        yield _Iterate(F.T, G.T, loss, settled)
+        yield _Iterate(F, G.T, product, gram, Q, columns)
 
 
 class _Iterate(NamedTuple):
-    """What one iteration yields; ``settled`` if it kept the same entries as the one before."""
+    """F [K, d] and G [n, K] of one iteration, GᵀX, GᵀG, F Fᵀ, and where the sparse factor's entries are."""
 
     F: torch.Tensor
     G: torch.Tensor
-    loss: float
-    settled: bool
+    product: torch.Tensor
+    gram: torch.Tensor
+    features: torch.Tensor
+    kept: torch.Tensor
+
+    def loss(self, X: torch.Tensor, total: float) -> float:
+        """‖X − G F‖² from the products at hand and ‖X‖² (``total``)."""
+        crossed = float((self.product * self.F).sum(dtype=torch.float64))
+        loss = total - 2 * crossed + float((self.gram * self.features).sum(dtype=torch.float64))
+        return loss if loss >= _EXACT * torch.finfo(X.dtype).eps * total else _squared(X - self.G @ self.F)
+
+
+def _squared(M: torch.Tensor) -> float:
+    return float(M.double().square().sum())
 
 
 def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: int, patience: int) -> None:
@@ -199,20 +196,16 @@ def _check(X: torch.Tensor, rank: int, sparsity: float, ridge: float, max_iter: 
         raise ValueError(f"rank must be 1..min(n, d) = {min(n, d)} for X [{n}, {d}], got {rank}")
     if not 0 < sparsity <= 1:
         raise ValueError(f"sparsity must be in (0, 1], got {sparsity}")
-    if ridge < 0:
-        raise ValueError(f"ridge must be at least 0, got {ridge}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    if patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
+    for name, least, value in (("ridge", 0, ridge), ("max_iter", 1, max_iter), ("patience", 1, patience)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not bool(torch.isfinite(X).all()):
         raise ValueError("X holds NaN or infinite values")
 
 
 def _start(X: torch.Tensor, rank: int, seed: int, init: torch.Tensor | None) -> torch.Tensor:
     if init is None:
-        noise = torch.randn(X.shape[0], rank, generator=torch.Generator().manual_seed(seed))
-        return noise.to(X)
+        return torch.randn(X.shape[0], rank, generator=torch.Generator().manual_seed(seed)).to(X)
     if init.shape != (X.shape[0], rank):
         raise ValueError(f"init must be G₀ with shape {(X.shape[0], rank)}, got {tuple(init.shape)}")
     return init.to(X)
@@ -237,26 +230,21 @@ def _best_of(
 ) -> Factorization:
     """Iterate until it stops paying; return the best pair seen."""
     curve: list[float] = []
-    best: _Iterate | None = None
-    best_loss, since, settled = math.inf, 0, 0
-    shown = bar(total=max_iter, show=progress, desc="factorize")
-    while len(curve) < max_iter and since < patience and not _at_rest(curve, settled):
-        found = next(iterates)
-        if not math.isfinite(found.loss):
-            raise EmberError(f"the factorization diverged at iteration {len(curve) + 1}")
-        curve.append(found.loss)
-        settled = settled + 1 if found.settled else 0
-        since = 0 if found.loss < best_loss - tol else since + 1
-        if best is None or found.loss < best_loss:
-            best, best_loss = found, found.loss
-        shown.update()
-    shown.close()
+    best = last = None
+    total, lowest, since, settled, converged = _squared(X), math.inf, 0, 0, False
+    with bar(total=max_iter, show=progress, desc="factorize") as shown:
+        while len(curve) < max_iter and not converged:
+            iterate = next(iterates)
+            curve.append(iterate.loss(X, total))
+            if not math.isfinite(curve[-1]):
+                raise EmberError(f"the factorization diverged at iteration {len(curve)}")
+            settled = settled + 1 if last is not None and torch.equal(iterate.kept, last.kept) else 0
+            at_rest = settled >= _REST and abs(curve[-1 - _REST] - curve[-1]) <= _STILL * abs(curve[-1])
+            since = 0 if curve[-1] < lowest - tol else since + 1
+            if curve[-1] < lowest:
+                best, lowest = iterate, curve[-1]
+            converged = since >= patience or at_rest
+            last = iterate
+            shown.update()
     assert best is not None
-    return Factorization(
-        best.F.contiguous(), best.G.contiguous(), tuple(curve), since >= patience or _at_rest(curve, settled)
-    )
-
-
-def _at_rest(curve: list[float], settled: int) -> bool:
-    """Whether the same entries were kept, and the loss stood still, for ``_REST`` iterations."""
-    return settled >= _REST and abs(curve[-1 - _REST] - curve[-1]) <= _STILL * abs(curve[-1])
+    return Factorization(best.F.T.contiguous(), best.G.contiguous(), tuple(curve), converged)

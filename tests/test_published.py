@@ -2,7 +2,6 @@
 
 import collections
 import copyreg
-import functools
 import io
 import os
 import pickle
@@ -21,9 +20,8 @@ from torch import nn
 from ember.errors import DataError
 from ember.factorization import sparse_mf
 from ember.features import ConceptFeatures, concept_features
-from ember.methods import published
 from ember.methods.ember import EmberConfig, edit_from_features
-from ember.methods.published import CLASSES, import_published, read_published
+from ember.methods.published import CLASSES, import_published
 from ember.store.pickles import unpickle
 from ember.tokens import token_table
 
@@ -94,10 +92,16 @@ def test_plain_pickles_give_the_same_arrays(tmp_path, protocol):
     assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)))
 
 
-@pytest.mark.parametrize("archive", [True, False])
-def test_files_of_torch_save_give_the_same_arrays(tmp_path, archive):
-    torch.save(contents(), tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
-    assert_contents(unpickle(tmp_path / "file.pt"))
+def test_archives_of_torch_save_give_the_same_arrays(tmp_path, theirs):
+    torch.save(contents() | {"nmf": theirs(torch.ones(4, 2), torch.ones(3, 2))}, tmp_path / "file.pt")
+    found = unpickle(tmp_path / "file.pt", classes=CLASSES)
+    assert_contents(found)
+    assert torch.equal(found["nmf._parameters.F_"], torch.ones(4, 2)) and found["nmf.rank"] == 2
+
+
+def test_files_of_torch_save_from_before_the_archives_are_refused(tmp_path):
+    torch.save(contents(), tmp_path / "file.pt", _use_new_zipfile_serialization=False)
+    assert "before version 1.6" in refusal(tmp_path / "file.pt")
 
 
 def test_fields_are_named_by_their_path(tmp_path):
@@ -129,7 +133,7 @@ def test_an_object_of_a_named_class_is_its_attributes(tmp_path, theirs, monkeypa
     for name in ("__setstate__", "__init__"):
         monkeypatch.setattr(theirs, name, lambda *_: pytest.fail("code of the class ran"))
     monkeypatch.delitem(sys.modules, "factorization.seminmf")
-    found = read_published(path)
+    found = unpickle(path, classes=CLASSES)
     assert torch.equal(found["nmf._parameters.F_"], torch.ones(4, 2)) and found["nmf.rank"] == 2
     assert found["nmf.H"].shape == (2, 4) and found["vprime_token_ids"] == [1, 2, 3]
     assert "'factorization.seminmf.NMFSemiNMF'" in refusal(path)
@@ -161,64 +165,41 @@ class Calls:
 
 
 def attacks(marker: Path) -> dict:
-    """Objects that call something as they are read; those in RUNS leave the marker."""
-    shell = f"touch {marker}"
-    python = f"open({str(marker)!r}, 'w')"
-    inner = pickle.dumps(Calls(os.system, shell))
-    legacy = io.BytesIO()
-    torch.save(Calls(os.system, shell), legacy, _use_new_zipfile_serialization=False)
+    """Objects that call something as they are read, and so leave the marker."""
+    call = Calls(os.system, f"touch {marker}")
+    saved = io.BytesIO()
+    torch.save(call, saved, _use_new_zipfile_serialization=False)
     hidden = np.empty(1, dtype=object)
-    hidden[0] = Calls(os.system, shell)
+    hidden[0] = call
     return {
-        "system": Calls(os.system, shell),
-        "eval": Calls(eval, python),
-        "exec": Calls(exec, python),
-        "nested": {"F": [torch.ones(1), ({"x": Calls(os.system, shell)},)]},
-        "partial": Calls(functools.partial(os.system, shell)),
-        "map": Calls(list, Calls(map, os.system, [shell])),
-        "getattr": Calls(getattr, Path, "touch"),
-        "loads": Calls(pickle.loads, inner),
-        "torch bytes": Calls(torch.storage._load_from_bytes, legacy.getvalue()),
-        "torch load": Calls(torch.load, str(marker)),
-        "object array": hidden,
-        "object in a dict of arrays": {"G": np.array([Calls(eval, python), None], dtype=object)},
-        "extension": Calls(copyreg.add_extension, "os", "system", 77),
-        "reconstructor": Calls(copyreg._reconstructor, Path, object, None),
-        "numpy": Calls(np.load, str(marker)),
-        "import": Calls(__import__, "os"),
+        "function": {"F": [torch.ones(1), ({"x": call},)]},
+        "builtin": Calls(eval, f"open({str(marker)!r}, 'w')"),
+        "map": Calls(list, Calls(map, os.system, [f"touch {marker}"])),
+        "a pickle within": Calls(pickle.loads, pickle.dumps(call)),
+        "the bytes of a storage": Calls(torch.storage._load_from_bytes, saved.getvalue()),
+        "array of objects": hidden,
         "method": Calls(marker.touch),
     }
 
 
-NAMES = list(attacks(Path("x")))
-RUNS = ["system", "eval", "exec", "nested", "map", "loads", "torch bytes", "object array", "method"]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_an_ordinary_reader_runs_the_attacks(tmp_path, name):
-    """The control: these are real."""
-    marker = tmp_path / "marker"
-    pickle.loads(pickle.dumps(attacks(marker)[name]))  # noqa: S301
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_pickle_that_calls_anything_is_refused_and_runs_nothing(tmp_path, name, protocol):
-    marker = tmp_path / "marker"
-    content = pickle.dumps(attacks(marker)[name], protocol=protocol)
-    before = dict(copyreg._extension_registry)
-    refusal(written(tmp_path, content), classes=CLASSES)
-    assert not marker.exists() and copyreg._extension_registry == before
-
-
-@pytest.mark.parametrize("name", ["system", "nested", "loads", "torch bytes", "object array"])
-@pytest.mark.parametrize("archive", [True, False])
-def test_the_same_within_a_file_of_torch_save(tmp_path, name, archive):
-    marker = tmp_path / "marker"
-    torch.save(attacks(marker)[name], tmp_path / "file.pt", _use_new_zipfile_serialization=archive)
-    refusal(tmp_path / "file.pt")
+@pytest.mark.parametrize("name", attacks(Path("x")))
+def test_what_calls_anything_is_refused_and_runs_nothing(tmp_path, name):
+    marker, content = tmp_path / "marker", attacks(tmp_path / "marker")[name]
+    for protocol in (0, 2, 4, 5):
+        refusal(written(tmp_path, content, protocol=protocol), classes=CLASSES)
+    torch.save(content, tmp_path / "file.pt")
+    refusal(tmp_path / "file.pt", classes=CLASSES)
     assert not marker.exists()
+    pickle.loads(pickle.dumps(content))  # noqa: S301
+    assert marker.exists(), "the control: an ordinary reader runs it"
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_what_is_refused_is_named(tmp_path, archive):
+    path = tmp_path / "file"
+    torch.save(Slotted(), path) if archive else path.write_bytes(pickle.dumps(Slotted()))
+    said = refusal(path)
+    assert f"{Slotted.__module__}.Slotted" in said and "name it in classes" in said
 
 
 def text(value: str) -> bytes:
@@ -229,57 +210,55 @@ def name_of(module: str, name: str) -> bytes:
     return text(module) + text(name) + b"\x93"
 
 
-ARRAY = name_of("numpy._core.multiarray", "_reconstruct")
-STORAGE = name_of("torch.storage", "_load_from_bytes")
-TENSOR = name_of("torch._utils", "_rebuild_tensor_v2")
-DTYPE = name_of("numpy", "dtype")
+ARRAY = name_of("numpy._core.multiarray", "_reconstruct") + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+STORAGE, DTYPE = name_of("torch.storage", "_load_from_bytes"), name_of("numpy", "dtype")
 RAW = {
-    "dotted name": name_of("os", "path.join"),
-    "dotted name behind an admitted one": name_of("numpy", "dtype.__class__"),
-    "dots in a module": name_of("torch._utils._rebuild_tensor_v2", "__globals__"),
-    "part of an admitted function": name_of("collections", "OrderedDict.fromkeys"),
-    "module without a name": name_of("", "eval"),
-    "plain system": b"cos\nsystem\n(S'true'\ntR",
-    "instance": b"(S'true'\nios\nsystem\n",
-    "object": b"(cos\nsystem\nS'true'\no",
-    "registered extension": b"\x82\x4d",
-    "pickled names of a Python 2": b"c__builtin__\neval\n(S'1'\ntR",
-    "calls what is no function": text("os.system") + b")R",
-    "calls a constant": name_of("numpy", "ndarray") + b")R",
-    "makes an object of an admitted function": DTYPE + text("f4") + b"\x85\x81",
-    "sets state of an admitted function": DTYPE + b"N}" + text("function") + text("x") + b"s\x86b",
-    "sets attributes of a constant": name_of("torch", "FloatStorage") + b"}" + text("value") + text("x") + b"sb",
-    "sets attributes of a text": text("a") + b"}" + text("b") + text("c") + b"sb",
-    "appends to an array": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87RNa",
-    "sets items of an array": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87RNNs",
-    "array of another class": ARRAY + text("list") + b"K\x00\x85C\x01b\x87R",
-    "array without content": ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R",
-    "objects by type": DTYPE + text("O8") + b"\x85R",
-    "pointers by type": DTYPE + text("V8") + b"\x85R",
-    "a type from a list": DTYPE + b"]\x85R",
-    "a type from a mapping": DTYPE + text("f4,O") + b"\x85R",
-    "bytes of nothing": STORAGE + b"C\x00\x85R",
-    "bytes of no storage": STORAGE + b"C\x03K\x01.\x85R",
-    "storage of a tuple": TENSOR + b"(NK\x00K\x01\x85K\x01\x85\x89}tR",
-    "ordered dict of pairs": name_of("collections", "OrderedDict") + b"]\x85R",
+    "GLOBAL": b"cos\nsystem\n(S'true'\ntR",
+    "STACK_GLOBAL, dotted": name_of("os", "path.join"),
+    "STACK_GLOBAL, behind an admitted name": name_of("numpy", "dtype.__class__"),
+    "STACK_GLOBAL, behind an admitted module": name_of("torch._utils._rebuild_tensor_v2", "__globals__"),
+    "INST": b"(S'true'\nios\nsystem\n",
+    "OBJ": b"(cos\nsystem\nS'true'\no",
+    "EXT1": b"\x82\x4d",
+    "REDUCE of a text": text("os.system") + b")R",
+    "BUILD of an admitted function": DTYPE + b"N}" + text("name") + text("x") + b"s\x86b",
+    "BUILD of a text": text("a") + b"}" + text("b") + text("c") + b"sb",
+    "BUILD of a dict": name_of("collections", "OrderedDict") + b")R}" + text("b") + text("c") + b"sb",
+    "APPEND to an array": ARRAY + b"Na",
+    "SETITEM of an array": ARRAY + b"NNs",
+    "array without content": ARRAY,
+    "array of objects": ARRAY + b"(K\x01K\x01\x85" + DTYPE + text("O8") + b"\x85R\x89]tb",
+    "type from a mapping": DTYPE + text("f4,O") + b"\x85R",
+    "structured type": DTYPE + text("f4") + b"\x85R(K\x03" + text("<") + text("O") + b"NNtb",
+    "storage of nothing": STORAGE + b"C\x00\x85R",
+    "dict of pairs": name_of("collections", "OrderedDict") + b"]\x85R",
     "another encoding": name_of("_codecs", "encode") + text("a") + text("zlib") + b"\x86R",
-    "something outside": text("key") + b"Q",
-    "something outside, by text": b"Pkey\n",
-    "endless room": b"]r\xff\xff\xff\x7f",
-    "endless room, by text": b"]p2000000000\n",
-    "more bytes than there are": b"\x8e" + struct.pack("<Q", 1 << 50) + b"x",
-    "a longer frame than there is": b"\x95" + struct.pack("<Q", 1 << 50) + b"K\x01",
-    "buffers from elsewhere": b"\x97",
-    "nothing on the stack": b"0",
-    "an unknown instruction": b"\xff",
+    "BINPERSID": text("key") + b"Q",
+    "PERSID": b"Pkey\n",
+    "LONG_BINPUT": b"]r\xff\xff\xff\x7f",
+    "PUT": b"]p2000000000\n",
+    "BINBYTES8": b"\x8e" + struct.pack("<Q", 1 << 50) + b"x",
+    "BYTEARRAY8": b"\x96" + struct.pack("<Q", 1 << 50) + b"x",
+    "FRAME": b"\x95" + struct.pack("<Q", 1 << 50) + b"K\x01",
+    "NEXT_BUFFER": b"\x97",
+    "POP of nothing": b"0",
+    "no instruction": b"\xff",
 }
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_instructions_that_no_honest_file_holds_are_refused(tmp_path, name):
-    before = dict(vars(unpickle)), published.NAMES
     refusal(written(tmp_path, b"\x80\x04" + RAW[name] + b"."))
-    assert (dict(vars(unpickle)), published.NAMES) == before
+
+
+def test_a_registered_extension_is_not_reached(tmp_path):
+    copyreg.add_extension("os", "system", 77)
+    try:
+        pickle.loads(b"\x80\x02\x82\x4d.")  # noqa: S301  the interpreter keeps what it found
+        assert "EXT1" in refusal(written(tmp_path, b"\x80\x02\x82\x4d."))
+    finally:
+        copyreg.remove_extension("os", "system", 77)
+        copyreg.clear_extension_cache()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 60, -1])
@@ -294,39 +273,53 @@ def test_a_missing_file(tmp_path):
         unpickle(tmp_path / "none.pkl")
 
 
-@pytest.mark.parametrize("state", ["N}\x94", "items", "class"])
-def test_a_stand_in_cannot_be_given_behaviour(tmp_path, state):
+def test_a_record_cannot_be_given_behaviour(tmp_path):
     """State reaches the object, not its class, and nothing that Python would call."""
     thing = name_of("a", "Thing")
-    bodies = {
-        "N}\x94": thing + b")\x81N}" + text("__class__") + text("x") + b"s\x86b",
-        "items": thing + b")\x81Na",
-        "class": thing + b"}" + text("__setstate__") + text("x") + b"sb",
-    }
-    path = written(tmp_path, b"\x80\x04" + bodies[state] + b".")
-    if state.startswith("N"):
-        assert unpickle(path, classes=["a.Thing"]) == {"__class__": "x"}
-    else:
-        refusal(path, classes=["a.Thing"])
+    made = thing + b")\x81N}" + text("__class__") + text("x") + b"s\x86b"
+    assert unpickle(written(tmp_path, b"\x80\x04" + made + b"."), classes=["a.Thing"]) == {"__class__": "x"}
+    for body in (thing + b")\x81Na", thing + b"}" + text("__setstate__") + text("x") + b"sb"):
+        refusal(written(tmp_path, b"\x80\x04" + body + b"."), classes=["a.Thing"])
 
 
 # What a file claims
 
 
-def edited(content: bytes, old: bytes, new: bytes) -> bytes:
-    assert content.count(old) >= 1
-    return content.replace(old, new)
-
-
-def test_an_array_larger_than_its_bytes(tmp_path):
+@pytest.mark.parametrize(
+    "shape",
+    [b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86", b"K\x02N\x86",
+     b"K\x02K\x02\x86"],
+)  # fmt: skip
+def test_an_array_of_another_size_than_its_bytes(tmp_path, shape):
     content = pickle.dumps(np.zeros((2, 3)), protocol=3)
-    for shape in (
-        b"K\x02K\x04\x86",
-        b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86",
-        b"J\xff\xff\xff\xffK\x06\x86",
-        b"K\x02N\x86",
-    ):
-        assert "shape" in refusal(written(tmp_path, edited(content, b"K\x02K\x03\x86", shape)))
+    assert content.count(b"K\x02K\x03\x86") == 1
+    refusal(written(tmp_path, content.replace(b"K\x02K\x03\x86", shape)))
+
+
+def rebuilt(storage, *view) -> Calls:
+    """A tensor as a plain pickle holds it: the bytes of a storage, offset, size and stride."""
+    saved = io.BytesIO()
+    torch.save(storage, saved, _use_new_zipfile_serialization=storage is ARCHIVED)
+    content = saved.getvalue().replace(b"K\x06", b"K\x60") if storage is TOO_LONG else saved.getvalue()
+    return Calls(torch._utils._rebuild_tensor_v2, Calls(torch.storage._load_from_bytes, content), *view, False, None)
+
+
+SIX, TOO_LONG, ARCHIVED = (torch.arange(6.0)._typed_storage() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("storage", "offset", "size", "stride", "said"),
+    [
+        (SIX, 0, (2, 4), (4, 1), "out of bounds"), (SIX, 1, (2, 3), (3, 1), "out of bounds"),
+        (SIX, 0, (2, 3), (4, 1), "out of bounds"), (SIX, 0, (2, 3), (3,), "mismatch"),
+        (SIX, 0, (2_000_000_000, 2), (0, 0), "as large"), (TOO_LONG, 0, (6,), (1,), "byte size"),
+        (ARCHIVED, 0, (6,), (1,), "an archive"), (torch.ones(6), 0, (6,), (1,), "something else"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, storage, offset, size, stride, said):
+    assert said in refusal(written(tmp_path, rebuilt(storage, offset, size, stride)))
+    honest = unpickle(written(tmp_path, rebuilt(SIX, 1, (2, 2), (3, 1))))["value"]
+    assert honest.tolist() == [[1, 2], [4, 5]]
 
 
 def tensor_archive(path: Path, *, numel: int = 6, size=(2, 3), stride=(3, 1), offset=0, **changes) -> Path:
@@ -338,45 +331,37 @@ def tensor_archive(path: Path, *, numel: int = 6, size=(2, 3), stride=(3, 1), of
     body = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number[1]
     body += number[2] + number[3] + b"\x86" + number[4] + number[5] + b"\x86\x89ccollections\nOrderedDict\n)RtR."
     with zipfile.ZipFile(path, "w", changes.get("compression", zipfile.ZIP_STORED)) as archive:
-        for name in changes.get("pickles", ["file/data.pkl"]):
-            archive.writestr(name, body)
+        archive.writestr(changes.get("name", "file/data.pkl"), body)
         archive.writestr("file/version", "3\n")
         archive.writestr("file/byteorder", changes.get("byteorder", "little"))
-        archive.writestr("file/data/0", changes.get("data", np.arange(6, dtype="f4").tobytes()))
+        archive.writestr(
+            "file/data/" + changes.get("entry", "0"), changes.get("data", np.arange(6, dtype="f4").tobytes())
+        )
     return path
 
 
 def test_the_hand_made_archive_is_one(tmp_path):
-    path = tensor_archive(tmp_path / "file.pt")
-    wanted = torch.arange(6.0).reshape(2, 3)
-    assert torch.equal(unpickle(path)["value"], wanted) and torch.equal(torch.load(path, weights_only=True), wanted)
+    assert torch.equal(unpickle(tensor_archive(tmp_path / "file.pt"))["value"], torch.arange(6.0).reshape(2, 3))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"numel": 7}, {"numel": 5}, {"numel": 2_000_000_000}, {"size": (3, 3)}, {"offset": 1}, {"stride": (4, 1)},
-        {"size": (2_000_000_000, 2), "stride": (0, 0)}, {"size": (2, 2_000_000_000)}, {"data": b""},
-        {"data": bytes(28)}, {"byteorder": "big"}, {"compression": zipfile.ZIP_DEFLATED}, {"pickles": []},
-        {"pickles": ["a/data.pkl", "b/data.pkl"]},
+        {"numel": 7}, {"numel": 2_000_000_000}, {"size": (3, 3)}, {"offset": 1}, {"stride": (4, 1)},
+        {"size": (2_000_000_000, 2), "stride": (0, 0)}, {"data": b""}, {"data": bytes(28)}, {"byteorder": "big"},
+        {"compression": zipfile.ZIP_DEFLATED}, {"name": "file/other.pkl"}, {"entry": "1"},
     ],
+    ids=str,
 )  # fmt: skip
 def test_an_archive_that_claims_what_it_does_not_hold(tmp_path, changes):
     refusal(tensor_archive(tmp_path / "file.pt", **changes))
-
-
-def test_a_storage_that_is_not_in_the_archive(tmp_path):
-    path = tensor_archive(tmp_path / "file.pt")
-    path.write_bytes(path.read_bytes().replace(b"file/data/0", b"file/data/1"))
-    refusal(path)
 
 
 def test_many_arrays_of_the_same_bytes(tmp_path):
     """A few bytes for each further copy; together they would fill the memory."""
     raw = b"B" + struct.pack("<I", 800_000) + bytes(800_000) + b"q\x01"
     dtype = DTYPE + text("f8") + b"\x85Rq\x00"
-    array = ARRAY + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
-    array += b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85h\x00\x89h\x01tb"
+    array = ARRAY + b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85h\x00\x89h\x01tb"
     few, many = (b"\x80\x04" + dtype + b"0" + raw + b"0(" + array * count + b"l." for count in (2, 40))
     assert len(unpickle(written(tmp_path, few))["1"]) == 100_000
     assert "as large" in refusal(written(tmp_path, many))
@@ -550,7 +535,7 @@ def test_tokens_that_do_not_fit(tmp_path, loaded, fit, change, word):
         taken(written(tmp_path, {"F": F, "G": G, "tokens": change(ids)}), loaded)
 
 
-def test_tokens_of_other_texts(tmp_path, loaded, fit, monkeypatch):
+def test_tokens_of_other_texts(tmp_path, loaded, fit):
     """A few count as neutral, which no edit touches; many mean that the texts are others."""
     F, G, ids = fit
     other = next(i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids)
@@ -558,8 +543,8 @@ def test_tokens_of_other_texts(tmp_path, loaded, fit, monkeypatch):
     found = taken(written(tmp_path, content), loaded)
     assert found.settings["imported"]["unseen"] == [other]
     assert found.table.role.iloc[-1] == "neutral" and not found.table.isna().all(axis=1).any()
-    monkeypatch.setattr(published, "UNSEEN", 0.0)
-    assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(written(tmp_path, content), loaded)
+    said = not_taken(written(tmp_path, content), loaded, max_unseen=0.0)
+    assert "occur nowhere in the texts of 'Tiny Rome'" in said
 
 
 # Shapes and scale

@@ -43,7 +43,7 @@ def unpickle(path: str | Path, *, classes: Collection[str] = ()) -> dict[str, An
     """
     try:
         data = Path(path).read_bytes()
-        content = _archive(data, classes) if zipfile.is_zipfile(io.BytesIO(data)) else _plain(data, classes)
+        content = _archive(data, classes) if data.startswith(b"PK") else _plain(data, classes)
         return _flatten(content, classes, limit=10 * len(data))
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
