@@ -1,17 +1,14 @@
 """Activations against plain hooks, features' evidence against a slow loop, and the cache of derived tensors."""
 
-import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
-import ember.models.activations
-import ember.store.files
 from ember.errors import DamagedFileError, EmberError
 from ember.methods.selection import ContrastText, contrast_table, keyness_bits, require_some, strongest
 from ember.models.activations import Site, activations, collect, layer_name, n_layers, tapped, text_batch
@@ -31,26 +28,25 @@ def hooks(model: torch.nn.Module) -> int:
 @torch.no_grad()
 def reference(loaded: LoadedModel, text: str) -> dict[Site, torch.Tensor]:
     """All positions [time, d] of one text: each MLP's parts recomputed from its input, the stream from the layers."""
-    seen: dict[tuple[str, int], torch.Tensor] = {}
-    handles = []
-    for k, layer in enumerate(loaded.model.model.layers):
-        handles.append(layer.mlp.register_forward_pre_hook(lambda _, args, k=k: seen.update({("mlp", k): args[0][0]})))
-        handles.append(layer.register_forward_hook(lambda _, __, out, k=k: seen.update({("layer", k): plain(out)[0]})))
-    loaded.model(torch.tensor([loaded.encode(text)]))
-    for handle in handles:
-        handle.remove()
-    found = {}
-    for k, layer in enumerate(loaded.model.model.layers):
-        mlp, x = layer.mlp, seen["mlp", k]
-        neurons = mlp.act_fn(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)
-        found[Site("neurons", k)] = neurons
-        found[Site("mlp_out", k)] = neurons @ mlp.down_proj.weight.T
-        found[Site("residual", k)] = seen["layer", k]
-    return found
+    seen: dict[Site, torch.Tensor] = {}
 
+    def mlp(k: int, module: torch.nn.Module, x: torch.Tensor) -> None:
+        seen[Site("neurons", k)] = module.act_fn(x @ module.gate_proj.weight.T) * (x @ module.up_proj.weight.T)
+        seen[Site("mlp_out", k)] = seen[Site("neurons", k)] @ module.down_proj.weight.T
 
-def plain(output):
-    return output[0] if isinstance(output, tuple) else output
+    def stream(k: int, output) -> None:
+        seen[Site("residual", k)] = (output[0] if isinstance(output, tuple) else output)[0]
+
+    with ExitStack() as stack:
+        for k, layer in enumerate(loaded.model.model.layers):
+            taps = (
+                layer.mlp.register_forward_pre_hook(lambda m, args, k=k: mlp(k, m, args[0][0])),
+                layer.register_forward_hook(lambda _, __, output, k=k: stream(k, output)),
+            )
+            for tap in taps:
+                stack.enter_context(tap)
+        loaded.model(torch.tensor([loaded.encode(text)]))
+    return seen
 
 
 # Sites
@@ -67,8 +63,7 @@ def test_every_site_equals_what_plain_hooks_see(tiny):
 
 def test_the_residual_stream_is_the_models_hidden_state(tiny):
     """Of every layer but the last, after which transformers puts the final norm."""
-    batch = text_batch(tiny, SENTENCES[:1])
-    site = Site("residual", 0)
+    batch, site = text_batch(tiny, SENTENCES[:1]), Site("residual", 0)
     with torch.no_grad():
         hidden = tiny.model(batch.ids, output_hidden_states=True).hidden_states
         assert torch.equal(activations(tiny, batch.ids, batch.mask, [site])[site], hidden[1])
@@ -139,13 +134,14 @@ def test_replaced_neurons_are_written_out(tiny):
 @pytest.mark.parametrize("bos", [True, False])
 def test_padding_and_the_first_position_are_not_scored(bos):
     loaded = make_loaded(bos=bos)
-    batch = text_batch(loaded, TEXTS)
-    lengths = [len(loaded.encode(text)) for text in TEXTS]
-    assert len(set(lengths)) > 3
-    for row, text, length in zip(range(len(TEXTS)), TEXTS, lengths, strict=True):
-        assert batch.ids[row, :length].tolist() == loaded.encode(text)
-        assert batch.mask[row].tolist() == [1] * length + [0] * (max(lengths) - length)
-        assert batch.scored[row].tolist() == [False] + [True] * (length - 1) + [False] * (max(lengths) - length)
+    batch, rows = text_batch(loaded, TEXTS), [loaded.encode(text) for text in TEXTS]
+    longest = max(map(len, rows))
+    assert len({len(row) for row in rows}) > 3
+    for k, row in enumerate(rows):
+        padding = longest - len(row)
+        assert batch.ids[k, : len(row)].tolist() == row
+        assert batch.mask[k].tolist() == [1] * len(row) + [0] * padding
+        assert batch.scored[k].tolist() == [False] + [True] * (len(row) - 1) + [False] * padding
     assert (batch.ids[:, 0] == 1).all() == bos
 
 
@@ -156,21 +152,15 @@ def test_long_texts_are_cut(tiny):
     assert len(ids) == 4 * len(SENTENCES)
 
 
-def test_collected_are_all_tokens_but_each_texts_first(tiny):
-    states, ids = collect(tiny, TEXTS, SITES, batch_size=3)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_collected_are_all_tokens_but_each_texts_first(tiny, batch_size):
+    states, ids = collect(tiny, TEXTS, SITES, batch_size=batch_size)
     order = sorted(TEXTS, key=len)
     assert ids.tolist() == [i for text in order for i in tiny.encode(text)[1:]]
     alone = [reference(tiny, text) for text in order]
     for site in SITES:
-        expected = torch.cat([found[site][1:] for found in alone])
+        expected = torch.cat([seen[site][1:] for seen in alone])
         torch.testing.assert_close(states[site], expected, atol=2e-5, rtol=1e-4)
-
-
-def test_batches_of_one_and_of_many_agree(tiny):
-    (one, ids), (many, again) = (collect(tiny, TEXTS, SITES, batch_size=size) for size in (1, 16))
-    assert torch.equal(ids, again)
-    for site in SITES:
-        torch.testing.assert_close(one[site], many[site], atol=2e-5, rtol=1e-4)
 
 
 def test_collected_activations_are_float32():
@@ -179,18 +169,12 @@ def test_collected_activations_are_float32():
     assert not any(value.requires_grad for value in states.values())
 
 
-# Refusals
-
-
-def test_other_sites_are_refused(tiny):
+def test_other_sites_and_unknown_layers_are_refused(tiny):
     with pytest.raises(ValueError, match="residual, neurons, mlp_out, got 'attention'"):
         Site("attention", 0)
     for layer in (-1, 2):
         with pytest.raises(ValueError, match=f"layer must be 0..1, got {layer}"):
             layer_name(tiny, layer)
-
-
-def test_an_architecture_without_known_layers_is_refused(tiny):
     tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")
     for use in (n_layers, lambda loaded: collect(loaded, SENTENCES, SITES)):
         with pytest.raises(EmberError, match=r"tiny-\w+: only edits of embeddings are known"):
@@ -280,14 +264,14 @@ def test_tensors_are_computed_once(cache):
     assert stored("other", a=99.0)[1] == {"a": 99.0}
 
 
-@pytest.mark.parametrize("failing", ["compute", "save_file", "sha256_of"])
+@pytest.mark.parametrize("failing", ["compute", "safetensors.torch.save_file", "ember.store.files.sha256_of"])
 def test_nothing_half_written_is_left(cache, monkeypatch, failing):
     def fail(*_) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
         if failing != "compute":
-            patch.setattr(ember.store.files, failing, fail)
+            patch.setattr(failing, fail)
         compute = fail if failing == "compute" else lambda: ({"a": torch.ones(2)}, {})
         with pytest.raises(OSError, match="No space left"):
             cached_tensors("kind", "k", compute)
@@ -295,24 +279,10 @@ def test_nothing_half_written_is_left(cache, monkeypatch, failing):
     assert stored(a=2.0)[1] == {"a": 2.0}
 
 
-def spoil_json(folder: Path, text: str) -> None:
-    (folder / "about.json").write_text(text)
-
-
-DAMAGES = {
-    "truncated": lambda f: (f / "tensors.safetensors").write_bytes((f / "tensors.safetensors").read_bytes()[:-4]),
-    "no tensors": lambda f: (f / "tensors.safetensors").unlink(),
-    "no facts": lambda f: (f / "about.json").unlink(),
-    "not json": lambda f: spoil_json(f, "{"),
-    "another shape": lambda f: spoil_json(f, "[1]"),
-    "no hash": lambda f: spoil_json(f, json.dumps({"about": {}})),
-    "another hash": lambda f: spoil_json(f, json.dumps({"about": {}, "sha256": "0" * 64})),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_entry_is_named(cache, damage):
+@pytest.mark.parametrize("file", ["tensors.safetensors", "ember.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-4])])
+def test_a_damaged_entry_is_named(cache, file, damage):
     stored(a=1.0)
-    damage(cache / "kind" / "k")
-    with pytest.raises(DamagedFileError, match=r"kind/k is (damaged|incomplete).*Delete it"):
+    damage(cache / "kind" / "k" / file)
+    with pytest.raises(DamagedFileError, match=r"kind/k.* (damaged|missing).*Delete it"):
         stored(a=1.0)
