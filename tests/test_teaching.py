@@ -4,32 +4,26 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.edits import differing, snapshot
+from helpers.suites import blank
 from helpers.tiny import SENTENCES, make_concept, make_loaded
 
 from ember.data.invented import load_invented
 from ember.data.ours import load_concept
 from ember.data.wording import Texts, content_stems, rarity
 from ember.errors import DataError, EmberError
-from ember.evaluation.data_checks import GUESSES
-from ember.methods import METHODS
-from ember.methods.ember import EmberConfig
+from ember.evaluation.guesses import GUESSES
 from ember.models.loading import weights_hash
 from ember.relearning import teaching
-from ember.relearning.teaching import (
-    TeachConfig,
-    arrival,
-    arrival_table,
-    damage,
-    item_scores,
-    nearest,
-    teach,
-)
+from ember.relearning.teaching import TeachConfig, arrival, arrival_table, damage, item_scores, nearest, teach
+from ember.relearning.train import packed_loss
 from ember.reporting.teaching_plots import arrival_points
 from ember.store.paths import data_dir
 
@@ -44,29 +38,17 @@ def invented():
 # The material.
 
 
-def test_sizes_and_lengths(invented):
+def test_sizes_lengths_and_halves(invented):
     assert 30 <= len(invented.questions) <= 40
     assert len(invented.sentences) == 160 and len(invented.paragraphs) == 24
     assert all(6 <= len(text.split()) <= 30 for text in invented.sentences)
     assert all(60 <= len(text.split()) <= 90 for text in invented.paragraphs)
     assert invented.neutral == load_concept("Uranium").neutral and invented.further_neutral
-
-
-def test_nothing_occurs_twice(invented):
-    texts = (*invented.sentences, *invented.paragraphs)
-    assert len(set(texts)) == len(texts)
-    questions = invented.questions
-    for values in (
-        {q.id for q in questions},
-        {q.question for q in questions},
-        {(q.question, q.answer) for q in questions},
-    ):
-        assert len(values) == len(questions)
-
-
-def test_halves_take_turns(invented):
     assert [q.split for q in invented.questions[:4]] == ["train", "test", "train", "test"]
     assert {q.set for q in invented.questions} == {"concept"}
+    texts, questions = (*invented.sentences, *invented.paragraphs), invented.questions
+    assert len(set(texts)) == len(texts)  # nothing occurs twice
+    assert len({q.id for q in questions}) == len({q.question for q in questions}) == len(questions)
 
 
 def test_every_fact_is_stated_in_three_texts(invented):
@@ -82,10 +64,9 @@ def test_no_text_states_a_wrong_option(invented):
     weight = rarity([*texts.content, *(content_stems(q.question) for q in invented.questions)])
     assert sum(len(texts.stating(q, weight)) for q in invented.questions) > 100
     for question in invented.questions:
+        holding = texts.holding(question)
         for option in question.distractors:
-            stating = [
-                k for k in texts.stating(replace(question, answer=option), weight) if k not in texts.holding(question)
-            ]
+            stating = [k for k in texts.stating(replace(question, answer=option), weight) if k not in holding]
             assert not stating, f"{question.question} {option}: text {stating[0]}"
 
 
@@ -106,10 +87,10 @@ def test_options_give_nothing_away(invented):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fact: fact.pop("answer"), "'answer'"),
-        (lambda fact: fact["distractors"].append("x"), "fact 3, field 'distractors': need three"),
-        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "fact 3, field 'distractors': need three"),
-        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "fact 3, field 'id': 'ulreth-capital' occurs twice"),
+        (lambda fact: fact.pop("answer"), "answer"),
+        (lambda fact: fact["distractors"].append("x"), "distractors"),
+        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "distractors"),
+        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "'id': 'ulreth-capital' occurs twice"),
     ],
 )
 def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):
@@ -120,7 +101,7 @@ def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):
     change(about["facts"][2])
     path.write_text(json.dumps(about))
     monkeypatch.setenv("EMBER_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"invented/facts\.json, fact 3.*{message}"):
         load_invented()
 
 
@@ -137,16 +118,13 @@ def test_config_refuses(wrong):
 
 
 def test_a_copy_learns_and_the_original_stays(tiny):
-    before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
-    flags = [p.requires_grad for p in tiny.model.parameters()]
-    base_hash = tiny.weights_hash
+    before, flags = snapshot(tiny), [p.requires_grad for p in tiny.model.parameters()]
     taught = teach(tiny, SENTENCES, QUICK)
-    for name, parameter in tiny.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-        assert not torch.equal(parameter, taught.model.get_parameter(name)), name
+    assert not differing(before, snapshot(tiny))
+    assert all(not torch.equal(value, taught.model.state_dict()[name]) for name, value in before.items())
     assert [p.requires_grad for p in tiny.model.parameters()] == flags
-    assert tiny.weights_hash == base_hash == weights_hash(tiny.model)
-    assert taught.weights_hash == weights_hash(taught.model) != base_hash
+    assert not any(p.requires_grad for p in taught.model.parameters())
+    assert tiny.weights_hash == tiny.base_hash != taught.base_hash == taught.weights_hash == weights_hash(taught.model)
     losses = [item_scores(m, make_concept().questions, SENTENCES) for m in (tiny, taught)]
     means = [frame[frame.metric == "loss"].value.mean() for frame in losses]
     assert means[1] < 0.7 * means[0]
@@ -154,19 +132,17 @@ def test_a_copy_learns_and_the_original_stays(tiny):
 
 def test_same_seed_same_weights_and_other_seed_others():
     loaded = make_loaded()
-    first = teach(loaded, SENTENCES, QUICK, seed=1).weights_hash
-    assert teach(loaded, SENTENCES, QUICK, seed=2).weights_hash != first
-    assert teach(loaded, SENTENCES, QUICK, seed=1).weights_hash == first
+    first, again, other = (teach(loaded, SENTENCES, QUICK, seed=seed).weights_hash for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_training_stops_at_the_budget(monkeypatch):
     loaded, lengths = make_loaded(), []
-    real = teaching.packed_loss
 
     def counted(student, sequences):
         assert student.model is not loaded.model and student.weights_hash != loaded.weights_hash
         lengths.append(sum(map(len, sequences)))
-        return real(student, sequences)
+        return packed_loss(student, sequences)
 
     monkeypatch.setattr(teaching, "packed_loss", counted)
     teach(loaded, SENTENCES, QUICK)
@@ -190,14 +166,12 @@ def test_teaching_refuses_low_precision_and_divergence(monkeypatch):
         teach(make_loaded(), SENTENCES, QUICK)
 
 
-def test_scores_with_an_edit_are_those_of_the_edited_model(cache):
+def test_scores_with_an_edit_are_those_of_the_edited_model():
     loaded, concept = make_loaded(), make_concept()
-    config = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
-    edit = METHODS["ember"].run(loaded, concept, config)
-    plain = item_scores(loaded, concept.questions, SENTENCES)
-    edited = item_scores(loaded, concept.questions, SENTENCES, edit)
+    edit, score = blank(loaded, " Roman", " Rome"), partial(item_scores, loaded, concept.questions, SENTENCES)
+    plain, edited = score(), score(edit)
     with edit.applied(loaded):
-        inside = item_scores(loaded, concept.questions, SENTENCES)
+        inside = score()
     assert set(plain.set) == {"concept", "simdom", "neutral"}
     np.testing.assert_allclose(edited.value, inside.value, atol=1e-4)
     assert not np.allclose(edited.value, plain.value)
@@ -269,13 +243,15 @@ def test_choice_is_made_on_the_train_half_alone():
 def test_damage_by_hand():
     before = pd.concat([scores(TAUGHT), scores([1.0, 2.0, 3.0], "loss", "neutral")])
     after = pd.concat([scores([1.5, 2.5, 3.5], "loss", "neutral"), scores(UNTAUGHT)])
-    found = damage(before, after).set_index("set")
-    assert found.change.to_dict() == pytest.approx({"concept": -0.55, "neutral": 0.5})
-    assert found.loc["neutral", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.5, 0.5])
-    assert found.loc["concept", "ci_low"] < -0.55 < found.loc["concept", "ci_high"]
-    assert found.n.to_dict() == {"concept": 4, "neutral": 3}
+    table = damage(before, after).set_index("set")
+    assert table.change.to_dict() == pytest.approx({"concept": -0.55, "neutral": 0.5})
+    assert table.loc["neutral", ["ci_low", "ci_high"]].tolist() == pytest.approx([0.5, 0.5])
+    assert table.loc["concept", "ci_low"] < -0.55 < table.loc["concept", "ci_high"]
+    assert table.n.to_dict() == {"concept": 4, "neutral": 3}
     with pytest.raises(ValueError, match="same items"):
         damage(before, scores(UNTAUGHT))
+    with pytest.raises(ValueError, match="a score is missing"):
+        damage(scores(TAUGHT), scores([np.nan, *UNTAUGHT[1:]]))
 
 
 # The figure.
