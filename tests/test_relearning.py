@@ -33,19 +33,29 @@ def edit(tiny, cache) -> Edit:
     return METHODS["ember"].run(tiny, make_concept(), SETTINGS)
 
 
-def measure(loaded: LoadedModel):
-    """Scores of two questions; also checks in which precision they are taken."""
+def measure(loaded: LoadedModel, *, dies_at: int = 0):
+    """Scores of two questions, killed at a point; also checks in which precision they are taken."""
     questions = [q for q in make_concept().questions if q.set == "concept"][:2]
+    calls = []
 
     def scored(tokens: int = 0) -> pd.DataFrame:
+        calls.append(tokens)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
         assert loaded.embedding.dtype == torch.float32
         return question_scores(loaded, questions).assign(set="concept")
 
     return scored
 
 
-def run(loaded: LoadedModel, edit: Edit | None, attack: Attack = ATTACKS["all"], config=CONFIG, **options):
-    return relearn(loaded, edit, SENTENCES, attack, config, measure(loaded), **options)
+def run(
+    loaded: LoadedModel, edit: Edit | None, attack: Attack = ATTACKS["all"], config=CONFIG, *, dies_at=0, **options
+):
+    return relearn(loaded, edit, SENTENCES, attack, config, measure(loaded, dies_at=dies_at), **options)
+
+
+def losses_of(relearning) -> list[float]:
+    return [step["loss"] for step in relearning.steps]
 
 
 # The loss
@@ -136,9 +146,9 @@ def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit
         return measure(tiny)()
 
     config = replace(CONFIG, precision=precision, points=(40,), lr=1e-2)
-    found = relearn(tiny, edit, SENTENCES, ATTACKS[name], config, look)
-    assert not found.diverged
-    assert found.items.tokens.nunique() == 2
+    relearning = relearn(tiny, edit, SENTENCES, ATTACKS[name], config, look)
+    assert not relearning.diverged
+    assert relearning.items.tokens.nunique() == 2
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with edit.applied(tiny):
         start = {n: p.detach().to(dtype).float().clone() for n, p in tiny.model.named_parameters()}
@@ -162,12 +172,8 @@ def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit
 
 def test_the_model_is_left_as_it_was_after_an_error(tiny, edit):
     before, hashes = snapshot(tiny), dict(tiny.parameter_hashes)
-
-    def broken(tokens: int) -> pd.DataFrame:
-        raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        relearn(tiny, edit, SENTENCES, ATTACKS["all"], CONFIG, broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, edit, dies_at=1)
     assert not differing(before, snapshot(tiny))
     assert tiny.parameter_hashes == hashes
 
@@ -184,31 +190,29 @@ def test_an_unedited_model_has_no_edited_rows(tiny):
         pass
 
 
-def test_benign_texts_say_nothing_of_the_concept():
+def test_benign_texts_say_nothing_of_the_concept_and_are_as_long():
     concept = make_concept()
     assert " ".join(attack_texts(concept, ATTACKS["benign"])) == " ".join(NEUTRAL)
     assert attack_texts(concept, ATTACKS["all"]) == concept.paragraphs
-
-
-def test_benign_paragraphs_are_as_long_as_the_concept_s():
-    long = replace(make_concept(), paragraphs=("word " * 20,) * 3, further_neutral=NEUTRAL)
+    long = replace(concept, paragraphs=("word " * 20,) * 3, further_neutral=NEUTRAL)
     texts = attack_texts(long, ATTACKS["benign"])
-    assert [len(text.split()) >= 20 for text in texts[:-1]] == [True] * (len(texts) - 1)
+    assert all(len(text.split()) >= 20 for text in texts[:-1])
     assert all(len(text.split()) < 20 + max(len(s.split()) for s in NEUTRAL) for text in texts)
     assert " ".join(texts) == " ".join((*NEUTRAL, *NEUTRAL))
 
 
-def test_an_unknown_optimizer_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="known: adamw, adamw_8bit, paged_adamw_8bit"):
-        RelearnConfig(optimizer="sgd")
-
-
-@pytest.mark.parametrize("change", [{"trained": "some"}, {"texts": "some"}])
-def test_unknown_choices_list_the_known_ones(change):
-    with pytest.raises(UnknownNameError, match="known: "):
-        Attack(**change)
-    with pytest.raises(UnknownNameError, match="known: bf16, bf16_master, fp32"):
-        RelearnConfig(precision="fp8")
+@pytest.mark.parametrize(
+    ("kind", "change", "known"),
+    [
+        (Attack, {"trained": "some"}, "all, edited_rows, lora, mlps"),
+        (Attack, {"texts": "some"}, "concept, neutral"),
+        (RelearnConfig, {"precision": "fp8"}, "bf16, bf16_master, fp32"),
+        (RelearnConfig, {"optimizer": "sgd"}, "adamw, adamw_8bit, paged_adamw_8bit"),
+    ],
+)
+def test_unknown_choices_list_the_known_ones(kind, change, known):
+    with pytest.raises(UnknownNameError, match=f"known: {known}"):
+        kind(**change)
 
 
 @pytest.mark.parametrize(
@@ -225,13 +229,11 @@ def test_wrong_settings_are_refused(change):
 def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
     config = replace(CONFIG, points=(100, 400), lr=3e-3)
     one, again, other = (run(tiny, edit, config=config, seed=s) for s in (1, 1, 2))
-    losses = [step["loss"] for step in one.steps]
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert one.steps == again.steps
-    assert one.items.equals(again.items)
+    assert sum(losses_of(one)[-4:]) < 0.8 * sum(losses_of(one)[:4])
+    assert one.steps == again.steps and one.items.equals(again.items)
     assert other.steps != one.steps
-    points = one.items.tokens.unique()
-    assert [points[0], *(p >= t for p, t in zip(points[1:], config.points, strict=True))] == [0, True, True]
+    start, *points = one.items.tokens.unique()
+    assert start == 0 and all(p >= t for p, t in zip(points, config.points, strict=True))
     assert one.tokens_per_second > 0
 
 
@@ -281,27 +283,13 @@ def eight_bits(monkeypatch):
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit_moments_are_an_optimizer_like_any_other(tiny, edit, tmp_path, eight_bits, name):
-    config = replace(CONFIG, optimizer=name)
+    config, store = replace(CONFIG, optimizer=name), tmp_path / "run"
     whole = run(tiny, edit, config=config)
     # The stand-in sums in another order than the fused AdamW.
-    losses, expected = ([step["loss"] for step in one.steps] for one in (whole, run(tiny, edit, config=CONFIG)))
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses_of(whole) == pytest.approx(losses_of(run(tiny, edit)), rel=1e-5)
     with pytest.raises(KeyboardInterrupt):
-        relearn(tiny, edit, SENTENCES, ATTACKS["all"], config, dying(tiny), store=tmp_path / "run")
-    assert run(tiny, edit, config=config, store=tmp_path / "run").steps == whole.steps
-
-
-def dying(loaded: LoadedModel):
-    """Scores like ``measure``, killed at the third point."""
-    calls = []
-
-    def scored(tokens: int) -> pd.DataFrame:
-        calls.append(tokens)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measure(loaded)()
-
-    return scored
+        run(tiny, edit, config=config, dies_at=3, store=store)
+    assert run(tiny, edit, config=config, store=store).steps == whole.steps
 
 
 @pytest.mark.parametrize(("device", "advice"), [
@@ -318,8 +306,8 @@ def test_an_optimizer_that_cannot_run_fails_before_anything_does(tiny, edit, mon
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
-    found = run(tiny, edit, config=replace(CONFIG, batch_size=batch_size))
-    first = found.items[found.items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
+    items = run(tiny, edit, config=replace(CONFIG, batch_size=batch_size)).items
+    first = items[items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
     with edit.applied(tiny):
         expected = measure(tiny)()
     pd.testing.assert_frame_equal(first, expected)
@@ -327,22 +315,14 @@ def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["all", "lora", "edited_rows"])
-def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_path, name, precision):
-    config = replace(CONFIG, precision=precision)
+def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_path, monkeypatch, name, precision):
+    config, store = replace(CONFIG, precision=precision), tmp_path / "run"
     whole = run(tiny, edit, ATTACKS[name], config)
-    store = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        relearn(tiny, edit, SENTENCES, ATTACKS[name], config, dying(tiny), store=store)
+        run(tiny, edit, ATTACKS[name], config, dies_at=3, store=store)
     steps = []
-    plain = packed_loss
-
-    def counted(*given):
-        steps.append(0)
-        return plain(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ember.relearning.train.packed_loss", counted)
-        resumed = run(tiny, edit, ATTACKS[name], config, store=store)
+    monkeypatch.setattr("ember.relearning.train.packed_loss", lambda *given: steps.append(0) or packed_loss(*given))
+    resumed = run(tiny, edit, ATTACKS[name], config, store=store)
     assert 0 < len(steps) < len(whole.steps)
     assert resumed.steps == whole.steps
     pd.testing.assert_frame_equal(resumed.items, whole.items)
@@ -351,7 +331,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_pat
 
 def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, tmp_path, monkeypatch):
     first = run(tiny, edit, store=tmp_path / "run")
-    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"items.parquet", "ember.json"}
     monkeypatch.setattr("ember.relearning.train.packed_loss", None)
     again = run(tiny, edit, store=tmp_path / "run")
     assert again.steps == first.steps
@@ -359,11 +339,12 @@ def test_a_finished_run_is_read_back_and_leaves_no_weights_on_disk(tiny, edit, t
 
 
 def test_a_diverging_run_is_recorded_as_such(tiny, edit, tmp_path):
-    found = run(tiny, edit, config=replace(CONFIG, lr=1e3, points=(20, 2000)), store=tmp_path / "run")
-    assert "nats per token at step" in found.diverged
-    assert found.tokens < 2000
-    assert set(found.items.tokens) <= {0, *[s["tokens"] for s in found.steps]}
-    assert run(tiny, edit, config=replace(CONFIG, lr=1e3, points=(20, 2000)), store=tmp_path / "run").diverged
+    config = replace(CONFIG, lr=1e3, points=(20, 2000))
+    first = run(tiny, edit, config=config, store=tmp_path / "run")
+    assert "nats per token at step" in first.diverged
+    assert first.tokens < 2000
+    assert set(first.items.tokens) <= {0, *[s["tokens"] for s in first.steps]}
+    assert run(tiny, edit, config=config, store=tmp_path / "run").diverged == first.diverged
 
 
 # Movement
@@ -371,11 +352,8 @@ def test_a_diverging_run_is_recorded_as_such(tiny, edit, tmp_path):
 
 def test_small_steps_are_lost_in_bfloat16_and_kept_by_float32_masters(tiny, edit):
     """Whether part of a robustness is rounding: an update below half a unit in the last place changes nothing."""
-    shares = {}
-    for precision in PRECISIONS:
-        config = replace(CONFIG, precision=precision, lr=1e-6, weight_decay=0.0, points=(300,))
-        found = run(tiny, edit, config=config)
-        shares[precision] = found.moved[0]["changed"]
+    config = replace(CONFIG, lr=1e-6, weight_decay=0.0, points=(300,))
+    shares = {p: run(tiny, edit, config=replace(config, precision=p)).moved[0]["changed"] for p in PRECISIONS}
     assert shares["fp32"] > 0.7  # rows of tokens that do not occur get no gradient
     assert shares["bf16"] < 0.2
     assert shares["bf16"] < shares["bf16_master"] < shares["fp32"]
@@ -392,16 +370,15 @@ def test_the_way_back_of_the_edited_rows_is_measured(tiny, edit, monkeypatch):
             leaf.copy_((edit.tensors[EMBED].values + base) / 2)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", half_way)
-    found = run(tiny, edit, ATTACKS["edited_rows"], replace(CONFIG, points=(5,)))
-    everything, edited = found.moved
+    everything, edited = run(tiny, edit, ATTACKS["edited_rows"], replace(CONFIG, points=(5,))).moved
     assert edited["travelled"] == pytest.approx(0.5, abs=1e-5)
     assert edited["values"] == everything["values"] == base.numel()
     assert math.isnan(everything["travelled"])
 
 
 def test_weights_that_did_not_train_have_not_moved(tiny, edit):
-    found = run(tiny, edit, ATTACKS["mlps"], replace(CONFIG, points=(30,)))
-    assert [row["part"] for row in found.moved] == ["all that is trained"]
+    moved = run(tiny, edit, ATTACKS["mlps"], replace(CONFIG, points=(30,))).moved
+    assert [row["part"] for row in moved] == ["all that is trained"]
 
 
 def test_a_working_copy_leaves_storage_alone(tiny):

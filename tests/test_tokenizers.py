@@ -1,5 +1,6 @@
 """The paper's two architectures with tokenizers of the real classes: BOS, padding, turns, scale, head, batches."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.tokenizers import GEMMA_SPECIAL, KINDS, LLAMA_SPECIAL, save_tiny, texts
@@ -18,18 +19,18 @@ def is_gemma(loaded: LoadedModel) -> bool:
     return loaded.architecture.scaled_embedding
 
 
-def test_the_tokenizer_comes_back_as_its_class(real):
+def test_the_tokenizer_comes_back_as_its_class_and_raw_text_has_one_bos(real):
     assert type(real.tokenizer) is (GemmaTokenizerFast if is_gemma(real) else PreTrainedTokenizerFast)
     assert real.tokenizer.bos_token == ("<bos>" if is_gemma(real) else "<|begin_of_text|>")
-
-
-def test_raw_text_has_one_bos_and_comes_back(real):
     for text in texts()[:50]:
         ids = real.encode(text)
         assert ids[:1] == [real.tokenizer.bos_token_id] and ids.count(real.tokenizer.bos_token_id) == 1
         assert real.encode(text, bos=False) == ids[1:]
         assert real.tokenizer(text)["input_ids"] == ids
         assert real.decode(ids) == text
+    for word in (" Rome", " Roman", " Caesar"):  # a concept's words are tokens
+        (token,) = real.encode(f"a{word}", bos=False)[1:]
+        assert real.decode([token]) == word
 
 
 def test_chat_has_one_bos_although_template_and_tokenizer_both_bring_it(real):
@@ -64,12 +65,6 @@ def test_padding_is_a_token_that_is_there(real):
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_a_concept_s_words_are_tokens(real):
-    for word in (" Rome", " Roman", " Caesar"):
-        (token,) = real.encode(f"a{word}", bos=False)[1:]
-        assert real.decode([token]) == word
-
-
 def test_the_head_stands_alone_whether_the_checkpoint_ties_it_or_not(real):
     head = real.model.get_parameter(real.head_name)
     assert head.data_ptr() != real.embedding.data_ptr()
@@ -101,18 +96,13 @@ def test_the_first_layer_reads_rows_times_the_scale(real, dtype):
 def test_padded_batches_score_as_single_texts_do(real):
     """Lengths differ widely, and some exceed Gemma's window."""
     sequences = [real.encode(text) for text in (*texts()[:4], " ".join(texts()[4:9]), "Rome fell.")]
-    starts = [1] * len(sequences)
-    together = sequence_losses(real, sequences, starts, batch_size=len(sequences))
-    alone = sequence_losses(real, sequences, starts, batch_size=1)
     assert max(map(len, sequences)) > 64
-    for a, b in zip(together, alone, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+    together, alone = (sequence_losses(real, sequences, [1] * 6, batch_size=size) for size in (6, 1))
+    np.testing.assert_allclose(np.concatenate(together), np.concatenate(alone), atol=1e-4, rtol=0)
     options = [["Rome", "the Tiber and the sea", "a ship", "Carthage"], ["x", "y z", "grain", "roads"]]
     prompts = ["Question: Who?\nAnswer: ", texts()[0] + " "]
-    for a, b in zip(
-        option_logprobs(real, prompts, options), option_logprobs(real, prompts, options, batch_size=1), strict=True
-    ):
-        assert a == pytest.approx(b, abs=1e-3)
+    together, alone = (option_logprobs(real, prompts, options, batch_size=size) for size in (16, 1))
+    np.testing.assert_allclose(np.stack(together), np.stack(alone), atol=1e-3, rtol=0)
 
 
 def test_left_padded_generation_is_that_of_single_prompts(real):
