@@ -15,23 +15,11 @@ from torch import nn
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
 from ember.models.hashes import tensor_hash
 from ember.models.loading import LoadedModel, weights_hash
+from ember.rows import TensorEdit, write
 from ember.store.files import digest, read_sealed, sealed_dir
 
 FORMAT = 2
 MANIFEST = "edit.json"
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """New values of one parameter.
-
-    ``rows`` [r] are indices along its first dimension, ``values`` [r, …] the new rows, and ``before`` [r] int64
-    fingerprints of the rows they replace.
-    """
-
-    rows: torch.Tensor
-    values: torch.Tensor
-    before: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -69,69 +57,50 @@ class Edit:
         cls, loaded: LoadedModel, values: Mapping[str, tuple[torch.Tensor | None, torch.Tensor]], provenance: Provenance
     ) -> "Edit":
         """Build an edit of the model's present parameters from ``{name: (rows or None for all, new values)}``."""
-        tensors = {}
-        for name, (rows, new) in values.items():
-            parameter = _parameter(loaded.model, name).detach()
-            where = torch.arange(len(parameter)) if rows is None else rows.detach().cpu().clone()
-            if where.dtype != torch.int64:
-                raise ValueError(f"{name}: rows must be int64 indices, got {where.dtype}")
-            if len(where) and not 0 <= int(where.min()) <= int(where.max()) < len(parameter):
-                raise ValueError(f"{name}: rows must be 0..{len(parameter) - 1}")
-            old = parameter[where.to(parameter.device)]
-            if old.shape != new.shape:
-                raise ValueError(f"{name}: new values have shape {tuple(new.shape)}, the rows {tuple(old.shape)}")
-            if len(where.unique()) != len(where):
-                raise ValueError(f"{name}: a row occurs twice")
-            tensors[name] = TensorEdit(where, new.detach().to("cpu", old.dtype).clone(), _fingerprint(old))
+        tensors = {
+            name: TensorEdit.of(name, _parameter(loaded.model, name).detach(), rows, new)
+            for name, (rows, new) in values.items()
+        }
         return cls(tensors, provenance)
 
     @contextmanager
     def applied(self, model: LoadedModel | nn.Module) -> Iterator[None]:
-        """Apply on entry; restore every touched parameter bit for bit on exit, also after an exception."""
-        module = self._checked(model)
-        saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """Apply on entry; restore every touched parameter bit for bit on exit, also after an exception.
+
+        A loaded model's hashes stay true meanwhile, so that no cache mistakes it for the base.
+        """
+        module, saved = self._checked(model), []
+        hashes = model.parameter_hashes if isinstance(model, LoadedModel) else {}
         try:
-            for name, change in self.tensors.items():
-                data = module.get_parameter(name).detach()
-                rows = change.rows.to(data.device)
-                saved.append((data, rows, data[rows].clone()))
-                _write(data, rows, change.values)
-            with self._tracked(model):
-                yield
+            for data, change in self._targets(module):
+                saved.append((data, change.rows, data[change.rows.to(data.device)].clone()))
+                write(data, change.rows, change.values)
+            self._tell(model, module)
+            yield
         finally:
             for data, rows, old in reversed(saved):
-                _write(data, rows, old)
-
-    @contextmanager
-    def _tracked(self, model: LoadedModel | nn.Module) -> Iterator[None]:
-        """Keep a loaded model's hashes true while the edit is applied, so that no cache mistakes it for the base."""
-        if not isinstance(model, LoadedModel):
-            yield
-            return
-        before = model.parameter_hashes
-        model.parameter_hashes = before | self._edited_hashes(model.model)
-        try:
-            yield
-        finally:
-            model.parameter_hashes = before
-
-    def _edited_hashes(self, module: nn.Module) -> dict[str, str]:
-        """Hashes of the touched parameters with the edit in place; always the same, as the base is."""
-        if not self._edited:
-            self._edited.update({name: tensor_hash(module.get_parameter(name)) for name in self.tensors})
-        return self._edited
+                write(data, rows, old)
+            if isinstance(model, LoadedModel):
+                model.parameter_hashes = hashes
 
     def apply(self, model: LoadedModel | nn.Module) -> None:
         """Apply for good. The whole model is hashed first, so a model that differs anywhere is refused."""
         module = self._checked(model)
-        found = weights_hash(module)
-        if found != self.provenance.base_hash:
-            raise WrongWeightsError(self._refusal(f"its weights hash to {found[:12]}"))
-        for name, change in self.tensors.items():
-            data = module.get_parameter(name).detach()
-            _write(data, change.rows.to(data.device), change.values)
+        if (hashed := weights_hash(module)) != self.provenance.base_hash:
+            raise self._refusal(f"its weights hash to {hashed[:12]}")
+        for data, change in self._targets(module):
+            write(data, change.rows, change.values)
+        self._tell(model, module)
+
+    def _targets(self, module: nn.Module) -> list[tuple[torch.Tensor, TensorEdit]]:
+        return [(_parameter(module, name).detach(), change) for name, change in self.tensors.items()]
+
+    def _tell(self, model: LoadedModel | nn.Module, module: nn.Module) -> None:
+        """Give a loaded model the hashes of the edited parameters; always the same, as the base is."""
         if isinstance(model, LoadedModel):
-            model.parameter_hashes = model.parameter_hashes | self._edited_hashes(module)
+            if not self._edited:
+                self._edited.update({name: tensor_hash(module.get_parameter(name)) for name in self.tensors})
+            model.parameter_hashes = model.parameter_hashes | self._edited
 
     def then(self, later: "Edit") -> "Edit":
         """The edit that equals this one followed by ``later``, which was made with this one applied.
@@ -143,7 +112,7 @@ class Edit:
         """
         tensors = dict(self.tensors)
         for name, change in later.tensors.items():
-            tensors[name] = _compose(name, tensors[name], change) if name in tensors else change
+            tensors[name] = tensors[name].then(change, name) if name in tensors else change
         first, second = self.provenance, later.provenance
         provenance = replace(
             first,
@@ -186,11 +155,11 @@ class Edit:
     def save(self, folder: str | Path) -> Path:
         """Write ``edit.safetensors``, ``edit.json`` and a model card; whole or not at all."""
         arrays = {
-            f"{name}::{part}": getattr(change, part).contiguous()
+            f"{name}::{part}": tensor.contiguous()
             for name, change in self.tensors.items()
-            for part in ("rows", "values", "before")
+            for part, tensor in vars(change).items()
         }
-        about = {"format": FORMAT, "provenance": vars(self.provenance), "tensors": sorted(self.tensors)}
+        about = {"format": FORMAT, "provenance": vars(self.provenance)}
         with sealed_dir(Path(folder), about, manifest=MANIFEST) as target:
             save_file(arrays, target / "edit.safetensors")
             (target / "README.md").write_text(_model_card(self), encoding="utf-8")
@@ -202,14 +171,12 @@ class Edit:
         about = read_sealed(Path(folder), manifest=MANIFEST)
         if about.get("format") != FORMAT:
             raise DamagedFileError(f"{folder} has edit format {about.get('format')}, this version reads {FORMAT}")
+        parts: dict[str, dict[str, torch.Tensor]] = {}
         try:
-            arrays = load_file(Path(folder) / "edit.safetensors")
-            if {key.split("::")[0] for key in arrays} != set(about["tensors"]):
-                raise DamagedFileError(f"{folder} is damaged: edit.json and edit.safetensors name different tensors")
-            tensors = {
-                name: TensorEdit(*(arrays[f"{name}::{part}"] for part in ("rows", "values", "before")))
-                for name in about["tensors"]
-            }
+            for key, tensor in load_file(Path(folder) / "edit.safetensors").items():
+                name, _, part = key.partition("::")
+                parts.setdefault(name, {})[part] = tensor
+            tensors = {name: TensorEdit(**parts[name]) for name in sorted(parts)}
             return cls(tensors, Provenance(**about["provenance"]))
         except (OSError, KeyError, TypeError) as error:
             raise DamagedFileError(f"{folder} does not hold a whole edit: {error!r}") from error
@@ -217,24 +184,23 @@ class Edit:
     def _checked(self, model: LoadedModel | nn.Module) -> nn.Module:
         module = model.model if isinstance(model, LoadedModel) else model
         if isinstance(model, LoadedModel) and model.weights_hash != self.provenance.base_hash:
-            raise WrongWeightsError(self._refusal(f"its weights hash to {model.weights_hash[:12]}"))
-        owners = _owners(module, {_parameter(module, name).data_ptr() for name in self.tensors})
-        for name, change in self.tensors.items():
-            parameter = _parameter(module, name)
-            shared = owners[parameter.data_ptr()]
-            if len(shared) > 1:
+            raise self._refusal(f"its weights hash to {model.weights_hash[:12]}")
+        targets = self._targets(module)
+        names = _names_by_address(module, {data.data_ptr() for data, _ in targets})
+        for name, (data, change) in zip(self.tensors, targets, strict=True):
+            if len(shared := names[data.data_ptr()]) > 1:
                 raise EmberError(
                     f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.loading.untie)"
                 )
-            old = parameter.detach()[change.rows.to(parameter.device)]
-            same_kind = old.shape == change.values.shape and old.dtype == change.values.dtype
-            if not same_kind or not torch.equal(_fingerprint(old), change.before):
-                raise WrongWeightsError(self._refusal(f"{name} holds other values than when the edit was made"))
+            if not change.fits(data):
+                raise self._refusal(f"{name} holds other values than when the edit was made")
         return module
 
-    def _refusal(self, found: str) -> str:
+    def _refusal(self, reason: str) -> WrongWeightsError:
         made = self.provenance
-        return f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {found}"
+        return WrongWeightsError(
+            f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {reason}"
+        )
 
 
 def applying(loaded: LoadedModel, edit: Edit | None) -> AbstractContextManager[None]:
@@ -255,49 +221,21 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
         raise WrongWeightsError(f"the model has no parameter {name!r}") from error
 
 
-def _owners(module: nn.Module, storages: set[int]) -> dict[int, list[str]]:
-    """The names under which a module holds the storages, by their addresses.
+def _names_by_address(module: nn.Module, addresses: set[int]) -> dict[int, list[str]]:
+    """The names under which a module holds the storages at these addresses.
 
     Every edit asks, however small, so this looks into the modules directly: ``named_parameters`` takes longer than an
     edit of a few rows.
     """
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {address: [] for address in addresses}
     pending = [("", module)]
     while pending:
         prefix, part = pending.pop()
         for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.data_ptr() in storages:
-                found.setdefault(parameter.data_ptr(), []).append(prefix + name)
+            if parameter is not None and parameter.data_ptr() in names:
+                names[parameter.data_ptr()].append(prefix + name)
         pending += [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
-    return {address: sorted(names) for address, names in found.items()}
-
-
-def _write(data: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad():
-        data[rows] = values.to(data)
-
-
-def _fingerprint(values: torch.Tensor) -> torch.Tensor:
-    """One int64 for each row, from its bytes; catches accidents, not forgery (that is ``weights_hash``'s work)."""
-    flat = values.detach().cpu().reshape(len(values), -1).contiguous()
-    words = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
-    limit = 2**62
-    weights = torch.randint(-limit, limit, (words.shape[1],), generator=torch.Generator().manual_seed(0))
-    return (words * weights).sum(1)
-
-
-def _compose(name: str, first: TensorEdit, later: TensorEdit) -> TensorEdit:
-    """Rows of both; values of the later one where they meet, fingerprints of the earlier one."""
-    left = dict(zip(first.rows.tolist(), _fingerprint(first.values).tolist(), strict=True))
-    for row, expected in zip(later.rows.tolist(), later.before.tolist(), strict=True):
-        if left.get(row, expected) != expected:
-            raise WrongWeightsError(f"{name}, row {row}: the later edit was not made with the earlier one applied")
-    values = {int(r): v for change in (first, later) for r, v in zip(change.rows, change.values, strict=True)}
-    before = {int(r): b for change in (later, first) for r, b in zip(change.rows, change.before, strict=True)}
-    rows = sorted(values)
-    return TensorEdit(
-        torch.tensor(rows), torch.stack([values[r] for r in rows]), torch.stack([before[r] for r in rows])
-    )
+    return {address: sorted(held) for address, held in names.items()}
 
 
 def _model_card(edit: Edit) -> str:
