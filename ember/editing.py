@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +16,9 @@ from ember.models.hashes import tensor_hash
 from ember.models.loading import LoadedModel, weights_hash
 from ember.rows import TensorEdit, write
 from ember.store.files import digest, read_sealed, sealed_dir
+
+if TYPE_CHECKING:  # an edit is made, applied and saved without it
+    import pandas as pd
 
 FORMAT = 2
 MANIFEST = "edit.json"
@@ -114,11 +116,12 @@ class Edit:
         for name, change in later.tensors.items():
             tensors[name] = tensors[name].then(change, name) if name in tensors else change
         first, second = self.provenance, later.provenance
+        sides = sorted({first.side, second.side} - {"none"}) or ["none"]
         provenance = replace(
             first,
             method=f"{first.method}+{second.method}",
             config={"steps": [*self.steps, *later.steps]},
-            side=_joint_side(first.side, second.side),
+            side=sides[0] if len(sides) == 1 else "both",
         )
         return Edit(tensors, provenance)
 
@@ -145,12 +148,12 @@ class Edit:
         """Indices of the rows it sets in one parameter; none where it leaves that alone."""
         return frozenset(self.tensors[name].rows.tolist()) if name in self.tensors else frozenset()
 
-    def changed(self) -> pd.DataFrame:
+    def changed(self) -> "pd.DataFrame":
         """What is replaced: one line for each row (index along the first dimension) of each parameter, by name."""
-        frames = [
-            pd.DataFrame({"parameter": name, "row": self.tensors[name].rows.numpy()}) for name in sorted(self.tensors)
-        ]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["parameter", "row"])
+        import pandas as pd
+
+        pairs = [(name, row) for name in sorted(self.tensors) for row in self.tensors[name].rows.tolist()]
+        return pd.DataFrame(pairs, columns=["parameter", "row"])
 
     def save(self, folder: str | Path) -> Path:
         """Write ``edit.safetensors``, ``edit.json`` and a model card; whole or not at all."""
@@ -208,12 +211,6 @@ def applying(loaded: LoadedModel, edit: Edit | None) -> AbstractContextManager[N
     return nullcontext() if edit is None else edit.applied(loaded)
 
 
-def _joint_side(first: str, second: str) -> str:
-    """Which embedding matrices two edits touch between them."""
-    touched = {first, second} - {"none"}
-    return touched.pop() if len(touched) == 1 else "both" if touched else "none"
-
-
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     try:
         return module.get_parameter(name)
@@ -239,8 +236,8 @@ def _names_by_address(module: nn.Module, addresses: set[int]) -> dict[int, list[
 
 
 def _model_card(edit: Edit) -> str:
-    made, rows = edit.provenance, edit.changed()
-    touched = "\n".join(f"- `{name}`: {len(group)} rows" for name, group in rows.groupby("parameter"))
+    made = edit.provenance
+    touched = "\n".join(f"- `{name}`: {len(edit.rows_of(name))} rows" for name in sorted(edit.tensors))
     return (
         f"---\nbase_model: {made.base_model}\nlibrary_name: ember\ntags: [concept-erasure, model-editing]\n---\n\n"
         f"# {made.method} edit: {made.concept or 'no concept named'}\n\n"

@@ -7,7 +7,6 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import torch
-from wordfreq import get_frequency_dict
 
 from ember.models.loading import LoadedModel
 
@@ -79,6 +78,8 @@ def _add_keyness(table: pd.DataFrame, background: dict[int, float], words: int) 
 
 @cache
 def _word_list() -> tuple[list[str], list[float]]:
+    from wordfreq import get_frequency_dict
+
     frequencies = get_frequency_dict("en", wordlist="small")
     return list(frequencies), list(frequencies.values())
 
