@@ -39,13 +39,7 @@ class _Reached(Exception):
 
 
 def n_layers(loaded: LoadedModel) -> int:
-    """Number of transformer layers.
-
-    Raises
-    ------
-    EmberError
-        If the architecture is not in ``ember.models.specs.ARCHITECTURES``, so that its layers are unknown.
-    """
+    """Number of transformer layers; an ``EmberError`` if the architecture is not in ``ARCHITECTURES``."""
     if not loaded.architecture.layers:
         raise EmberError(f"{loaded.name}: only edits of embeddings are known for this architecture")
     return len(loaded.model.get_submodule(loaded.architecture.layers))

@@ -104,8 +104,7 @@ class LoadedModel:
 
     @cached_property
     def pad_id(self) -> int:
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in candidates if i is not None)
+        return next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of raw text, with the BOS this tokenizer uses exactly once (or not at all if ``bos=False``)."""
@@ -177,8 +176,7 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
     dtype
         ``"float32"``, ``"bfloat16"``, …; by default the spec's (float32 for models outside ``MODELS``).
     device
-        Where the weights go; by default where ``$EMBER_DEVICE`` says, or onto a GPU if there is one
-        (``ember.store.devices``).
+        Where the weights go; by default that of ``$EMBER_DEVICE``, or a GPU if there is one (``ember.store.devices``).
 
     Raises
     ------
@@ -186,11 +184,7 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
         If ``name`` is none of these, or transformers does not know the architecture. One that is missing from
         ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs not.
     EmberError
-        If there is no such device.
-    DownloadError
-        If the weights are not in the cache and cannot be fetched.
-    DamagedFileError
-        If the cached weights are not what was written.
+        If there is no such device, the weights cannot be fetched, or those in the cache are not what was written.
     """
     spec = find_spec(name)
     if dtype is not None and dtype not in DTYPES:

@@ -18,12 +18,8 @@ def continuation_ids(loaded: LoadedModel, prompt: str, continuation: str) -> tup
     """Split the token ids of ``prompt + continuation`` into the prompt's and the continuation's.
 
     A space at the end of the prompt moves to the continuation, and a token that spans the boundary belongs to the
-    continuation, so that everything the continuation needs is scored.
-
-    Raises
-    ------
-    ValueError
-        If the continuation is empty, or nothing is left to condition on.
+    continuation, so that everything the continuation needs is scored. An empty continuation, or nothing left to
+    condition on, is a ``ValueError``.
     """
     if not continuation.strip():
         raise ValueError(f"empty continuation after {prompt!r}")

@@ -112,12 +112,8 @@ def opened(
 ) -> Iterator[dict[str, Trained]]:
     """The model with the edit applied and opened for an attack: what is trained, by name.
 
-    Training works on copies of the parameters; on exit the model is as it was, bit for bit.
-
-    Raises
-    ------
-    EmberError
-        If nothing is there to be trained: the edited rows of an unedited model, MLPs of an unknown architecture.
+    Training works on copies of the parameters; on exit the model is as it was, bit for bit. If nothing is there to be
+    trained (the edited rows of an unedited model, MLPs of an unknown architecture) it is an ``EmberError``.
     """
     if precision not in PRECISIONS:
         raise UnknownNameError("precision", precision, PRECISIONS)

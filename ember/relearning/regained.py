@@ -47,12 +47,8 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
 
     Each part holds one score a question: base, erased and after [n]. Numerator and denominator are means over parts of
     means over questions. Each bootstrap draw resamples the parts and, in each of them, the questions; the interval is
-    the middle 95 % of the draws' ratios.
-
-    Raises
-    ------
-    ValueError
-        If a part is empty, holds NaN, or its three scores are not equally many.
+    the middle 95 % of the draws' ratios. A part that is empty, holds NaN, or whose three scores are not equally many is
+    a ``ValueError``.
     """
     changes = []
     for base, erased, after in parts:
@@ -79,12 +75,7 @@ def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
     """Item scores of a relearning run beside those before it: point, tokens, set, item, metric, base, erased, after.
 
     ``base`` holds the unedited model's scores (set, item, metric, value), ``relearned`` the run's (tokens as well; 0
-    is the edited model before training). Points are numbered from 0.
-
-    Raises
-    ------
-    ValueError
-        If ``base`` lacks one of the run's items.
+    is the edited model before training) and no item that ``base`` lacks. Points are numbered from 0.
     """
     erased = relearned[relearned.tokens == 0].drop(columns="tokens").rename(columns={"value": "erased"})
     after = relearned.rename(columns={"value": "after"})

@@ -95,27 +95,13 @@ def relearn(
 ) -> Relearning:
     """Attack the model with ``edit`` applied (None: as loaded) and measure before training and at every point.
 
-    Parameters
-    ----------
-    measure
-        Item scores (set, item, metric, value) of the model as it is when called, with how many tokens it has been
-        trained on; it is in float32 then, whatever the precision of the training.
-    seed
-        Orders the texts, each of which is seen once before any is seen again, and starts a LoRA.
-    store
-        A folder for the state at the last point. An interrupted run goes on there and gives the same curve; a
-        finished one is read back.
+    ``measure(tokens)`` gives item scores (set, item, metric, value) of the model after so much training; it is in
+    float32 then, whatever the precision of the training. ``seed`` orders the texts, each of which is seen once before
+    any is seen again, and starts a LoRA. ``store`` is a folder for the state at the last point: an interrupted run goes
+    on there and gives the same curve; a finished one is read back.
 
-    Returns
-    -------
-    Relearning
-        The loss turning NaN, or exceeding twice that of a uniform guess, ends the run as diverged; that is a result
-        and no error. The model is left bit-identical.
-
-    Raises
-    ------
-    EmberError
-        If there are no texts, nothing to train, or the optimizer cannot run here.
+    The model is left bit-identical. A loss that turns NaN, or exceeds twice that of a uniform guess, ends the run as
+    diverged, which is a result; no texts, nothing to train or an optimizer that cannot run here are an ``EmberError``.
     """
     require_optimizer(config.optimizer, loaded.device)
     plan = training_plan(loaded, texts, config, seed)
