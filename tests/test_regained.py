@@ -16,24 +16,15 @@ BASE = rng.uniform(0.5, 0.9, 60)
 ERASED = BASE - rng.uniform(0.1, 0.4, 60)
 
 
-def half_way() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return BASE, ERASED, (BASE + ERASED) / 2
-
-
-def test_half_way_back_is_one_half_in_every_draw():
-    share = share_regained([half_way()])
-    assert (share.value, share.low, share.high) == pytest.approx((0.5, 0.5, 0.5))
+@pytest.mark.parametrize("expected", [0.0, 0.5, 1.0, 2.0, -1.0])
+def test_nothing_half_all_more_and_less_than_before(expected):
+    """The same share of every question comes back, so that every draw has it."""
+    share = share_regained([(BASE, ERASED, ERASED + expected * (BASE - ERASED))])
+    assert (share.value, share.low, share.high) == pytest.approx((expected, expected, expected))
     assert share.gap == pytest.approx((BASE - ERASED).mean())
-    assert share.back == pytest.approx(share.gap / 2)
-    assert share.back_low < share.back < share.back_high
+    assert share.back == pytest.approx(expected * share.gap)
+    assert share.gap_low < share.gap < share.gap_high and share.back_low <= share.back <= share.back_high
     assert (share.n, share.note) == (60, "")
-
-
-@pytest.mark.parametrize(
-    ("after", "expected"), [(ERASED, 0.0), (BASE, 1.0), (2 * BASE - ERASED, 2.0), (2 * ERASED - BASE, -1.0)]
-)
-def test_nothing_all_more_and_less_than_before(after, expected):
-    assert share_regained([(BASE, ERASED, after)]).value == pytest.approx(expected)
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -104,13 +95,10 @@ def run_items(after=BASE, *, scale: float = 1.0) -> pd.DataFrame:
 
 def test_items_stand_beside_the_base_and_the_start():
     items = run_items()
-    start = items[items.point == 0]
+    start, end = items[items.point == 0], items[(items.point == 2) & (items.metric == "gold_prob")]
     assert (start.after == start.erased).all()
     assert items.groupby("point").tokens.first().tolist() == [0, 100, 203]
-    end = items[(items.point == 2) & (items.metric == "gold_prob")].sort_values(
-        "item", key=lambda s: s.str[1:].astype(int)
-    )
-    np.testing.assert_allclose(end.after, end.base)
+    np.testing.assert_allclose(end.set_index("item").after[[f"q{k}" for k in range(60)]], BASE)
 
 
 def test_a_question_that_the_base_model_was_not_asked_is_an_error():
@@ -124,20 +112,16 @@ def test_the_table_splits_stated_questions_from_the_others():
     assert table.groupby("questions", sort=False).n.first().to_dict() == {"all": 60, "stated": 10, "not stated": 50}
     for _, part in table.groupby("questions"):
         np.testing.assert_allclose(part.share, [0.0, 0.5, 1.0], atol=1e-12)
+    # No stated question is no row.
+    assert set(regained_table(run_items().assign(stated=False)).questions) == {"all", "not stated"}
 
 
 def test_runs_of_one_arm_are_pooled_and_arms_are_not():
-    other = run_items(ERASED).assign(run="b")
-    items = pd.concat([run_items(), other]).assign(method="rmu")
-    (pooled,) = regained_table(items, ["method"]).query("point == 2 and questions == 'all'").share
-    assert pooled == pytest.approx(0.5)
-    apart = regained_table(items.assign(method=items.run), ["method"]).query("point == 2 and questions == 'all'")
-    np.testing.assert_allclose(apart.share, [1.0, 0.0], atol=1e-12)
-
-
-def test_no_stated_question_is_no_row():
-    table = regained_table(run_items().assign(stated=False))
-    assert set(table.questions) == {"all", "not stated"}
+    items = pd.concat([run_items(), run_items(ERASED).assign(run="b")]).assign(method="rmu")
+    end = "point == 2 and questions == 'all'"
+    assert regained_table(items, ["method"]).query(end).share.tolist() == pytest.approx([0.5])
+    apart = regained_table(items.assign(method=items.run), ["method"])
+    assert apart.query(end).share.tolist() == pytest.approx([1.0, 0.0], abs=1e-12)
 
 
 def test_the_summary_holds_accuracy_changes_and_shares():
@@ -154,22 +138,23 @@ def test_the_summary_holds_accuracy_changes_and_shares():
 # The report
 
 
-def attacked(
-    method="ember",
-    *,
-    ember=False,
-    attack="all",
-    precision="fp32",
-    lr=1e-5,
-    seed=1,
-    concept="Rome",
-    after=BASE,
-    scale=1.0,
-):
-    labels = {"method": method, "ember": ember, "attack": attack, "precision": precision, "lr": lr, "budget": 1}
-    labels["seed"] = seed
+def attacked(method="ember", *, after=BASE, scale=1.0, concept="Rome", **labels):
+    labels = {
+        "method": method, "ember": False, "attack": "all", "precision": "fp32", "lr": 1e-5, "budget": 1, "seed": 1,
+    } | labels  # fmt: skip
     run = f"{concept} {labels}"
     return run_items(after, scale=scale).assign(**labels, concept=concept, run=run, diverged=False)
+
+
+def unedited_losing(lost: float, **labels) -> pd.DataFrame:
+    """The unedited model, which loses as much on every question when it is trained."""
+    run = attacked("none", scale=0.0, **labels).assign(base=0.0, erased=0.0)
+    return run.assign(after=np.where(run.point == 0, 0.0, -lost))
+
+
+def last_of(*runs: pd.DataFrame) -> pd.DataFrame:
+    table = relearn_tables.relearning_table(pd.concat(runs, ignore_index=True))
+    return relearn_tables.final_points(table).set_index("arm")
 
 
 def all_attacks() -> pd.DataFrame:
@@ -205,12 +190,8 @@ def test_the_relearning_table_pools_seeds_and_concepts():
 
 
 def test_what_training_does_to_the_unedited_model_is_taken_off():
-    """The unedited model loses a tenth on every question; an arm that stays where it was has come nearer to it."""
-    unedited, still = attacked("none", scale=0.0), attacked(after=ERASED)
-    unedited[["base", "erased"]] = 0.0
-    unedited["after"] = np.where(unedited.point == 0, 0.0, -0.1)
-    table = relearn_tables.relearning_table(pd.concat([unedited, still], ignore_index=True))
-    last = relearn_tables.final_points(table).set_index("arm")
+    """It loses a tenth on every question; an arm that stays where it was has come nearer to it."""
+    last = last_of(unedited_losing(0.1), attacked(after=ERASED))
     assert last.share["EMBER"] == pytest.approx(0.0)
     assert last.net_back["EMBER"] == pytest.approx(0.1)
     assert last.net_share["EMBER"] == pytest.approx(0.1 / (BASE - ERASED).mean())
@@ -219,8 +200,7 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
 
 def test_rounding_the_unedited_model_is_no_erasure():
     """Its scores fell by a thousandth when its weights were rounded, surely; still there is no share."""
-    rounded = attacked("none", precision="bf16", scale=0.0).assign(erased=lambda f: f.base - 0.001)
-    last = relearn_tables.final_points(relearn_tables.relearning_table(rounded))
+    last = last_of(attacked("none", precision="bf16", scale=0.0).assign(erased=lambda f: f.base - 0.001))
     assert (last.gap_low > 0).all()
     assert last.share.isna().all()
     assert last.note.str.contains("nothing was erased").all()
@@ -228,14 +208,8 @@ def test_rounding_the_unedited_model_is_no_erasure():
 
 def test_seeds_of_the_unedited_model_are_averaged_before_they_are_taken_off():
     """Its two seeds lose 0.1 and 0.3: an arm of a third seed that stays where it was is 0.2 nearer to it."""
-    unedited = []
-    for seed, lost in ((1, 0.1), (2, 0.3)):
-        run = attacked("none", scale=0.0, seed=seed)
-        run[["base", "erased"]] = 0.0
-        unedited.append(run.assign(after=np.where(run.point == 0, 0.0, -lost)))
-    table = relearn_tables.relearning_table(pd.concat([*unedited, attacked(after=ERASED, seed=3)], ignore_index=True))
-    last = relearn_tables.final_points(table).set_index("arm")
-    assert last.net_back["EMBER"] == pytest.approx(0.2)
+    seeds = [unedited_losing(lost, seed=seed) for seed, lost in ((1, 0.1), (2, 0.3))]
+    assert last_of(*seeds, attacked(after=ERASED, seed=3)).net_back["EMBER"] == pytest.approx(0.2)
 
 
 def test_an_attack_without_a_reference_has_no_net_share():
