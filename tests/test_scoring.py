@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -69,55 +70,46 @@ def assert_same_scores(one, other, tolerance: float = TOLERANCE):
 # Splitting
 
 
-@pytest.mark.parametrize("continuation", ["", " ", "\n"])
-def test_an_empty_continuation_is_refused(continuation):
-    with pytest.raises(ValueError, match="empty continuation"):
-        continuation_ids(make_loaded(), "Rome stood", continuation)
-
-
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("spaces", [1, 2])
-def test_a_trailing_space_moves_to_the_continuation(bos, spaces):
+def test_the_parts_are_the_tokens_of_the_whole_and_all_that_is_asked_for_is_scored(bos):
     loaded = make_loaded(bos=bos)
-    before, after = continuation_ids(loaded, "Rome stood" + " " * spaces, "beside")
-    assert before == loaded.encode("Rome stood")
-    assert loaded.decode(after) == " " * spaces + "beside"
-
-
-@pytest.mark.parametrize("bos", [True, False])
-def test_a_token_over_the_boundary_is_scored(bos):
-    loaded = make_loaded(bos=bos)
-    whole = loaded.encode("the Romans")
-    assert loaded.encode("the Rom") != whole[: len(loaded.encode("the Rom"))]  # the boundary does merge
+    for prompt, continuation in product([*PROMPTS, "Rome stood ", "the Rom"], (" beside", "ans", "ad for", ".", "é")):
+        before, after = continuation_ids(loaded, prompt, continuation)
+        assert before + after == loaded.encode(prompt + continuation)
+        assert before and after
+    for spaces in (" ", "  "):  # at the end of the prompt they move to the continuation
+        before, after = continuation_ids(loaded, "Rome stood" + spaces, "beside")
+        assert before == loaded.encode("Rome stood")
+        assert loaded.decode(after) == spaces + "beside"
+    # A token over the boundary is scored.
+    assert loaded.encode("the Rom") != loaded.encode("the Romans")[: len(loaded.encode("the Rom"))]
     before, after = continuation_ids(loaded, "the Rom", "ans")
     assert before == loaded.encode("the")
     assert loaded.decode(after) == " Romans"
 
 
-@pytest.mark.parametrize("prompt", ["Rome stood", "Rome stood ", "the Rom", "She baked bre", LONG])
-@pytest.mark.parametrize("continuation", [" beside", "ans", "ad for", ".", "é"])
-def test_the_parts_are_the_tokens_of_the_whole(prompt, continuation):
-    loaded = make_loaded(bos=True)
-    before, after = continuation_ids(loaded, prompt, continuation)
-    assert before + after == loaded.encode(prompt + continuation)
-    assert before and after
-
-
-@pytest.mark.parametrize(("prompt", "continuation"), [("", "Rome"), (" ", "Rome"), ("Rom", "e")])
-def test_a_continuation_needs_a_token_before_it(prompt, continuation):
-    with pytest.raises(ValueError, match="no token of"):
-        continuation_ids(make_loaded(bos=False), prompt, continuation)
-    assert continuation_ids(make_loaded(bos=True), prompt, continuation)[0] == [1]
+def test_nothing_to_score_and_nothing_before_it_are_refused():
+    for continuation in ("", " ", "\n"):
+        with pytest.raises(ValueError, match="empty continuation"):
+            continuation_ids(make_loaded(), "Rome stood", continuation)
+    for prompt, continuation in (("", "Rome"), (" ", "Rome"), ("Rom", "e")):
+        with pytest.raises(ValueError, match="no token of"):
+            continuation_ids(make_loaded(bos=False), prompt, continuation)
+        assert continuation_ids(make_loaded(bos=True), prompt, continuation)[0] == [1]
 
 
 # Options
 
 
-@pytest.mark.parametrize("options", [OPTIONS, OPTIONS[:1]], ids=["mixed lengths", "one token"])
-def test_options_equal_the_reference(loaded, options):
-    scores = option_logprobs(loaded, PROMPTS, [options] * len(PROMPTS))
-    expected = [[reference_option(loaded, prompt, option) for option in options] for prompt in PROMPTS]
-    np.testing.assert_allclose(np.stack(scores), expected, atol=TOLERANCE, rtol=0)
+def test_options_equal_the_reference_and_do_not_depend_on_the_batch(loaded):
+    for counts in ([4] * 5, [1] * 5, [1, 2, 3, 4, 1]):
+        options = [OPTIONS[:count] for count in counts]
+        pairs = [(prompt, option) for prompt, some in zip(PROMPTS, options, strict=True) for option in some]
+        expected = [reference_option(loaded, *pair) for pair in pairs]
+        for size in (1, 8):
+            scores = option_logprobs(loaded, PROMPTS, options, batch_size=size)
+            assert [len(row) for row in scores] == counts
+            np.testing.assert_allclose(np.concatenate(scores), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_options_of_a_prompt_are_scored_from_the_same_token_on(loaded):
@@ -127,13 +119,6 @@ def test_options_of_a_prompt_are_scored_from_the_same_token_on(loaded):
     (scores,) = option_logprobs(loaded, [prompt], [options])
     expected = [-reference_loss(loaded, loaded.encode(prompt + option), start).sum() for option in options]
     np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
-
-
-def test_options_do_not_depend_on_the_batch(loaded):
-    options = [OPTIONS[: 1 + k % 4] for k in range(len(PROMPTS))]
-    one, eight = (option_logprobs(loaded, PROMPTS, options, batch_size=size) for size in (1, 8))
-    assert [len(scores) for scores in eight] == [len(choices) for choices in options]
-    np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), atol=TOLERANCE, rtol=0)
 
 
 def test_options_do_not_depend_on_what_runs_beside_them(loaded):
@@ -180,12 +165,23 @@ def test_mixed_lengths_give_numbers(kind, dtype):
 # Texts
 
 
-def test_losses_equal_the_reference(loaded):
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_losses_equal_the_reference_and_those_alone_are_the_same_to_the_bit(loaded, batch_size):
+    """Also with an edit applied; each token is scored once, from its start on; without one nothing diverges."""
+    edit, _ = blank_rows(loaded, " Roman")
     sequences, starts = encoded(loaded)
-    for score, ids, start in zip(sequence_scores(loaded, sequences, starts), sequences, starts, strict=True):
-        np.testing.assert_allclose(score.loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
-        np.testing.assert_array_equal(score.loss, score.base_loss)  # without an edit nothing diverges
-        assert (score.kl == 0).all()
+    scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
+    plain = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
+    base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
+    with edit.applied(loaded):
+        edited = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
+    for k, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        np.testing.assert_allclose(base[k], reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
+        for one in (scores[k].base_loss, plain[k].base_loss, plain[k].loss):
+            np.testing.assert_array_equal(one, base[k])
+        np.testing.assert_array_equal(scores[k].loss, edited[k])
+        assert (plain[k].kl == 0).all()
+    assert any((before != after).any() for before, after in zip(base, edited, strict=True))
 
 
 def test_divergence_equals_the_reference(loaded):
@@ -201,11 +197,8 @@ def test_divergence_equals_the_reference(loaded):
 
 
 def test_texts_do_not_depend_on_the_batch(loaded):
-    edit, _ = blank_rows(loaded, " Roman")
-    one, eight = (
-        sequence_scores(loaded, *encoded(loaded), partial(edit.applied, loaded), batch_size=size) for size in (1, 8)
-    )
-    assert_same_scores(one, eight)
+    edited = partial(blank_rows(loaded, " Roman")[0].applied, loaded)
+    assert_same_scores(*(sequence_scores(loaded, *encoded(loaded), edited, batch_size=size) for size in (1, 8)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -230,32 +223,12 @@ def test_scoring_leaves_the_model_as_it_was(tiny):
     assert weights_hash(tiny.model) == tiny.weights_hash
 
 
-@pytest.mark.parametrize("start", [-1, 0, 3, 4])
-def test_a_text_needs_a_scored_token_after_its_first(start):
-    for score in (sequence_scores, sequence_losses):
+@pytest.mark.parametrize("score", [sequence_scores, sequence_losses])
+def test_no_sequences_have_no_scores_and_a_text_needs_a_scored_token_after_its_first(score):
+    assert score(make_loaded(), [], []) == []
+    for start in (-1, 0, 3, 4):
         with pytest.raises(ValueError, match="at least one scored token"):
             score(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_losses_alone_are_those_of_the_scores_to_the_bit(loaded, batch_size):
-    """Also with an edit applied; each token is scored once, from its start on."""
-    edit, _ = blank_rows(loaded, " Roman")
-    sequences, starts = encoded(loaded)
-    scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
-    base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
-    with edit.applied(loaded):
-        edited = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
-    assert [len(loss) for loss in base] == [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
-    for score, before, after in zip(scores, base, edited, strict=True):
-        np.testing.assert_array_equal(before, score.base_loss)
-        np.testing.assert_array_equal(after, score.loss)
-    assert any((before != after).any() for before, after in zip(base, edited, strict=True))
-
-
-@pytest.mark.parametrize("score", [sequence_scores, sequence_losses])
-def test_no_sequences_have_no_scores(score):
-    assert score(make_loaded(), [], []) == []
 
 
 @pytest.mark.parametrize("limit", [1, 120, 10**9])
