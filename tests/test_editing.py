@@ -264,18 +264,14 @@ def test_apply_refuses_a_model_that_differs_anywhere(tiny, name, as_module):
     assert weights_hash(tiny.model) == before
 
 
-def test_another_dtype_is_refused():
+def test_another_dtype_is_refused_and_a_missing_parameter_named(tiny):
     edit, half = noise_edit(make_loaded(), {EMBED: [5]}), make_loaded(dtype=torch.bfloat16)
     for model in (half, half.model):
         with pytest.raises(WrongWeightsError):
             use(edit, model, "applied")
-
-
-def test_a_missing_parameter_is_named(tiny):
     edit = noise_edit(tiny, {EMBED: [5]})
-    edit = Edit({"model.wte.weight": edit.tensors[EMBED]}, edit.provenance)
     with pytest.raises(WrongWeightsError, match=r"model\.wte\.weight"):
-        use(edit, tiny, "applied")
+        use(Edit({"model.wte.weight": edit.tensors[EMBED]}, edit.provenance), tiny, "applied")
 
 
 @pytest.mark.parametrize("how", ["apply", "applied"])
@@ -340,8 +336,10 @@ def test_then_equals_one_after_the_other(tiny, pair, tmp_path):
 def test_three_edits_in_a_row(tiny):
     first = noise_edit(tiny, {EMBED: [5, 6]})
     second = later_edit(tiny, first, {EMBED: [6, 7]})
-    third = later_edit(tiny, first.then(second), {EMBED: [5, 7, 8]})
+    assert first.then(second).provenance.side == "input"
+    third = later_edit(tiny, first.then(second), {EMBED: [5, 7, 8]}, side="output")
     one, other = first.then(second).then(third), first.then(second.then(third))
+    assert one.provenance.side == other.provenance.side == "both"
     assert not differing(state_with(one, tiny), state_with(other, tiny))
     assert listed(one) == {(EMBED, row) for row in (5, 6, 7, 8)}
 
@@ -353,15 +351,6 @@ def test_then_refuses_an_edit_that_does_not_follow(tiny):
         use(other, tiny, "applied")
     with pytest.raises(WrongWeightsError):
         first.then(other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"), [("input", "input", "input"), ("input", "output", "both"), ("output", "both", "both")]
-)
-def test_a_composition_is_on_the_sides_of_both(tiny, one, other, expected):
-    first = noise_edit(tiny, {EMBED: [5]}, side=one)
-    later = later_edit(tiny, first, {HEAD: [5]}, side=other)
-    assert first.then(later).provenance.side == expected
 
 
 # What an edit is composed of, and its identity
@@ -454,20 +443,15 @@ def test_a_saved_edit_meets_the_reloaded_model(tmp_path):
 
 
 def test_the_files_are_json_safetensors_and_a_card(tiny, tmp_path):
-    edit = noise_edit(tiny, EVERYWHERE)
-    folder = edit.save(tmp_path / "edit")
+    folder, other = (noise_edit(tiny, EVERYWHERE).save(tmp_path / name) for name in "ab")
     assert entries(folder) == FILES
+    assert [(folder / name).read_bytes() for name in FILES] == [(other / name).read_bytes() for name in FILES]
     assert json.loads((folder / "edit.json").read_text())["provenance"]["base_hash"] == tiny.weights_hash
     assert len(load_file(folder / "edit.safetensors")) == 3 * len(EVERYWHERE)
     card = (folder / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {tiny.name}\n")
     for part in (tiny.weights_hash, "Tiny Rome", "seed 7", f"`{EMBED}`: 3 rows", f"`{NORM}`: 1 rows"):
         assert part in card
-
-
-def test_the_same_edit_gives_the_same_bytes(tiny, tmp_path):
-    one, other = (noise_edit(tiny, EVERYWHERE).save(tmp_path / name) for name in "ab")
-    assert [(one / name).read_bytes() for name in FILES] == [(other / name).read_bytes() for name in FILES]
 
 
 def full_disk(*_args) -> None:

@@ -14,6 +14,7 @@ from ember.data.ours import load_concept
 from ember.errors import DamagedFileError, EmberError
 from ember.factorization import Factorization
 from ember.features import ConceptFeatures, concept_features, score_features
+from ember.models.loading import weights_hash
 
 TABLE = pd.DataFrame(
     [
@@ -94,9 +95,10 @@ def test_scores_by_hand(column, values):
 
 
 def test_the_best_feature_comes_first():
-    scores = score_features(TABLE, G)
+    scores = score_features(TABLE, G, top=2)
     assert scores.feature[0] == 1
     assert scores.score.is_monotonic_decreasing and sorted(scores.feature) == [0, 1, 2, 3, 4]
+    assert scores.set_index("feature").top_tokens[2] == "army train-"  # two are shown
 
 
 def test_mass_outside_key_concept_tokens_dilutes_the_score():
@@ -117,10 +119,6 @@ def test_top_tokens_shows_each_form_once():
     table = TABLE.assign(token=["Rome", " army", " Rome", " the", " Rome", ","])
     scores = score_features(table, torch.tensor([[3.0, 1, 2, 0, 1, 0]]).T)
     assert scores.top_tokens[0] == "Rome army Rome-"
-
-
-def test_top_bounds_the_tokens_shown():
-    assert score_features(TABLE, G, top=2).set_index("feature").top_tokens[2] == "army train-"
 
 
 # Selection
@@ -196,9 +194,20 @@ def test_round_trip_of_a_real_fit(tmp_path, tiny, tiny_concept):
     assert_same(ConceptFeatures.load(features.save(tmp_path / "a")), features)
 
 
-def test_numpy_settings_can_be_saved(tmp_path):
-    features = replace(hand_made(), settings={"rank": np.int64(5), "ridge": np.float64(0.1)})
-    assert ConceptFeatures.load(features.save(tmp_path / "a")).settings == {"rank": 5, "ridge": 0.1}
+@pytest.mark.parametrize("name", ["notes.txt", "features.safetensors"])
+def test_what_a_user_keeps_with_features_stays(tmp_path, name):
+    """A file of his, or one of ours that is no longer what was written."""
+    folder = hand_made().save(tmp_path / "a")
+    (folder / name).write_text("mine")
+    with pytest.raises(EmberError, match=rf"{folder} holds other files, or changed ones \({name}\)"):
+        hand_made().save(folder)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_settings_of_numpy_can_be_saved_and_features_replaced(tmp_path):
+    for rank in (np.int64(4), np.int64(5)):
+        replace(hand_made(), settings={"rank": rank, "ridge": np.float64(0.1)}).save(tmp_path / "a")
+    assert ConceptFeatures.load(tmp_path / "a").settings == {"rank": 5, "ridge": 0.1}
 
 
 @pytest.mark.parametrize("file", ["features.json", "features.safetensors"])
@@ -225,7 +234,7 @@ def test_json_of_another_form_is_a_damaged_file(tmp_path, content):
         ConceptFeatures.load(folder)
 
 
-def test_a_missing_folder_is_an_error(tmp_path):
+def test_a_missing_folder_is_an_error_and_not_made(tmp_path):
     with pytest.raises(DamagedFileError, match="nowhere"):
         ConceptFeatures.load(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -273,20 +282,15 @@ def test_the_key_depends_on_the_weights(tiny_concept, cache, fits):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sentences": SENTENCES[:3]}, {"neutral": NEUTRAL[:3]}, {"sentences": SENTENCES[::-1]}]
-)
-def test_the_key_depends_on_the_texts(tiny_concept, cache, fits, change):
+    ("change", "count"),
+    [({"sentences": SENTENCES[:3]}, 2), ({"neutral": NEUTRAL[:3]}, 2), ({"sentences": SENTENCES[::-1]}, 2),
+     ({"questions": (), "paragraphs": ()}, 1)],
+)  # fmt: skip
+def test_the_key_depends_on_the_texts_and_not_on_the_questions(tiny_concept, cache, fits, change, count):
     loaded = make_loaded()
     concept_features(loaded, tiny_concept, **SMALL)
     concept_features(loaded, replace(tiny_concept, **change), **SMALL)
-    assert len(fits) == 2
-
-
-def test_the_key_does_not_depend_on_the_questions(tiny_concept, cache, fits):
-    loaded = make_loaded()
-    concept_features(loaded, tiny_concept, **SMALL)
-    concept_features(loaded, replace(tiny_concept, questions=(), paragraphs=()), **SMALL)
-    assert len(fits) == 1
+    assert len(fits) == count
 
 
 def test_a_damaged_cache_is_an_error(tiny_concept, cache):
@@ -301,15 +305,10 @@ def test_a_damaged_cache_is_an_error(tiny_concept, cache):
 def test_it_factorizes_the_scaled_embeddings(tiny, tiny_concept):
     """At full rank and without sparsity the product is what was factorized."""
     features = concept_features(tiny, tiny_concept, cache=False, **SMALL | {"rank": 32, "sparsity": 1.0})
+    assert weights_hash(tiny.model) == tiny.weights_hash  # the model is left alone
     rows = tiny.embedding.detach()[features.table.token_id.tolist()]
     product = features.factorization.G @ features.factorization.F.T
     torch.testing.assert_close(product, rows * tiny.embedding_scale, rtol=1e-2, atol=1e-2)
-
-
-def test_the_fit_leaves_the_model_alone(tiny, tiny_concept):
-    before = tiny.embedding.detach().clone()
-    concept_features(tiny, tiny_concept, cache=False, **SMALL)
-    assert torch.equal(tiny.embedding, before)
 
 
 @pytest.mark.embedded

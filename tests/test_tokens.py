@@ -95,33 +95,22 @@ def keyness(loaded, monkeypatch) -> pd.DataFrame:
     return table_of(loaded, sentences, [" train"])
 
 
-def test_a_token_as_frequent_as_expected_is_not_key(keyness):
-    row = keyness.loc[" the"]
-    assert (row.concept_count, row.expected) == (50, 50)
-    assert row.keyness == pytest.approx(0, abs=1e-12)
-    assert not row.key and row.ordinary
-
-
-def test_a_token_rarer_than_expected_is_not_key(keyness):
-    """Its log-likelihood ratio passes the threshold, from the other side."""
-    observed, expected = 20, 60
-    assert 2 * (observed * math.log(observed / expected) - (observed - expected)) > KEY_G2
-    row = keyness.loc[" train"]
-    assert row.keyness == pytest.approx(math.log2(20.5 / 60.5))
-    assert not row.key and row.ordinary
-
-
-def test_a_repeated_rare_word_is_key(keyness):
-    row = keyness.loc[" Rome"]
-    assert row.keyness == pytest.approx(math.log2(20.5 / (1e-4 + 0.5)))
-    assert row.key and not row.ordinary
-    assert row.zipf == pytest.approx(3)
-
-
-def test_a_rare_word_seen_once_is_not_key(keyness):
-    row = keyness.loc[" Caesar"]
-    assert 2 * (math.log(1 / 2e-3) - (1 - 2e-3)) < KEY_G2
-    assert row.keyness > 1 and not row.key
+@pytest.mark.parametrize(
+    ("token", "count", "expected", "key", "ordinary"),
+    [
+        (" the", 50, 50, False, True),  # as frequent as expected
+        (" train", 20, 60, False, True),  # rarer: its log-likelihood ratio passes the threshold from the other side
+        (" Rome", 20, 1e-4, True, False),  # rare and repeated
+        (" Caesar", 1, 2e-3, False, True),  # seldom expected, but seen once
+    ],
+)
+def test_keyness_by_hand(keyness, token, count, expected, key, ordinary):
+    row = keyness.loc[token]
+    assert (row.concept_count, row.expected) == (count, pytest.approx(expected))
+    assert row.keyness == pytest.approx(math.log2((count + 0.5) / (expected + 0.5)), abs=1e-12)
+    g2 = 2 * (count * math.log(count / expected) - (count - expected))
+    assert (bool(row.key), bool(row.ordinary)) == (key, ordinary) and (g2 > KEY_G2) == (token in (" train", " Rome"))
+    assert keyness.zipf[" Rome"] == pytest.approx(3)
 
 
 @pytest.mark.parametrize(("count", "key"), [(1, False), (2, True)])
@@ -179,29 +168,15 @@ def test_background_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
 # Preview
 
 
-@pytest.fixture
-def preview(tiny, tiny_concept) -> tuple[LoadedModel, dict[int, torch.Tensor], pd.DataFrame]:
+def test_preview_begins_with_the_largest_change(tiny, tiny_concept):
+    """The rows are the tokens' own, in the columns that a reader needs."""
     table = token_table(tiny, tiny_concept.sentences, tiny_concept.neutral)
     ids = [tiny.encode(f" {word}")[0] for word in ("Rome", "Romans", "train")]
-    change = {i: torch.full((32,), float(k)) for i, k in zip(ids, (2, -3, 1), strict=True)}
-    return tiny, change, preview_rows(tiny, table, change)
-
-
-def test_preview_has_the_columns_a_reader_needs(preview):
+    rows = preview_rows(tiny, table, {i: torch.full((32,), float(k)) for i, k in zip(ids, (2, -3, 1), strict=True)})
     columns = ["token_id", "token", "role", "norm", "change", "concept_count", "neutral_count", "zipf", "ordinary"]
-    assert preview[2].columns.tolist() == columns
-
-
-def test_preview_begins_with_the_largest_change(preview):
-    rows = preview[2]
+    assert rows.columns.tolist() == columns and rows.index.tolist() == [0, 1, 2] and set(rows.token_id) == set(ids)
     assert rows.token.tolist() == [" Romans", " Rome", " train"]
     np.testing.assert_allclose(rows.change, math.sqrt(32) * np.array([3, 2, 1]), rtol=1e-6)
-    assert rows.index.tolist() == [0, 1, 2]
-
-
-def test_preview_rows_are_the_tokens_own(preview):
-    tiny, change, rows = preview
-    assert set(rows.token_id) == set(change)
     assert rows.role.tolist() == ["concept", "concept", "neutral"]
     assert rows.concept_count.tolist() == [2, 3, 0]
     np.testing.assert_allclose(rows.norm, [float(tiny.embedding[i].detach().norm()) for i in rows.token_id], rtol=1e-6)
