@@ -68,12 +68,12 @@ class Texts:
         """
         asked = content_stems(question.question)
         total = sum(weight.get(word, 0.0) for word in asked)
-        found = []
-        for k in self.holding(question):
-            shared = asked & self.content[k]
-            if len(shared) >= min(2, len(asked)) and sum(weight.get(word, 0.0) for word in shared) >= total / 2:
-                found.append(k)
-        return found
+        said = {k: asked & self.content[k] for k in self.holding(question)}
+        return [
+            k
+            for k, words in said.items()
+            if len(words) >= min(2, len(asked)) and sum(weight.get(word, 0.0) for word in words) >= total / 2
+        ]
 
 
 def rarity(texts: Sequence[frozenset[str]]) -> dict[str, float]:
@@ -86,14 +86,19 @@ def alike(first: Sequence[frozenset[str]], second: Sequence[frozenset[str]]) -> 
     """Weighted Jaccard similarity of content words, [len(first), len(second)], in 0..1; rare words count more."""
     weight = rarity([*first, *second])
     column = {word: k for k, word in enumerate(weight)}
-    first_in, second_in = (np.zeros((len(texts), len(column)), np.float32) for texts in (first, second))
-    for matrix, texts in ((first_in, first), (second_in, second)):
-        for row, text in enumerate(texts):
-            matrix[row, [column[word] for word in text]] = 1
+    first_in, second_in = (_indicators(texts, column) for texts in (first, second))
     weights = np.array(list(weight.values()), np.float32).clip(0)
     both = (first_in * weights) @ second_in.T
     either = (first_in @ weights)[:, None] + (second_in @ weights)[None, :] - both
     return np.where(either > 0, both / np.where(either > 0, either, 1), 0.0)
+
+
+def _indicators(texts: Sequence[frozenset[str]], column: Mapping[str, int]) -> np.ndarray:
+    """Which words each text holds, [texts, words]."""
+    held = np.zeros((len(texts), len(column)), np.float32)
+    for row, text in enumerate(texts):
+        held[row, [column[word] for word in text]] = 1
+    return held
 
 
 def paraphrases(first: Sequence[Question], second: Sequence[Question]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ Listed = Annotated[tuple[T, ...], Field(strict=False)]  # YAML and JSON know lis
 
 _WANTED = {"string_type": "text", "string_pattern_mismatch": "text", "tuple_type": "a list", "model_type": "an object"}
 _WANTED |= {"list_type": "a list", "dict_type": "an object", "dataclass_type": "an object"}
+_WANTED |= {"too_short": "a longer list", "too_long": "a shorter list"}
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
