@@ -28,48 +28,38 @@ MASKS[0, [0, 1, 4, 11]] = True
 MASKS[1, [3, 5, 11]] = True
 
 
-def written(k: int) -> torch.Tensor:
-    """The unit direction that feature k writes."""
-    direction = sum(FEATURES[j, k] * MATRIX[j] for j in range(12))
-    return direction / direction.norm()
+WRITTEN = torch.nn.functional.normalize((MATRIX.T @ FEATURES).T, dim=1)  # the unit direction that each writes
 
 
 def test_a_full_projection_leaves_nothing_of_any_feature_a_neuron_carries():
     new = project_out(MATRIX, FEATURES, MASKS, 1.0)
-    for k in range(2):
-        assert (MATRIX[MASKS[k]] @ written(k)).abs().min() > 1e-2
-        assert (new[MASKS[k]] @ written(k)).abs().max() < 1e-5
+    for mask, direction in zip(MASKS, WRITTEN, strict=True):
+        assert (MATRIX[mask] @ direction).abs().min() > 1e-2
+        assert (new[mask] @ direction).abs().max() < 1e-5
     free = ~MASKS.any(0)
     assert torch.equal(new[free], MATRIX[free])
     only_first = MASKS[0] & ~MASKS[1]
-    assert ((new - MATRIX)[only_first] @ written(1)).abs().max() > 1e-2  # not orthogonalized away
+    assert ((new - MATRIX)[only_first] @ WRITTEN[1]).abs().max() > 1e-2  # not orthogonalized away
 
 
-def test_a_projection_of_strength_zero_changes_no_bit():
-    assert torch.equal(project_out(MATRIX, FEATURES, MASKS, 0.0), MATRIX)
-
-
-@pytest.mark.parametrize("delta", [0.5, 1.0, 2.0, 4.0, 7.0])
+@pytest.mark.parametrize("delta", [0.0, 0.5, 1.0, 2.0, 4.0, 7.0])
 def test_a_projection_scales_the_component_and_keeps_the_rest(delta):
     """By 1 − δ, so that 4 triples it with the sign flipped; against a loop over neurons."""
-    f = written(0)
-    new = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
-    expected = MATRIX.clone()
+    f, new, expected = WRITTEN[0], project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta), MATRIX.clone()
     for j in MASKS[0].nonzero().flatten():
         expected[j] = MATRIX[j] - delta * f * sum(f[i] * MATRIX[j, i] for i in range(8))
     torch.testing.assert_close(new, expected, atol=1e-5, rtol=0)
-    old = MATRIX[MASKS[0]]
-    torch.testing.assert_close(new[MASKS[0]] @ f, (1 - delta) * (old @ f), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((new @ f)[MASKS[0]], (1 - delta) * (MATRIX @ f)[MASKS[0]], atol=1e-5, rtol=1e-5)
     across = torch.eye(8) - torch.outer(f, f)
-    torch.testing.assert_close(new[MASKS[0]] @ across, old @ across, atol=1e-5, rtol=0)
+    torch.testing.assert_close(new @ across, MATRIX @ across, atol=1e-5, rtol=0)
+    assert delta or torch.equal(new, MATRIX)
 
 
-def test_a_feature_found_twice_is_projected_out_once():
+@pytest.mark.parametrize("delta", [1.0, 4.0])
+def test_a_feature_found_twice_is_projected_out_once(delta):
     twice = torch.cat([FEATURES[:, :1], 3 * FEATURES[:, :1]], 1)
-    masks = MASKS[:1].expand(2, -1)
-    for delta in (1.0, 4.0):
-        once = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
-        torch.testing.assert_close(project_out(MATRIX, twice, masks, delta), once, atol=1e-4, rtol=0)
+    once = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
+    torch.testing.assert_close(project_out(MATRIX, twice, MASKS[:1].expand(2, -1), delta), once, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 0.95, 1.0])
@@ -80,10 +70,10 @@ def test_carriers_are_the_smallest_set_that_covers_the_mass(mass, seed):
     share = column.abs() / column.abs().sum()
     subsets = (s for size in range(9) for s in itertools.combinations(range(8), size))
     smallest = next(len(s) for s in subsets if share[list(s)].sum() >= mass - 1e-6)
-    found = carriers(column, mass)
-    assert int(found.sum()) == smallest
-    assert share[found].sum() >= mass - 1e-6
-    assert not found[[2, 5]].any()
+    mask = carriers(column, mass)
+    assert int(mask.sum()) == smallest
+    assert share[mask].sum() >= mass - 1e-6
+    assert not mask[[2, 5]].any()
 
 
 CARRIERS = {3: 3.0, 17: 2.5, 40: 2.0}
@@ -110,8 +100,8 @@ def planted(cache, monkeypatch) -> list:
 
 @pytest.mark.parametrize("band", snmf.BANDS)
 def test_every_band_of_a_shallow_model_holds_a_layer(tiny, cache, band):
-    fits = snmf.factorize(tiny, make_concept(), SnmfConfig(band=band, rank=3, tokens=20, max_iter=2), seed=0)
-    assert set(fits) == {"early": {0}, "middle": {0}, "late": {1}}[band]
+    fits, table = snmf.factorize(tiny, make_concept(), SnmfConfig(band=band, rank=3, tokens=20, max_iter=2), seed=0)
+    assert set(fits) == set(table.layer) == {"early": {0}, "middle": {0}, "late": {1}}[band]
 
 
 PLANTED = {"band": "late", "rank": 3, "sparsity": 3 / 64, "features": 1, "min_keyness": 1.0}
@@ -124,13 +114,13 @@ def test_a_planted_feature_is_found_and_projected_out(tiny, planted, side):
     (about,) = edit.provenance.config["selected"]
     assert set(about["top_tokens"].split()[:3]) == {"Rome", "Roman", "Romans"}
     assert [sorted(texts) for texts in planted] == [sorted(SENTENCES), sorted(NEUTRAL)]
-    name = DOWN.format(1) if side == "out" else "model.layers.1.mlp.up_proj.weight"
+    name = {"out": DOWN.format(1), "in": "model.layers.1.mlp.up_proj.weight"}[side]
     assert set(edit.tensors) == {name}
-    old, new = snapshot(tiny)[name], state_with(edit, tiny)[name]
-    old, new = (old.T, new.T) if side == "out" else (old, new)  # one row a neuron
+    states = (snapshot(tiny)[name], state_with(edit, tiny)[name])
+    old, new = (state.T if side == "out" else state for state in states)  # one row a neuron
     changed = (old != new).any(1).nonzero().flatten().tolist()
     assert changed == list(CARRIERS)
-    F = snmf.factorize(tiny, make_concept(), SnmfConfig(**PLANTED), seed=42)[1].F[:, about["feature"]]
+    F = snmf.factorize(tiny, make_concept(), SnmfConfig(**PLANTED), seed=42)[0][1][:, about["feature"]]
     direction = torch.nn.functional.normalize(old.T @ F, dim=0)
     assert (old[changed] @ direction).abs().min() > 1e-2
     assert (new[changed] @ direction).abs().max() < 1e-5
@@ -149,15 +139,13 @@ def test_no_strength_means_no_change(tiny, planted, tmp_path):
     ids=str,
 )
 def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache, change):
-    settings = {"band": "late", "rank": 5, "sparsity": 0.1, "max_iter": 20, "patience": 20, "tol": 1e-9, "seed": 0}
+    settings = {"band": "late", "rank": 5, "sparsity": 0.1, "max_iter": 20, "patience": 20, "tol": 1e-9}
 
-    def fit(changes) -> torch.Tensor:
-        chosen = settings | changes
-        seed = chosen.pop("seed")
-        (found,) = snmf.factorize(tiny, make_concept(), SnmfConfig(**chosen), seed=seed).values()
-        return found.F
+    def fit(seed=0, **changes) -> torch.Tensor:
+        (F,) = snmf.factorize(tiny, make_concept(), SnmfConfig(**settings | changes), seed=seed)[0].values()
+        return F
 
-    one, again, other = fit({}), fit({}), fit(change)
+    one, again, other = fit(), fit(), fit(**change)
     assert torch.equal(one, again)
     assert one.shape != other.shape or not torch.equal(one, other)
 
