@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ Split = Literal["train", "test"]
 Wrong = Annotated[Listed[Text], AfterValidator(_three_wrong)]
 
 
+@cache
 def question_row(*sets: str) -> Any:
     """The model of a question as our files hold it, in one of these sets."""
     fields: dict[str, Any] = dict.fromkeys(("id", "question", "answer"), Text)
