@@ -152,8 +152,8 @@ def concept_features(
         return replace(kept, scores=score_features(kept.table, kept.factorization.G))
     table = token_table(loaded, *texts)
     X = scaled_rows(loaded, table, precision)
-    found = sparse_mf(X, progress=progress, **settings)
-    factorization = replace(found, F=found.F.float(), G=found.G.float())
+    exact = sparse_mf(X, progress=progress, **settings)
+    factorization = replace(exact, F=exact.F.float(), G=exact.G.float())
     scores = score_features(table, factorization.G)
     features = ConceptFeatures(
         concept.name, loaded.name, loaded.weights_hash, table, factorization, scores, chosen | about_model(loaded)

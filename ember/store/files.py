@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # files are read without it
     from torch import Tensor
 
 MANIFEST = "ember.json"
+LAYOUT = b"2\0"  # of cached folders; in every key, so that those of an older layout are left alone
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def digest(*parts: object) -> str:
     TypeError
         If a part is or holds an array, a tensor or a table, whose representation leaves most of it out.
     """
-    running = hashlib.sha256()
+    running = hashlib.sha256(LAYOUT)
     for part in parts:
         _refuse_abridged(part)
         running.update(part if isinstance(part, bytes) else repr(part).encode())
