@@ -430,14 +430,11 @@ QUESTIONS = [q for q in make_concept().questions if q.split == "test"]
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ('{"correct": true}', 1.0),
-        ('```json\n{"correct": false}\n```', 0.0),
+        ('{"correct": true}', 1.0), ('```json\n{"correct": false}\n```', 0.0), ('{"correct": 1}', np.nan),
         ('<think>{"correct": true}?</think>The {answer} is wrong: {"correct": false}', 0.0),
-        ('{"correct": 1}', np.nan),
-        ('{"correct": "yes"}', np.nan),
-        ("yes", np.nan),
+        ('{"correct": "yes"}', np.nan), ("yes", np.nan),
     ],
-)
+)  # fmt: skip
 def test_open_answers_are_right_wrong_or_missing(endpoint, text, value):
     endpoint.answer = lambda prompt: text
     judged = judge_open_answers(judge_for(endpoint), QUESTIONS[:2], ["in Gaul", ""])
@@ -465,11 +462,7 @@ def test_the_judge_sees_question_reference_and_answer(endpoint):
     [
         ('{"instruction": 2, "fluency": 0}', (2, 0)),
         ('{"instruction": 1.0, "fluency": 2}', (1, 2)),
-        ('{"instruction": 3, "fluency": 1}', None),
-        ('{"instruction": -1, "fluency": 1}', None),
-        ('{"instruction": 1.5, "fluency": 1}', None),
-        ('{"instruction": true, "fluency": 1}', None),
-        ('{"instruction": NaN, "fluency": 1}', None),
+        *((f'{{"instruction": {bad}, "fluency": 1}}', None) for bad in ("3", "-1", "1.5", "true", "NaN")),
         ('{"instruction": 1}', None),
     ],
 )
