@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from ember.errors import EmberError
 from ember.judging.replies import Entry, Read, Verdict, content, json_or_none, used
@@ -160,7 +160,8 @@ class Judge:
             limit = f"max_wait is {config.max_wait:g} s"
             raise EmberError(f"{config.url} asks to wait {asked:.0f} s, and {limit}: {self._said(error)}")
         # Jitter, so that requests side by side do not all come back at once.
-        return max(asked, wait_exponential_jitter(config.backoff, config.max_wait, jitter=config.backoff)(state))
+        growing = wait_exponential(config.backoff, config.max_wait) + wait_random(0, config.backoff)
+        return max(asked, growing(state))
 
     def _attempt(self, client: httpx.Client, messages: list[dict[str, str]]) -> Any:
         config = self.config
