@@ -279,7 +279,7 @@ def main() -> None:
     table = pd.read_csv(path) if arguments.only and path.exists() else pd.DataFrame(columns=COLUMNS)
     with threads(os.cpu_count() or 1):
         loaded = load_model("smollm2-135m")
-        for name in bar([name for name in PARTS if name in only], show=True, desc="benchmarks"):
+        for name in bar([name for name in PARTS if name in only], desc="benchmarks"):
             table = renewed(table, pd.DataFrame(PARTS[name](loaded, arguments.repeats), columns=COLUMNS))
         if "growth" in only:
             grown = growth(loaded)

@@ -71,7 +71,7 @@ def read_texts(folder: Path) -> Concept:
 
 def known(loaded: LoadedModel, questions: list[Question]) -> list[Question]:
     """Those the rule keeps."""
-    asked = question_scores(loaded, questions, prompt=SCREEN, progress=True)
+    asked = question_scores(loaded, questions, prompt=SCREEN)
     blind = blind_scores(loaded, questions, prompt=SCREEN)
     screen, empty = (frame[frame.metric == "gold_prob"].set_index("item").value for frame in (asked, blind))
     return [q for q in questions if screen[q.id] >= FLOOR and screen[q.id] > empty[q.id]]

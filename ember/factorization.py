@@ -57,7 +57,6 @@ def sparse_mf(
     tol: float = 1e-4,
     seed: int = 42,
     init: torch.Tensor | None = None,
-    progress: bool = False,
 ) -> Factorization:
     """Sparse matrix factorization of embeddings (paper, section 3).
 
@@ -80,8 +79,6 @@ def sparse_mf(
         a fixed point nothing follows.
     seed, init
         ``init`` is G₀ [n, K]; by default standard normal from ``seed``, drawn on the CPU.
-    progress
-        Show a progress bar.
 
     Raises
     ------
@@ -91,7 +88,7 @@ def sparse_mf(
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[0])
     iterates = _sparse_iterates(X, _start(X, rank, seed, init), kept, ridge)
-    return _best_of(X, iterates, max_iter, patience, tol, progress)
+    return _best_of(X, iterates, max_iter, patience, tol)
 
 
 def _sparse_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
@@ -124,7 +121,6 @@ def semi_nmf(
     tol: float = 1e-4,
     seed: int = 42,
     init: torch.Tensor | None = None,
-    progress: bool = False,
 ) -> Factorization:
     """Semi-non-negative factorization X ≈ G Fᵀ with G ≥ 0 and sparse F (SNMF's half; Ding et al. 2010).
 
@@ -139,7 +135,7 @@ def semi_nmf(
     start = _start(X, rank, seed, init)
     if init is not None and bool((start < 0).any()):
         raise ValueError("init of semi_nmf must be non-negative")
-    return _best_of(X, _semi_iterates(X, start.abs(), kept, ridge), max_iter, patience, tol, progress)
+    return _best_of(X, _semi_iterates(X, start.abs(), kept, ridge), max_iter, patience, tol)
 
 
 def _semi_iterates(X: torch.Tensor, G: torch.Tensor, kept: int, ridge: float) -> Iterator["_Iterate"]:
@@ -225,14 +221,12 @@ def _solve(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Ten
     return solution
 
 
-def _best_of(
-    X: torch.Tensor, iterates: Iterator[_Iterate], max_iter: int, patience: int, tol: float, progress: bool
-) -> Factorization:
+def _best_of(X: torch.Tensor, iterates: Iterator[_Iterate], max_iter: int, patience: int, tol: float) -> Factorization:
     """Iterate until it stops paying; return the best pair seen."""
     curve: list[float] = []
     best = last = None
     total, lowest, since, settled, converged = _squared(X), math.inf, 0, 0, False
-    with bar(total=max_iter, show=progress, desc="factorize") as shown:
+    with bar(total=max_iter, desc="factorize") as shown:
         while len(curve) < max_iter and not converged:
             iterate = next(iterates)
             curve.append(iterate.loss(X, total))

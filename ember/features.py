@@ -127,7 +127,6 @@ def concept_features(
     rank: int = 300,
     seed: int = 42,
     precision: str = "float64",
-    progress: bool = False,
     cache: bool = True,
     **fit: Any,
 ) -> ConceptFeatures:
@@ -152,7 +151,7 @@ def concept_features(
         return replace(kept, scores=score_features(kept.table, kept.factorization.G))
     table = token_table(loaded, *texts)
     X = scaled_rows(loaded, table, precision)
-    exact = sparse_mf(X, progress=progress, **settings)
+    exact = sparse_mf(X, **settings)
     factorization = replace(exact, F=exact.F.float(), G=exact.G.float())
     scores = score_features(table, factorization.G)
     features = ConceptFeatures(

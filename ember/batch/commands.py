@@ -90,7 +90,7 @@ def fetch(options: argparse.Namespace) -> int:
     from ember.batch.profiles import load_profile
 
     profile = load_profile(options.profile)
-    prefetch(profile, Path(options.record) if options.record else None, progress=sys.stderr.isatty())
+    prefetch(profile, Path(options.record) if options.record else None)
     print(f"{profile.name}: {profile.model} and data are ready; the runs need no connection")
     return 0
 
@@ -120,7 +120,7 @@ def preview(options: argparse.Namespace) -> int:
     from ember.methods.ember import preview as changed_rows
 
     loaded, concept, config = _load(options)
-    rows = changed_rows(loaded, concept, config, seed=options.seed, progress=True)
+    rows = changed_rows(loaded, concept, config, seed=options.seed)
     print(rows.to_string(index=False, float_format="%.2f"))
     print(f"{len(rows)} rows would change; {rows.ordinary.mean():.0%} of them belong to ordinary words")
     return 0
@@ -131,7 +131,7 @@ def erase(options: argparse.Namespace) -> int:
     from ember.methods import METHODS
 
     loaded, concept, config = _load(options)
-    edit = METHODS["ember"].run(loaded, concept, config, seed=options.seed, progress=True)
+    edit = METHODS["ember"].run(loaded, concept, config, seed=options.seed)
     folder = edit.save(options.output)
     print(f"{len(edit.changed())} rows of {loaded.name} edited; saved in {folder}")
     return 0

@@ -18,7 +18,7 @@ from ember.store.files import write_text
 from ember.store.progress import bar
 
 
-def prefetch(profile: Profile, record: Path | None = None, *, progress: bool = False) -> None:
+def prefetch(profile: Profile, record: Path | None = None) -> None:
     """Fill the caches with a profile's model, data and released autoencoders.
 
     ``record`` is a file that, written last, says which copy of the model the profile's runs start from.
@@ -36,7 +36,7 @@ def prefetch(profile: Profile, record: Path | None = None, *, progress: bool = F
     folder = _model(profile.model)
     # One at a time: together they may be larger than the memory of the machine that fetches.
     nowhere: Any = SimpleNamespace(device="cpu")
-    for source, kind, layer in bar(sorted(set(_released(profile))), show=progress, desc="autoencoders"):
+    for source, kind, layer in bar(sorted(set(_released(profile))), desc="autoencoders"):
         load_saes(nowhere, nowhere, kind, [layer], source=source)
     if record:
         write_text(record, json.dumps({"model": profile.model, "folder": folder.name}) + "\n")

@@ -96,7 +96,7 @@ class Run:
     def base(self, split: str) -> Evaluation:
         """The evaluation of the unedited model on a split of the suite, which all notebooks and arms share."""
         key = self.cache.key(self.loaded, code_hash(ERASE), self.suite, split, "base")
-        return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, progress=True))
+        return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split))
 
     def evaluation(self, split: str, edit: Callable[[], Edit], *parts: object) -> Evaluation:
         """The evaluation of an edit on a split of the suite; the edit is made only if it is not in the cache.
@@ -104,7 +104,7 @@ class Run:
         ``parts`` must name whatever decides the edit, besides the weights and this notebook's code.
         """
         key = self.cache.key(self.loaded, code_hash(self.notebook), self.suite, split, *parts)
-        return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, edit(), progress=True))
+        return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, edit()))
 
     def saved_edit(self, arm: Arm | None = None) -> Edit:
         """The edit that ``03_erase_concept`` saved for an arm (by default this run's), model, concept and seed.

@@ -29,9 +29,7 @@ class Evaluation:
     samples: pd.DataFrame
 
 
-def evaluate(
-    loaded: LoadedModel, suite: Suite, split: str, edit: Edit | None = None, *, progress: bool = False
-) -> Evaluation:
+def evaluate(loaded: LoadedModel, suite: Suite, split: str, edit: Edit | None = None) -> Evaluation:
     """Score the model, with ``edit`` applied if given, on one split of the suite.
 
     Per item of a question set: ``correct`` (the right option has the highest log-likelihood per character),
@@ -49,21 +47,21 @@ def evaluate(
     # Applied once for everything that needs the edited model alone: an edit of whole matrices is not cheap to apply.
     with applying(loaded, edit):
         questions = [q for chosen in suite.questions.values() for q in chosen[split]]
-        scored = question_scores(loaded, questions, progress=progress)
+        scored = question_scores(loaded, questions)
         frames = [scored.assign(set=np.repeat([q.set for q in questions], len(scored) // len(questions)))]
         if size.letters:
-            lettered = letter_scores(loaded, questions, progress=progress)
+            lettered = letter_scores(loaded, questions)
             frames.append(lettered.assign(set=np.repeat([q.set for q in questions], 2)))
         if not size.divergence:
             frames += [
-                _loss_rows(names, sequence_losses(loaded, texts, starts, progress=progress)).assign(set=name)
+                _loss_rows(names, sequence_losses(loaded, texts, starts)).assign(set=name)
                 for name, (names, texts, starts) in sequences.items()
             ]
-        outputs = generate_greedy(loaded, asked, max_new_tokens=size.new_tokens, progress=progress)
+        outputs = generate_greedy(loaded, asked, max_new_tokens=size.new_tokens)
     if size.divergence:
         for name, (names, texts, starts) in sequences.items():
-            frames.append(_divergence_rows(loaded, names, texts, starts, edit, progress).assign(set=name))
-    generated, samples = _generation_scores(loaded, prompts, asked, outputs, progress)
+            frames.append(_divergence_rows(loaded, names, texts, starts, edit).assign(set=name))
+    generated, samples = _generation_scores(loaded, prompts, asked, outputs)
     frames.append(generated.assign(set="generation"))
     items = pd.concat([f for f in frames if len(f)], ignore_index=True)[["set", "item", "metric", "value"]]
     return Evaluation(items, samples)
@@ -82,12 +80,7 @@ def _sequences(
 
 
 def question_scores(
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    edit: Edit | None = None,
-    *,
-    prompt: str = PROMPT,
-    progress: bool = False,
+    loaded: LoadedModel, questions: Sequence[Question], edit: Edit | None = None, *, prompt: str = PROMPT
 ) -> pd.DataFrame:
     """Item scores of multiple-choice questions: item, metric, value.
 
@@ -98,7 +91,7 @@ def question_scores(
     prompts = [prompt.format(question=q.question) for q in questions]
     options = [[f" {option}" for option in q.options] for q in questions]
     with applying(loaded, edit):
-        totals = option_logprobs(loaded, prompts, options, progress=progress)
+        totals = option_logprobs(loaded, prompts, options)
     return _question_rows(questions, totals)
 
 
@@ -128,12 +121,10 @@ def blind_scores(loaded: LoadedModel, questions: Sequence[Question], *, prompt: 
     return _question_rows(questions, [np.array([known[option] for option in q.options]) for q in questions])
 
 
-def text_scores(
-    loaded: LoadedModel, texts: Sequence[str], edit: Edit | None = None, *, progress: bool = False
-) -> pd.DataFrame:
+def text_scores(loaded: LoadedModel, texts: Sequence[str], edit: Edit | None = None) -> pd.DataFrame:
     """``loss`` and ``kl`` (nats per token, the first token is not scored) of raw texts; items are their positions."""
     names, sequences = [str(i) for i in range(len(texts))], [loaded.encode(text) for text in texts]
-    return _divergence_rows(loaded, names, sequences, [1] * len(texts), edit, progress)
+    return _divergence_rows(loaded, names, sequences, [1] * len(texts), edit)
 
 
 def _divergence_rows(
@@ -142,10 +133,9 @@ def _divergence_rows(
     sequences: Sequence[Sequence[int]],
     starts: Sequence[int],
     edit: Edit | None,
-    progress: bool,
 ) -> pd.DataFrame:
     edited = partial(edit.applied, loaded) if edit else None
-    scores = sequence_scores(loaded, sequences, starts, edited, progress=progress)
+    scores = sequence_scores(loaded, sequences, starts, edited)
     return _loss_rows(names, [score.loss for score in scores], [score.kl for score in scores])
 
 
@@ -158,17 +148,11 @@ def _loss_rows(
 
 
 def _generation_scores(
-    loaded: LoadedModel,
-    instructions: Sequence[Instruction],
-    prompts: list[list[int]],
-    outputs: list[list[int]],
-    progress: bool,
+    loaded: LoadedModel, instructions: Sequence[Instruction], prompts: list[list[int]], outputs: list[list[int]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of generated token ids under the model as it is now, and the texts."""
     filled = [k for k, output in enumerate(outputs) if output]
-    scores = sequence_losses(
-        loaded, [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled], progress=progress
-    )
+    scores = sequence_losses(loaded, [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled])
     losses = dict(zip(filled, (float(loss.mean()) for loss in scores), strict=True))
     texts = [loaded.decode(output) for output in outputs]
     rows = []
@@ -184,16 +168,11 @@ def _generation_scores(
 
 
 def generate_samples(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    edit: Edit | None = None,
-    *,
-    max_new_tokens: int = 40,
-    progress: bool = False,
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], edit: Edit | None = None, *, max_new_tokens: int = 40
 ) -> list[list[int]]:
     """Greedy continuations (token ids) of tokenized prompts, with ``edit`` applied if given."""
     with applying(loaded, edit):
-        return generate_greedy(loaded, prompts, max_new_tokens=max_new_tokens, progress=progress)
+        return generate_greedy(loaded, prompts, max_new_tokens=max_new_tokens)
 
 
 def distinct_trigrams(text: str) -> float:

@@ -35,38 +35,26 @@ def read_letter(text: str) -> str:
 
 
 def letter_answers(
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    edit: Edit | None = None,
-    *,
-    batch_size: int = 16,
-    progress: bool = False,
+    loaded: LoadedModel, questions: Sequence[Question], edit: Edit | None = None, *, batch_size: int = 16
 ) -> list[str]:
     """The letter given to each question, greedily in at most four tokens after the chat template; empty for none."""
     prompts = [loaded.encode_chat(letter_prompt(question)) for question in questions]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))  # little padding
     with applying(loaded, edit):
-        outputs = generate_greedy(
-            loaded, [prompts[k] for k in order], max_new_tokens=NEW_TOKENS, batch_size=batch_size, progress=progress
-        )
+        outputs = generate_greedy(loaded, [prompts[k] for k in order], max_new_tokens=NEW_TOKENS, batch_size=batch_size)
     letters = dict(zip(order, (read_letter(loaded.decode(output)) for output in outputs), strict=True))
     return [letters[k] for k in range(len(prompts))]
 
 
 def letter_scores(
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    edit: Edit | None = None,
-    *,
-    batch_size: int = 16,
-    progress: bool = False,
+    loaded: LoadedModel, questions: Sequence[Question], edit: Edit | None = None, *, batch_size: int = 16
 ) -> pd.DataFrame:
     """Item scores of letter answers: item, metric, value; a question's two rows stand together.
 
     ``letter_correct`` is 1 for the right option's letter (paper, section 4), ``letter_valid`` for any letter. No letter
     is a wrong answer.
     """
-    given = letter_answers(loaded, questions, edit, batch_size=batch_size, progress=progress)
+    given = letter_answers(loaded, questions, edit, batch_size=batch_size)
     rows = []
     for question, letter in zip(questions, given, strict=True):
         rows += [

@@ -18,12 +18,7 @@ DISTANCES = ("none before", "1", "2-4", "5-16", "17 or more")
 
 
 def token_changes(
-    loaded: LoadedModel,
-    edit: Edit,
-    texts: Mapping[str, Sequence[str]],
-    marked: Collection[int],
-    *,
-    progress: bool = False,
+    loaded: LoadedModel, edit: Edit, texts: Mapping[str, Sequence[str]], marked: Collection[int]
 ) -> pd.DataFrame:
     """What the edit does to the prediction of every token but the first of each text.
 
@@ -45,7 +40,7 @@ def token_changes(
     for name, chosen in texts.items():
         sequences = [loaded.encode(text) for text in chosen]
         edited = partial(edit.applied, loaded)
-        scores = sequence_scores(loaded, sequences, [1] * len(sequences), edited, progress=progress)
+        scores = sequence_scores(loaded, sequences, [1] * len(sequences), edited)
         for number, (ids, score) in enumerate(zip(sequences, scores, strict=True)):
             hits = np.array([i in marked for i in ids])
             last = np.maximum.accumulate(np.where(hits, np.arange(len(ids)), -1))[:-1]

@@ -43,7 +43,6 @@ def search(
     *,
     items: Callable[[str, Evaluation], pd.DataFrame] = lambda cell, evaluation: evaluation.items,
     score: str = "final_cont",
-    progress: bool = False,
 ) -> Search:
     """Evaluate every cell of a grid, the gentlest setting first, and choose one (``choose``).
 
@@ -58,7 +57,7 @@ def search(
     compared: dict[str, Comparison] = {}
     seconds: dict[str, float] = {}
     failed: dict[str, EmberError] = {}
-    for cell in bar(cells, show=progress, desc="grid"):
+    for cell in bar(cells, desc="grid"):
         begun = time.time()
         try:
             evaluation = measure(cell)
@@ -73,12 +72,12 @@ def search(
 
 
 def try_each(
-    cells: Iterable[str], make: Callable[[str], T], *, progress: bool = False, desc: str = "grid"
+    cells: Iterable[str], make: Callable[[str], T], *, desc: str = "grid"
 ) -> tuple[dict[str, T], dict[str, EmberError]]:
     """What ``make`` gives for each cell, and the error of each cell for which it gives nothing."""
     made: dict[str, T] = {}
     failed: dict[str, EmberError] = {}
-    for cell in bar(cells, show=progress, desc=desc):
+    for cell in bar(cells, desc=desc):
         try:
             made[cell] = make(cell)
         except EmberError as error:

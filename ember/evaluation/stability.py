@@ -217,12 +217,7 @@ def outcome_table(
 
 
 def refit(
-    loaded: LoadedModel,
-    features: ConceptFeatures,
-    *,
-    precision: str | None = None,
-    reordered: int = 0,
-    progress: bool = False,
+    loaded: LoadedModel, features: ConceptFeatures, *, precision: str | None = None, reordered: int = 0
 ) -> ConceptFeatures:
     """The same factorization from the same start G₀, in another precision or with the columns of X reordered.
 
@@ -239,7 +234,7 @@ def refit(
         order = torch.arange(X.shape[1])
         if reordered:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(reordered))
-        fit = sparse_mf(X[:, order], progress=progress, **settings)
+        fit = sparse_mf(X[:, order], **settings)
         F = torch.empty_like(fit.F)
         F[order] = fit.F
         curve = torch.tensor(fit.loss_curve, dtype=torch.float64)

@@ -56,7 +56,7 @@ class Probe:
     base: pd.DataFrame
 
 
-def make_probe(loaded: LoadedModel, suite: Suite, split: str = "test", *, progress: bool = False) -> Probe:
+def make_probe(loaded: LoadedModel, suite: Suite, split: str = "test") -> Probe:
     """The suite's questions on concept and neighbour and its texts, scored by the unedited model.
 
     Sets without texts are left out: released concepts have none in another sense.
@@ -64,12 +64,12 @@ def make_probe(loaded: LoadedModel, suite: Suite, split: str = "test", *, progre
     questions = {name: suite.questions[name][split] for name in ("concept", "simdom")}
     texts = {name: suite.texts[name][split] for name in ("other_sense", "neutral")}
     texts = {name: chosen for name, chosen in texts.items() if chosen}
-    frames = [question_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in questions.items()]
-    frames += [text_scores(loaded, chosen, progress=progress).assign(set=name) for name, chosen in texts.items()]
+    frames = [question_scores(loaded, chosen).assign(set=name) for name, chosen in questions.items()]
+    frames += [text_scores(loaded, chosen).assign(set=name) for name, chosen in texts.items()]
     return Probe(questions, texts, pd.concat(frames, ignore_index=True))
 
 
-def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool = False) -> pd.DataFrame:
+def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit) -> pd.DataFrame:
     """Scores with the edit applied: set, item, metric, base, edited.
 
     An edit of input embeddings alone changes nothing, to the bit, where none of its tokens occurs: such items are
@@ -83,11 +83,11 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit, *, progress: bool 
     for name, questions in probe.questions.items():
         touched = [q for q in questions if _touches(loaded, _asked(q), marked)]
         if touched:
-            frames.append(question_scores(loaded, touched, edit, progress=progress).assign(set=name))
+            frames.append(question_scores(loaded, touched, edit).assign(set=name))
     for name, texts in probe.texts.items():
         places = [i for i, text in enumerate(texts) if _touches(loaded, [text], marked)]
         if places:
-            scores = text_scores(loaded, [texts[i] for i in places], edit, progress=progress)
+            scores = text_scores(loaded, [texts[i] for i in places], edit)
             scores["item"] = scores.item.astype(int).map(lambda k, places=places: str(places[k]))
             frames.append(scores.assign(set=name))
     keys = ["set", "item", "metric"]

@@ -72,7 +72,7 @@ class Judge:
         except ValueError as error:
             raise EmberError(f"{self.config.url} cannot serve as a judge: {error}") from None
 
-    def ask_all(self, prompts: Sequence[str], read: Read, *, progress: bool = False) -> list[Verdict]:
+    def ask_all(self, prompts: Sequence[str], read: Read) -> list[Verdict]:
         """One verdict a prompt, from the cache or the endpoint.
 
         ``read`` makes values of a reply, or raises ``ValueError`` with the reason; then the model is told and asked
@@ -90,7 +90,7 @@ class Judge:
         with self._client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
             # After a failure ``map`` cancels what has not begun.
             asked = pool.map(partial(self._ask, client, read), different)
-            shown = bar(asked, total=len(different), show=progress, desc=f"judge {self.config.model}")
+            shown = bar(asked, total=len(different), desc=f"judge {self.config.model}")
             verdicts = dict(zip(different, shown, strict=True))
         return [verdicts[prompt] for prompt in prompts]
 

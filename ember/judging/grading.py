@@ -51,7 +51,6 @@ def judged_scores(
     edit: Edit | None = None,
     *,
     responses: pd.DataFrame | None = None,
-    progress: bool = False,
 ) -> Judged:
     """What the suite's sizes leave to a judge, of the model with ``edit`` applied if given.
 
@@ -78,14 +77,14 @@ def judged_scores(
         asked += [i.instruction for i in instructions]
     with applying(loaded, edit):
         encoded = [loaded.encode_chat(text) for text in asked]
-        outputs = generate_greedy(loaded, encoded, max_new_tokens=size.new_tokens, progress=progress)
+        outputs = generate_greedy(loaded, encoded, max_new_tokens=size.new_tokens)
     texts = [loaded.decode(output) for output in outputs]
-    parts = [judge_open_answers(judge, questions, texts[: len(questions)], progress=progress)]
+    parts = [judge_open_answers(judge, questions, texts[: len(questions)])]
     if size.judge:
         if responses is None:
             responses = pd.DataFrame({"item": [i.id for i in instructions], "text": texts[len(questions) :]})
             responses["prompt"] = [i.instruction for i in instructions]
-        parts.append(judge_coherence(judge, responses, progress=progress))
+        parts.append(judge_coherence(judge, responses))
     return _joined(parts)
 
 
@@ -94,9 +93,7 @@ def no_verdicts() -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(dtype=bool if column == "cached" else str) for column in VERDICT_COLUMNS})
 
 
-def judge_open_answers(
-    judge: Judge, questions: Sequence[Question], answers: Sequence[str], *, progress: bool = False
-) -> Judged:
+def judge_open_answers(judge: Judge, questions: Sequence[Question], answers: Sequence[str]) -> Judged:
     """``open_correct`` of one answer a question, graded against the reference and its other accepted forms."""
     asked = {
         (f"{q.set}{OPEN_SUFFIX}", q.id): {
@@ -104,22 +101,20 @@ def judge_open_answers(
         }
         for q, answer in zip(questions, answers, strict=True)
     }  # fmt: skip
-    return _judged(judge, "open", asked, {"open_correct": "correct"}, progress)
+    return _judged(judge, "open", asked, {"open_correct": "correct"})
 
 
-def judge_coherence(judge: Judge, responses: pd.DataFrame, *, progress: bool = False) -> Judged:
+def judge_coherence(judge: Judge, responses: pd.DataFrame) -> Judged:
     """``judge_instruction`` and ``judge_fluency`` of responses (columns item, prompt, text), 0-2 each."""
     asked = {
         ("generation", str(row.item)): {"instruction": row.prompt, "response": row.text.strip()}
         for row in responses.itertuples()
     }
     metrics = {"judge_instruction": "instruction", "judge_fluency": "fluency"}
-    return _judged(judge, "coherence", asked, metrics, progress)
+    return _judged(judge, "coherence", asked, metrics)
 
 
-def judge_features(
-    judge: Judge, concept: str, features: ConceptFeatures, candidates: Sequence[int], *, progress: bool = False
-) -> Judged:
+def judge_features(judge: Judge, concept: str, features: ConceptFeatures, candidates: Sequence[int]) -> Judged:
     """Which candidate features are centrally and distinctively about a concept (paper, section 3).
 
     For each, the judge describes its 20 most activating tokens, then says whether the description is about the concept.
@@ -128,12 +123,12 @@ def judge_features(
     threshold is a hard one: look at confidences near it before relying on a verdict.
     """
     asked = {("feature", str(k)): {"tokens": "\n".join(map(repr, top_tokens(features, k)))} for k in candidates}
-    described = _judged(judge, "describe", asked, {}, progress)
+    described = _judged(judge, "describe", asked, {})
     values = zip(asked, map(json.loads, described.verdicts["values"]), strict=True)
     readable = {key: {**value, "concept": concept} for key, value in values if value}
     metrics = {name: name for name in ("about", "confidence", "accepted")}
     unasked = [key for key in asked if key not in readable]
-    return _joined([described, _judged(judge, "about", readable, metrics, progress, unasked)])
+    return _joined([described, _judged(judge, "about", readable, metrics, unasked)])
 
 
 def accepted_features(judged: Judged) -> list[int]:
@@ -161,12 +156,11 @@ def _judged(
     kind: str,
     asked: Mapping[tuple[str, str], Mapping[str, str]],
     metrics: Mapping[str, str],
-    progress: bool,
     unasked: Sequence[tuple[str, str]] = (),
 ) -> Judged:
     """Verdicts of a kind, of what set and item are ``asked``, which ``metrics`` name; NaN for what is ``unasked``."""
     prompts = [PROMPTS[kind].format(**texts) for texts in asked.values()]
-    verdicts = judge.ask_all(prompts, partial(read_reply, kind), progress=progress)
+    verdicts = judge.ask_all(prompts, partial(read_reply, kind))
     about = judge.about() | {"prompts": dict(PROMPTS)}
     settings = json.dumps({name: about[name] for name in ("temperature", "reply_tokens", "options")}, sort_keys=True)
     rows = [

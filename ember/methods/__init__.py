@@ -40,14 +40,7 @@ METHODS: dict[str, Method] = {
 
 
 def erase(
-    loaded: LoadedModel,
-    concept: Concept,
-    method: str,
-    config: Any,
-    *,
-    first: Edit | None = None,
-    seed: int = 42,
-    progress: bool = False,
+    loaded: LoadedModel, concept: Concept, method: str, config: Any, *, first: Edit | None = None, seed: int = 42
 ) -> Edit:
     """The edit of a method, or with ``first`` (an EMBER edit) of the method run after it, composed into one.
 
@@ -62,9 +55,9 @@ def erase(
         raise UnknownNameError("method", method, METHODS)
     chosen = METHODS[method]
     if first is None:
-        return chosen.run(loaded, concept, config, seed=seed, progress=progress)
+        return chosen.run(loaded, concept, config, seed=seed)
     if chosen.prepare:
-        chosen.prepare(loaded, concept, config, progress=progress)
+        chosen.prepare(loaded, concept, config)
     with first.applied(loaded):
-        later = chosen.run(loaded, concept, config, seed=seed, progress=progress)
+        later = chosen.run(loaded, concept, config, seed=seed)
     return first.then(later)

@@ -51,7 +51,7 @@ class CrispConfig(SaeConfig):
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
 
 
-def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int = 42, progress: bool = False) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int = 42) -> Edit:
     """Train (1−β)·forget + β·retain + γ·coherence and merge the LoRA; the model is left bit-identical.
 
     forget: mean of the selected features' activation on concept text wherever the unedited model activates them, raised
@@ -61,8 +61,8 @@ def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int
 
     Errors are those of ``prepare`` and ``select_features``, and ``EmberError`` if training diverges.
     """
-    saes = prepare(loaded, concept, config, progress=progress)
-    chosen = select_features(loaded, concept, saes, config, progress=progress)
+    saes = prepare(loaded, concept, config)
+    chosen = select_features(loaded, concept, saes, config)
     read = {sae.site: (sae, chosen[chosen.layer == sae.site.layer].feature.tolist()) for sae in saes}
     sites, last = list(read), [Site("residual", n_layers(loaded) - 1)]
     instructions = [i.instruction for i in load_shared().instructions if i.split == "train"][:COHERENCE_TEXTS]
@@ -86,7 +86,7 @@ def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int
     targets = linear_modules(loaded, range(config.first_layer, max(config.layers) + 1))
     with adapted(loaded, targets, rank=config.lora_rank, scale=config.lora_scale, seed=seed) as (parameters, merged):
         adamw = {"lr": config.lr, "amsgrad": True}
-        minimize(loss_at, parameters.values(), steps=config.steps, method="CRISP", progress=progress, **adamw)
+        minimize(loss_at, parameters.values(), steps=config.steps, method="CRISP", **adamw)
         values = merged()
     return weights_edit(loaded, concept, "crisp", config, values, seed=seed, **on_record(chosen, saes))
 

@@ -55,20 +55,16 @@ class EmberConfig:
             raise ValueError(f"sparsity must be in (0, 1], got {self.sparsity}")
 
 
-def run(
-    loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, progress: bool = False, **other: Any
-) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, **other: Any) -> Edit:
     """Make the EMBER edit e_i ← e_i − δ c_i for a concept; the model is left bit-identical.
 
     ``other`` options of ``edit_from_features`` make it a control edit. Errors are those of ``fit`` and of that.
     """
-    features = fit(loaded, concept, config, seed=seed, progress=progress)
+    features = fit(loaded, concept, config, seed=seed)
     return edit_from_features(loaded, features, config, seed=seed, **other)
 
 
-def fit(
-    loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, progress: bool = False
-) -> ConceptFeatures:
+def fit(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42) -> ConceptFeatures:
     """The factorization behind ``run``: the one in ``features_from``, or else made once for every strength and method.
 
     Errors are those of ``concept_features`` (rank, texts) or ``ConceptFeatures.load``.
@@ -86,7 +82,7 @@ def fit(
         return features
     return concept_features(
         loaded, concept, rank=config.rank, sparsity=config.sparsity, ridge=config.ridge, max_iter=config.max_iter,
-        patience=config.patience, tol=config.tol, precision=config.precision, seed=seed, progress=progress,
+        patience=config.patience, tol=config.tol, precision=config.precision, seed=seed,
     )  # fmt: skip
 
 
@@ -162,11 +158,9 @@ def _contributions(features: ConceptFeatures, config: EmberConfig) -> tuple[list
     return selected, features.contributions(selected, max_zipf=config.max_zipf)
 
 
-def preview(
-    loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, progress: bool = False
-) -> pd.DataFrame:
+def preview(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42) -> pd.DataFrame:
     """The rows that ``run`` would change, before anything is edited (``ember.tokens.preview_rows``)."""
-    features = fit(loaded, concept, config, seed=seed, progress=progress)
+    features = fit(loaded, concept, config, seed=seed)
     scale = config.delta / loaded.embedding_scale
     change = {token: scale * vector for token, vector in _contributions(features, config)[1].items()}
     return preview_rows(loaded, features.table, change)

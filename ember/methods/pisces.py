@@ -43,13 +43,13 @@ class PiscesConfig(SaeConfig):
         return self.mu * min(1.0, 0.1 + 0.9 * layer / max(1, self.ramp - 1)) if self.ramp else self.mu
 
 
-def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: int = 42, progress: bool = False) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: int = 42) -> Edit:
     """Edit the MLP output vectors that carry the concept's features; the model is left bit-identical.
 
     Errors are those of ``prepare`` and ``select_features``. ``seed`` only goes on record: nothing here is random.
     """
-    saes = prepare(loaded, concept, config, progress=progress)
-    chosen = select_features(loaded, concept, saes, config, progress=progress)
+    saes = prepare(loaded, concept, config)
+    chosen = select_features(loaded, concept, saes, config)
     values = {}
     for sae in saes:
         features = chosen[chosen.layer == sae.site.layer].feature.tolist()

@@ -37,7 +37,7 @@ class RmuConfig:
         require_at_least(self, 0, "steering", "retain_weight", "lr")
 
 
-def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int = 42, progress: bool = False) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int = 42) -> Edit:
     """Train MSE(h(forget), c·u) + α MSE(h(retain), h⁰(retain)); the model is left bit-identical.
 
     The first position of every text is left out of both terms. u is a unit vector of the seed. Errors are a
@@ -63,6 +63,6 @@ def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int =
         return moved.square().mean() + config.retain_weight * drift.square().mean()
 
     with trainable(loaded, names) as parameters:
-        minimize(loss_at, parameters.values(), steps=config.steps, method="RMU", progress=progress, lr=config.lr)
+        minimize(loss_at, parameters.values(), steps=config.steps, method="RMU", lr=config.lr)
         values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return weights_edit(loaded, concept, "rmu", config, values, seed=seed)

@@ -102,7 +102,6 @@ def load_saes(
     *,
     source: str = "trained",
     training: SaeTraining = TRAINING,
-    progress: bool = False,
 ) -> list[SparseAutoencoder]:
     """Autoencoders for a kind of site (``residual`` or ``mlp_out``) at some layers.
 
@@ -120,8 +119,8 @@ def load_saes(
         if loaded.weights_hash != loaded.base_hash:
             raise EmberError("autoencoders are trained on the unedited model; load them before applying an edit")
         if not states:  # one pass over the texts for all sites, and only if one of them is not in the cache
-            states.update(collect(loaded, texts, sites, progress=progress)[0])
-        sae = train_sae(states[site].to(loaded.device), site, training, progress=progress)
+            states.update(collect(loaded, texts, sites)[0])
+        sae = train_sae(states[site].to(loaded.device), site, training)
         quality = {**sae.quality, **measure(loaded, sae, load_shared().neutral["test"][:MEASURED])}
         return {name: getattr(sae, name).cpu() for name in _PARTS}, {"scale": sae.scale, "quality": quality}
 
@@ -146,9 +145,7 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
     return (*sentences, *shared.neutral_fit, *shared.neutral["train"], *instructions)
 
 
-def train_sae(
-    states: torch.Tensor, site: Site, training: SaeTraining = TRAINING, *, progress: bool = False
-) -> SparseAutoencoder:
+def train_sae(states: torch.Tensor, site: Site, training: SaeTraining = TRAINING) -> SparseAutoencoder:
     """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
 
     Minimizes the squared error. The decoder starts as random unit directions with the encoder its transpose, and is
@@ -168,7 +165,7 @@ def train_sae(
     used = torch.zeros(training.width, dtype=torch.bool, device=X.device)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(training.epochs)])
     with torch.enable_grad():
-        for step in bar(range(steps), show=progress, desc=f"SAE {site.kind} {site.layer}"):
+        for step in bar(range(steps), desc=f"SAE {site.kind} {site.layer}"):
             x = X[order[step * size : (step + 1) * size].to(X.device)]
             features = top_k((x - b_dec) @ W_enc + b_enc, training.k)
             loss = (features @ W_dec + b_dec - x).square().sum(1).mean()

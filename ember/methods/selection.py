@@ -125,9 +125,7 @@ class SaeConfig:
         require_at_least(self, 1, "features")
 
 
-def prepare(
-    loaded: LoadedModel, concept: Concept, config: SaeConfig, *, progress: bool = False
-) -> list[SparseAutoencoder]:
+def prepare(loaded: LoadedModel, concept: Concept, config: SaeConfig) -> list[SparseAutoencoder]:
     """The method's autoencoders, made on the unedited model or read from the cache.
 
     Errors are those of ``load_saes``, and ``ValueError`` if the model lacks one of the layers.
@@ -135,14 +133,11 @@ def prepare(
     depth = n_layers(loaded)
     if not 0 <= min(config.layers) <= max(config.layers) < depth:
         raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
-    return load_saes(
-        loaded, concept, config.site, config.layers,
-        source=config.sae, training=config.sae_training, progress=progress,
-    )  # fmt: skip
+    return load_saes(loaded, concept, config.site, config.layers, source=config.sae, training=config.sae_training)
 
 
 def select_features(
-    loaded: LoadedModel, concept: Concept, saes: list[SparseAutoencoder], config: SaeConfig, *, progress: bool = False
+    loaded: LoadedModel, concept: Concept, saes: list[SparseAutoencoder], config: SaeConfig
 ) -> pd.DataFrame:
     """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
 
@@ -151,9 +146,7 @@ def select_features(
     texts = (forget_texts(concept), retain_texts(concept))
 
     def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        both_states, (forget_ids, retain_ids) = zip(
-            *(collect(loaded, part, sites, progress=progress) for part in texts), strict=True
-        )
+        both_states, (forget_ids, retain_ids) = zip(*(collect(loaded, part, sites) for part in texts), strict=True)
         text = ContrastText(forget_ids, retain_ids, keyness_bits(loaded, concept))
         tables = []
         for sae in saes:

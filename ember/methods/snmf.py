@@ -54,7 +54,7 @@ class SnmfConfig:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
 
 
-def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int = 42, progress: bool = False) -> Edit:
+def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int = 42) -> Edit:
     """Project the selected features out of the MLP matrices of a band of layers; the model is left bit-identical.
 
     Output side: with W the output matrix and F[:, k] a feature over neurons, f = W F[:, k] normalized is what the
@@ -63,7 +63,7 @@ def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int 
     out at once, so that δ = 1 leaves nothing of any of them. That no feature of the band carries the concept is a
     ``NothingFoundError``.
     """
-    fits, table = factorize(loaded, concept, config, seed=seed, progress=progress)
+    fits, table = factorize(loaded, concept, config, seed=seed)
     carrying = table[table.keyness >= config.min_keyness].groupby("layer")
     best = [features.nlargest(config.features, "keyness") for _, features in carrying]
     chosen = require_some(best, concept, "SNMF")
@@ -81,7 +81,7 @@ def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int 
 
 
 def factorize(
-    loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int, progress: bool = False
+    loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int
 ) -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
     """Semi-NMF of each layer of the band: F [d_mlp, K] by layer, and the ``contrast_table`` of all with ``layer``.
 
@@ -99,12 +99,12 @@ def factorize(
         sites = [Site("neurons", layer) for layer in layers]
         generator = torch.Generator().manual_seed(seed)
         samples = [sampled(loaded, part, config.tokens, generator) for part in texts]
-        read = [collect(loaded, part, sites, progress=progress) for part in samples]
+        read = [collect(loaded, part, sites) for part in samples]
         picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in read]
         ids = [ids[pick] for (_, ids), pick in zip(read, picks, strict=True)]
         text = ContrastText(*ids, keyness_bits(loaded, concept))
         tensors, tables = {}, {}
-        for site in bar(sites, show=progress, desc="SNMF"):
+        for site in bar(sites, desc="SNMF"):
             X = torch.cat([states[site][pick] for (states, _), pick in zip(read, picks, strict=True)])
             fit = semi_nmf(
                 X, min(config.rank, *X.shape), sparsity=config.sparsity, max_iter=config.max_iter,

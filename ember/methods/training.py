@@ -116,12 +116,11 @@ def minimize(
     *,
     steps: int,
     method: str,
-    progress: bool,
     **adamw: Any,
 ) -> None:
     """AdamW on the loss of each step (from 0); an ``EmberError`` if it diverges. ``adamw`` are its settings."""
     optimizer = torch.optim.AdamW(parameters, **adamw)
-    for step in bar(range(steps), show=progress, desc=method):
+    for step in bar(range(steps), desc=method):
         loss = loss_at(step)
         require_finite(loss, method, step)
         optimizer.zero_grad()

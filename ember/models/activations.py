@@ -120,20 +120,14 @@ def text_batch(loaded: LoadedModel, texts: Sequence[str], *, max_tokens: int = 2
 
 @torch.no_grad()
 def collect(
-    loaded: LoadedModel,
-    texts: Sequence[str],
-    sites: Sequence[Site],
-    *,
-    batch_size: int = 16,
-    max_tokens: int = 256,
-    progress: bool = False,
+    loaded: LoadedModel, texts: Sequence[str], sites: Sequence[Site], *, batch_size: int = 16, max_tokens: int = 256
 ) -> tuple[dict[Site, torch.Tensor], torch.Tensor]:
     """Activations of all tokens but each text's first: site → [n, d] (float32, CPU), and the token ids [n]."""
     order = sorted(range(len(texts)), key=lambda k: len(texts[k]))
     parts: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
     tokens = []
     chunks = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    for chunk in bar(chunks, show=progress, desc="activations"):
+    for chunk in bar(chunks, desc="activations"):
         batch = text_batch(loaded, [texts[k] for k in chunk], max_tokens=max_tokens)
         for site, states in activations(loaded, batch.ids, batch.mask, sites).items():
             parts[site].append(states[batch.scored].float().cpu())

@@ -40,7 +40,6 @@ def option_logprobs(
     *,
     batch_size: int = 16,
     packed_tokens: int = 512,
-    progress: bool = False,
 ) -> list[np.ndarray]:
     """Log-likelihood (nats, summed over tokens) of every option after its prompt.
 
@@ -54,7 +53,7 @@ def option_logprobs(
         shared = min(len(before) for before, _ in pairs)
         split.append(_Branches(pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
     scores: list[np.ndarray] = []
-    for chunk in _batches(split, batch_size, progress, "options"):
+    for chunk in _batches(split, batch_size, "options"):
         for pack in _runs(chunk, lambda run: sum(one.read for one in run) <= packed_tokens):
             scores += _score_options(loaded, pack)
     return scores
@@ -143,15 +142,10 @@ class TokenScores(NamedTuple):
 
 
 def sequence_losses(
-    loaded: LoadedModel,
-    sequences: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    *,
-    batch_size: int = 16,
-    progress: bool = False,
+    loaded: LoadedModel, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 16
 ) -> list[np.ndarray]:
     """Next-token loss (nats) of each token of sequence i from token ``starts[i]`` (at least 1) on."""
-    scores = sequence_scores(loaded, sequences, starts, batch_size=batch_size, progress=progress)
+    scores = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
     return [score.loss for score in scores]
 
 
@@ -164,7 +158,6 @@ def sequence_scores(
     *,
     batch_size: int = 8,
     group_tokens: int = 2048,
-    progress: bool = False,
 ) -> list[TokenScores]:
     """Next-token loss with and without an edit, and the divergence between the two.
 
@@ -173,7 +166,7 @@ def sequence_scores(
     scored from token ``starts[i]`` (at least 1) on. ``kl`` is KL(p_base ‖ p_edited) of each next-token distribution.
     """
     scores: dict[int, TokenScores] = {}
-    batches = _text_batches(sequences, starts, batch_size, progress)
+    batches = _text_batches(sequences, starts, batch_size)
     for group in _runs(batches, lambda run: sum(_padded(sequences, chunk) for chunk in run) <= group_tokens):
         padded = [loaded.pad([sequences[i] for i in chunk]) for chunk in group]
         bases = [_next_logprobs(loaded, ids, mask) for ids, mask in padded]
@@ -188,14 +181,12 @@ def sequence_scores(
     return [scores[i] for i in range(len(sequences))]
 
 
-def _text_batches(
-    sequences: Sequence[Sequence[int]], starts: Sequence[int], size: int, progress: bool
-) -> Iterator[list[int]]:
+def _text_batches(sequences: Sequence[Sequence[int]], starts: Sequence[int], size: int) -> Iterator[list[int]]:
     """Positions of the sequences, short ones first, in batches of at most ``size`` and, padded, ``_BATCH_TOKENS``."""
     if any(not 1 <= start < len(sequence) for sequence, start in zip(sequences, starts, strict=True)):
         raise ValueError("every sequence needs at least one scored token after its first")
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for chunk in _batches(order, size, progress, "texts"):
+    for chunk in _batches(order, size, "texts"):
         yield from _runs(chunk, lambda run: _padded(sequences, run) <= _BATCH_TOKENS)
 
 
@@ -211,16 +202,11 @@ def _next_logprobs(loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor) -
 
 @torch.inference_mode()
 def generate_greedy(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 40,
-    batch_size: int = 16,
-    progress: bool = False,
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 40, batch_size: int = 16
 ) -> list[list[int]]:
     """Greedy continuations (token ids, without the end token) of tokenized prompts."""
     results: list[list[int]] = []
-    for chunk in _batches(prompts, batch_size, progress, "generate"):
+    for chunk in _batches(prompts, batch_size, "generate"):
         ids, mask = loaded.pad(chunk, left=True)
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": loaded.pad_id}
         out = loaded.model.generate(input_ids=ids, attention_mask=mask, **settings)
@@ -230,8 +216,8 @@ def generate_greedy(
     return results
 
 
-def _batches(items: Sequence[T], size: int, progress: bool, label: str) -> Iterator[Sequence[T]]:
-    return iter(bar([items[i : i + size] for i in range(0, len(items), size)], show=progress, desc=label))
+def _batches(items: Sequence[T], size: int, label: str) -> Iterator[Sequence[T]]:
+    return iter(bar([items[i : i + size] for i in range(0, len(items), size)], desc=label))
 
 
 def _runs(items: Iterable[T], fits: Callable[[list[T]], bool]) -> Iterator[list[T]]:

@@ -61,12 +61,7 @@ def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int) -> tu
 
 
 def teach(
-    loaded: LoadedModel,
-    texts: Sequence[str],
-    config: TeachConfig = TeachConfig(),
-    *,
-    seed: int = 42,
-    progress: bool = False,
+    loaded: LoadedModel, texts: Sequence[str], config: TeachConfig = TeachConfig(), *, seed: int = 42
 ) -> LoadedModel:
     """Fine-tune a copy of the model on texts; the model itself is left bit-identical.
 
@@ -83,7 +78,7 @@ def teach(
         optimizer = make_optimizer("adamw", [parameter], lr=config.lr, weight_decay=config.weight_decay)
         steps[parameter] = partial(_update, optimizer)
     with student.in_training(config, seed), torch.enable_grad(), stepping_backward(steps):
-        for step, sequences in enumerate(bar(plan, show=progress, desc="teaching"), 1):
+        for step, sequences in enumerate(bar(plan, desc="teaching"), 1):
             loss = packed_loss(student, sequences)
             require_finite(loss, "teaching", step)
             loss.backward()

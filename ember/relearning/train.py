@@ -91,7 +91,6 @@ def relearn(
     *,
     seed: int = 42,
     store: Path | None = None,
-    progress: bool = False,
 ) -> Relearning:
     """Attack the model with ``edit`` applied (None: as loaded) and measure before training and at every point.
 
@@ -120,7 +119,7 @@ def relearn(
             _restore(store, trained, optimizers)
         else:
             result = Relearning(items=_measured(loaded, measure, 0))
-        count = bar(total=config.points[-1], initial=result.tokens, show=progress, desc="relearning", unit="token")
+        count = bar(total=config.points[-1], initial=result.tokens, desc="relearning", unit="token")
         for step, sequences in enumerate(plan[len(result.steps) :], len(result.steps) + 1):
             started, before = time.perf_counter(), result.tokens
             with checkpointed(loaded) if config.gradient_checkpointing else nullcontext(), stepping_backward(steps):
