@@ -160,8 +160,9 @@ class Judge:
             limit = f"max_wait is {config.max_wait:g} s"
             raise EmberError(f"{config.url} asks to wait {asked:.0f} s, and {limit}: {self._said(error)}")
         # Jitter, so that requests side by side do not all come back at once.
-        growing = wait_exponential(config.backoff, config.max_wait) + wait_random(0, config.backoff)
-        return max(asked, growing(state))
+        return max(asked, wait_exponential(config.backoff, config.max_wait)(state)) + wait_random(0, config.backoff)(
+            state
+        )
 
     def _attempt(self, client: httpx.Client, messages: list[dict[str, str]]) -> Any:
         config = self.config
