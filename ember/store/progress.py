@@ -6,9 +6,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def bar(iterable: Iterable[Any] | None = None, *, show: bool, **options: Any) -> Any:
-    """A transient ``tqdm`` bar if ``show``; the iterable without one otherwise."""
-    # An explicit disable=False would override TQDM_DISABLE.
-    if not show:
-        options["disable"] = True
+def bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A transient ``tqdm`` bar; ``TQDM_DISABLE=1`` turns all bars off, as it does for tqdm itself."""
     return tqdm(iterable, leave=False, **options)
