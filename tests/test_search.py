@@ -10,7 +10,7 @@ from helpers.items import make_items
 from ember.errors import EmberError, NothingFoundError
 from ember.evaluation.evaluate import Evaluation
 from ember.evaluation.metrics import Comparison, compare
-from ember.evaluation.search import choose, search, try_each
+from ember.evaluation.search import choose, search
 
 # The choice of a cell
 
@@ -147,9 +147,3 @@ def test_a_judge_may_add_items():
     found = search(GRID, measure, pd.concat([BASE, extra]), items=judged, score="final_judged")
     assert seen == ["half", "most"]
     assert "final_judged" in found.table and found.cells["half"].value("coherence_judged") == 1
-
-
-def test_try_each_gives_what_there_is():
-    made, failed = try_each(GRID, lambda label: (measure(label), label)[1])
-    assert made == {"half": "half", "most": "most"}
-    assert list(failed) == ["none"] and isinstance(failed["none"], NothingFoundError)

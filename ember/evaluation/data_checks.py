@@ -1,10 +1,7 @@
 """Checks of concept data: leaks between splits and from the fit texts, guessable answers, sizes, duplicates."""
 
 import itertools
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +14,7 @@ from ember.data.types import SPLITS, Concept, Question, SharedData
 from ember.data.wording import Texts, content_stems, paraphrases, rarity, stems
 from ember.errors import EmberError
 from ember.evaluation.evaluate import blind_scores
+from ember.evaluation.guesses import GUESSES
 from ember.evaluation.metrics import CHANCE
 from ember.models.loading import LoadedModel
 
@@ -32,44 +30,6 @@ GUESS_MARGIN = 0.05
 EMPTY_LIMIT = 0.35
 TEXTS = ("sentences", "paragraphs", "other_sense")
 Located = list[tuple[str, str]]  # where a text stands, as its reader would look for it, and the text
-
-
-def longest_option(question: Question) -> float:
-    """Chance that guessing the longest option is right; equally long ones share."""
-    return _share(question, [len(option) for option in question.options])
-
-
-def first_option(question: Question) -> float:
-    """Whether the first option as shown is right."""
-    return float(question.gold == 0)
-
-
-def similar_option(question: Question) -> float:
-    """Chance that guessing the option most like the question is right (cosine of letter trigrams); ties share."""
-    asked = _trigrams(question.question)
-    return _share(question, [round(_cosine(asked, _trigrams(option)), 9) for option in question.options])
-
-
-GUESSES: dict[str, Callable[[Question], float]] = {
-    "longest option": longest_option,
-    "first option": first_option,
-    "most similar option": similar_option,
-}
-
-
-def _share(question: Question, values: Sequence[float]) -> float:
-    best = max(values)
-    return (values[question.gold] == best) / sum(value == best for value in values)
-
-
-def _trigrams(text: str) -> Counter[str]:
-    plain = " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
-    return Counter(plain[k : k + 3] for k in range(len(plain) - 2))
-
-
-def _cosine(a: Counter[str], b: Counter[str]) -> float:
-    product = sum(count * b[gram] for gram, count in a.items())
-    return product / math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values())) if product else 0.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -12,8 +11,6 @@ from ember.errors import EmberError
 from ember.evaluation.evaluate import Evaluation
 from ember.evaluation.metrics import Comparison, compare
 from ember.store.progress import bar
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,20 +66,6 @@ def search(
     if failed and not compared:
         raise next(iter(failed.values()))
     return Search(compared, seconds, failed, *choose(compared, score=score))
-
-
-def try_each(
-    cells: Iterable[str], make: Callable[[str], T], *, desc: str = "grid"
-) -> tuple[dict[str, T], dict[str, EmberError]]:
-    """What ``make`` gives for each cell, and the error of each cell for which it gives nothing."""
-    made: dict[str, T] = {}
-    failed: dict[str, EmberError] = {}
-    for cell in bar(cells, desc=desc):
-        try:
-            made[cell] = make(cell)
-        except EmberError as error:
-            failed[cell] = error
-    return made, failed
 
 
 def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tuple[str, pd.DataFrame]:

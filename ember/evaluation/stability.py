@@ -98,17 +98,21 @@ def compare_fits(a: ConceptFeatures, b: ConceptFeatures, **selection: Any) -> di
     ``tokens_jaccard``: overlap of the 20 tokens, of any role, that the selected features reach most. NaN where there is
     no feature, or nothing to overlap.
     """
-    mates = concept_mates(a, b, **selection)
-    chosen = [selected_features(fit, **selection) for fit in (a, b)]
-    moved = list(map(_displacements, (a, b), chosen))
-    best = (*mates.loc[0, ["cosine", "sibling", "returned"]], mates.returned.mean()) if len(mates) else (math.nan,) * 4
+    mates, measured = concept_mates(a, b, **selection), dict.fromkeys(MEASURES, math.nan)
+    if len(mates):
+        best = mates.iloc[0]
+        measured |= {"cosine": best.cosine, "sibling": best.sibling, "mate_selected": best.returned}
+        measured["returned"] = mates.returned.mean()
     every = match_features(a.factorization.F, b.factorization.F).cosine
-    usual = (np.median(every), np.mean(every >= 0.99))
-    product = sum(float(moved[0][i] @ moved[1][i]) for i in moved[0].keys() & moved[1].keys())
-    norm = math.prod(sum(float(c.square().sum()) for c in part.values()) for part in moved) ** 0.5
-    edit_cosine, reached = product / norm if norm else math.nan, map(_top_tokens, (a, b), chosen)
-    overlaps = (_jaccard(*map(set, moved)), edit_cosine, _jaccard(*reached))
-    return dict(zip(MEASURES, map(float, (*best, *usual, *map(len, moved), *overlaps)), strict=True))
+    measured |= {"cosine_all": float(np.median(every)), "same": float(np.mean(every >= 0.99))}
+    chosen = [selected_features(fit, **selection) for fit in (a, b)]
+    moved_a, moved_b = map(_displacements, (a, b), chosen)
+    measured |= {"rows_a": len(moved_a), "rows_b": len(moved_b), "rows_jaccard": _jaccard(set(moved_a), set(moved_b))}
+    product = sum(float(moved_a[i] @ moved_b[i]) for i in moved_a.keys() & moved_b.keys())
+    norm = math.prod(sum(float(c.square().sum()) for c in moved.values()) for moved in (moved_a, moved_b)) ** 0.5
+    measured["edit_cosine"] = product / norm if norm else math.nan
+    measured["tokens_jaccard"] = _jaccard(*map(_top_tokens, (a, b), chosen))
+    return {name: float(value) for name, value in measured.items()}
 
 
 def _displacements(features: ConceptFeatures, selected: list[int]) -> dict[int, torch.Tensor]:
@@ -142,12 +146,12 @@ def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection:
     rows = []
     for name, fit in fits.items():
         chosen, best, result = selected_features(fit, **selection), fit.scores.nlargest(1, "score"), fit.factorization
-        about = {"fit": name, **{key: fit.settings[key] for key in _VARIED[:-1]}}
-        about["reordered"] = fit.settings.get("reordered", 0)
-        about |= {"iterations": len(result.loss_curve), "unexplained": result.loss / float(X.double().square().sum())}
-        about |= {"best_score": best.score.item(), "selected": len(chosen), "rows": len(_displacements(fit, chosen))}
-        rows.append({**about, "top_tokens": best.top_tokens.item()})
-    return pd.DataFrame(rows)
+        about = [fit.settings.get(key, 0) for key in _VARIED]
+        unexplained = result.loss / float(X.double().square().sum())
+        reach = (best.score.item(), len(chosen), len(_displacements(fit, chosen)), best.top_tokens.item())
+        rows.append((name, *about, len(result.loss_curve), unexplained, *reach))
+    columns = ["iterations", "unexplained", "best_score", "selected", "rows", "top_tokens"]
+    return pd.DataFrame(rows, columns=["fit", *_VARIED, *columns])
 
 
 def pair_table(fits: Mapping[str, ConceptFeatures], *, reference: str | None = None, **selection: Any) -> pd.DataFrame:
@@ -164,13 +168,11 @@ def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     float64 or float32: the same fit with its columns in another order.
     """
     about = fits.set_index("fit")[list(_VARIED)]
-    rows = []
-    for pair in pairs.itertuples():
-        one, other = about.loc[pair.fit], about.loc[pair.other]
-        differing = [name for name in _VARIED if one[name] != other[name]]
-        name = f"rounding in {one.precision}" if differing == ["reordered"] else "".join(differing)
-        rows.append(name if len(differing) == 1 else None)
-    return pairs.assign(varied=rows).dropna(subset="varied").reset_index(drop=True)
+    first, second = about.loc[pairs.fit], about.loc[pairs.other]
+    differing = first.to_numpy() != second.to_numpy()
+    kinds = np.array(_VARIED, dtype=object)[differing.argmax(axis=1)]
+    kinds = np.where(kinds == "reordered", "rounding in " + first.precision.to_numpy(), kinds)
+    return pairs.assign(varied=kinds)[differing.sum(axis=1) == 1].reset_index(drop=True)
 
 
 def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
@@ -179,20 +181,13 @@ def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
     Columns: varied, pairs; found, the share of them whose first fit selects a feature; returned, the share of those
     whose best feature has a selected mate; of cosine, same, rows_jaccard and edit_cosine the median, least and most.
     """
-    rows = []
-    for name, part in varied.groupby("varied", sort=False):
-        known = part[part.cosine.notna()]
-        row = {
-            "varied": name,
-            "pairs": len(part),
-            "found": len(known) / len(part),
-            "returned": known.mate_selected.mean(),
-        }
-        for measure in ("cosine", "same", "rows_jaccard", "edit_cosine"):
-            values = part[measure].dropna()
-            row |= {measure: values.median(), f"{measure}_low": values.min(), f"{measure}_high": values.max()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    found = varied.cosine.notna()
+    varied = varied.assign(found=found, returned=varied.mate_selected.where(found))
+    kinds = varied.groupby("varied", sort=False)
+    table = kinds.agg(pairs=("fit", "size"), found=("found", "mean"), returned=("returned", "mean"))
+    for measure in ("cosine", "same", "rows_jaccard", "edit_cosine"):
+        table[[measure, f"{measure}_low", f"{measure}_high"]] = kinds[measure].agg(["median", "min", "max"])
+    return table.reset_index()
 
 
 def outcome_table(
