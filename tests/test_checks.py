@@ -1,11 +1,9 @@
 """The data checks: sound data pass, and each kind of violation fails its own check only and is named with its place."""
 
 import dataclasses
-import functools
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,19 +12,11 @@ from helpers.sound_folder import write_sound
 from helpers.tiny import make_concept, make_loaded
 from helpers.wordings import DIFFERENT_PAIRS, PARAPHRASES, question
 
-from ember.data import wording
-from ember.data.types import Concept, Question, SharedData
+from ember.data.types import Concept, Question
 from ember.errors import EmberError
-from ember.evaluation import data_checks as checks
-from ember.evaluation.data_checks import (
-    GUESSES,
-    CheckReport,
-    check_concept,
-    check_data,
-    check_shared,
-    check_table,
-    mark_answers,
-)
+from ember.evaluation import data_checks
+from ember.evaluation.data_checks import CheckReport, check_concept, check_data, check_shared, check_table, mark_answers
+from ember.evaluation.guesses import GUESSES
 
 SOUND, SHARED = sound_concept(), sound_shared()
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.
@@ -34,43 +24,29 @@ TRAIN, TEST, SIMDOM_TRAIN, SIMDOM_TEST = FIRST = 1, 61, 161, 221
 PARTS = dict(zip(["concept train", "concept test", "simdom train", "simdom test"], FIRST, strict=True))
 SIZES = dict(zip(PARTS, [60, 100, 60, 100], strict=True))
 GENERAL_TEST = 101
+LEAK, LENGTHS = "question in two splits", "length of questions and options"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def remember():
-    """Remember what was worked out for a text or question: the same sound ones are checked again and again."""
-    patch = pytest.MonkeyPatch()
-    patch.setitem(GUESSES, "most similar option", functools.cache(GUESSES["most similar option"]))
-    for module, name in itertools.product((wording, checks), ("stems", "content_stems")):
-        patch.setattr(module, name, functools.cache(getattr(module, name)))
-    yield
-    patch.undo()
+def replaced(items: tuple, lines: dict[int, object]) -> tuple:
+    """The items with others on these lines."""
+    changed = dict(enumerate(items, 1)) | lines
+    return tuple(changed.values())
 
 
 def with_texts(concept: Concept, kind: str, lines: dict[int, str]) -> Concept:
-    texts = list(getattr(concept, kind))
-    for line, text in lines.items():
-        texts[line - 1] = text
-    return dataclasses.replace(concept, **{kind: tuple(texts)})
+    return dataclasses.replace(concept, **{kind: replaced(getattr(concept, kind), lines)})
 
 
 def with_questions(data, lines: dict[int, dict]):
     """The concept or shared data with some fields of the questions on these lines changed."""
-    questions = list(data.questions)
-    for line, changes in lines.items():
-        questions[line - 1] = dataclasses.replace(questions[line - 1], **changes)
-    return dataclasses.replace(data, questions=tuple(questions))
+    changed = {line: dataclasses.replace(data.questions[line - 1], **fields) for line, fields in lines.items()}
+    return dataclasses.replace(data, questions=replaced(data.questions, changed))
 
 
 def asking(text: str, answer: str) -> dict:
-    """The fields of a question taken from ``test_wording``; the wrong options stay."""
+    """The fields of a question of ``helpers.wordings``; the wrong options stay."""
     asked = question(text, answer)
     return {"question": asked.question, "answer": asked.answer, "aliases": asked.aliases}
-
-
-def without(concept: Concept, kind: str, line: int) -> Concept:
-    texts = getattr(concept, kind)
-    return dataclasses.replace(concept, **{kind: texts[: line - 1] + texts[line:]})
 
 
 def words(count: int) -> str:
@@ -78,13 +54,12 @@ def words(count: int) -> str:
     return " ".join(itertools.islice(invented("jqxy"), count))
 
 
+def line_of(kind: str, *lines: int) -> list[str]:
+    return [f"{kind}, line {line}" for line in lines]
+
+
 def failing(report: CheckReport) -> set[str]:
     return set(report.table.check[~report.table.ok])
-
-
-def found(report: CheckReport) -> dict[str, list[str]]:
-    """Places of the findings of each check."""
-    return {str(check): list(rows["where"]) for check, rows in report.findings.groupby("check")}
 
 
 def value(report: CheckReport, check: str) -> float:
@@ -92,19 +67,19 @@ def value(report: CheckReport, check: str) -> float:
     return float(row.value)
 
 
-def assert_only(report: CheckReport, expected: dict[str, list[str]]) -> None:
-    """Exactly these checks fail, with findings at exactly these places; a check with no places is about a number."""
+def assert_only(report: CheckReport, expected: dict[str, list[str]], *said: str) -> None:
+    """Exactly these checks fail, with findings at exactly these places; a check with no places is about a number.
+
+    The findings say what ``said`` does, to begin with.
+    """
     assert failing(report) == set(expected)
-    assert found(report) == {check: places for check, places in expected.items() if places}
-    assert not report.ok
-    for check, places in expected.items():
-        if places:
-            assert value(report, check) == len(places)
-
-
-def told(report: CheckReport) -> str:
-    (text,) = set(report.findings.what)
-    return text
+    places = {str(check): list(rows["where"]) for check, rows in report.findings.groupby("check")}
+    assert places == {check: places for check, places in expected.items() if places}
+    assert report.ok == (not expected)
+    for check in places:
+        assert value(report, check) == len(places[check])
+    for text, beginning in zip(report.findings.what, said, strict=bool(said)):
+        assert text.startswith(beginning)
 
 
 # Sound data
@@ -112,11 +87,17 @@ def told(report: CheckReport) -> str:
 
 def test_sound_data_pass_every_check():
     report = check_concept(SOUND)
-    assert report.ok and report.findings.empty and not failing(report)
+    assert report.findings.empty
+    assert_only(report, {})
     assert set(report.table.subject) == {"Sound Rome"}
     assert value(report, "concept test answers in neither") == 100
     for name, part in itertools.product(GUESSES, PARTS):
         assert value(report, f"{name}, {part}") == 0.25
+    shared = check_shared(SHARED)
+    assert shared.findings.empty and set(shared.table.subject) == {"shared"}
+    assert_only(shared, {})
+    for one in (report, shared):  # without a model nothing is said of it
+        assert not one.table.check.str.contains("empty question").any()
 
 
 def test_the_sound_data_have_no_item_too_many():
@@ -126,12 +107,6 @@ def test_the_sound_data_have_no_item_too_many():
     assert {len(text.split()) for text in (*SOUND.sentences, *SOUND.other_sense)} == {5, 45}
 
 
-def test_sound_shared_data_pass_every_check():
-    report = check_shared(SHARED)
-    assert report.ok and report.findings.empty
-    assert set(report.table.subject) == {"shared"}
-
-
 def test_items_tell_where_the_answers_occur():
     """An answer in a paragraph, one in a sentence that says something else, one in a sentence that states the fact."""
     first, second, third = SOUND.questions[TEST - 1 : TEST + 2]
@@ -139,9 +114,10 @@ def test_items_tell_where_the_answers_occur():
     stating = f"So {third.question[len('Where does ') : -1]} at {third.answer}."
     concept = with_texts(concept, "sentences", {3: f"{words(6)} {second.answer}", 9: stating})
     items = mark_answers(concept).set_index("id")
-    assert list(items.loc[first.id, ["in_sentences", "in_paragraphs", "stated"]]) == [False, True, ""]
-    assert list(items.loc[second.id, ["in_sentences", "in_paragraphs", "stated"]]) == [True, False, ""]
-    assert list(items.loc[third.id, ["in_sentences", "in_paragraphs", "stated"]]) == [True, False, "9"]
+    marks = items[["in_sentences", "in_paragraphs", "stated"]]
+    assert list(marks.loc[first.id]) == [False, True, ""]
+    assert list(marks.loc[second.id]) == [True, False, ""]
+    assert list(marks.loc[third.id]) == [True, False, "9"]
     assert len(items) == 320
     assert items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
     assert check_concept(concept).items.set_index("id").equals(items)
@@ -150,54 +126,55 @@ def test_items_tell_where_the_answers_occur():
 # One question in two splits
 
 
-@pytest.mark.parametrize("train", [TRAIN, SIMDOM_TRAIN + 4])
-@pytest.mark.parametrize("test", [TEST + 3, SIMDOM_TEST])
+@pytest.mark.parametrize(("train", "test"), [(TRAIN, TEST + 3), (SIMDOM_TRAIN + 4, TEST + 3), (TRAIN, SIMDOM_TEST)])
 def test_same_question_in_two_splits(train, test):
     same = SOUND.questions[train - 1]
     concept = with_questions(SOUND, {test: {"question": same.question.upper(), "answer": same.answer}})
-    report = check_concept(concept)
-    later = f"questions.jsonl, line {max(train, test)}"
-    there = f"questions.jsonl, line {test}"
-    assert_only(report, {"repeated question": [later], "question in two splits": [there]})
-    (leak,) = report.findings[report.findings.check == "question in two splits"].what
-    assert leak == f"{same.question.upper()} | questions.jsonl, line {train}: {same.question}"
+    expected = {
+        "repeated question": line_of("questions.jsonl", max(train, test)),
+        LEAK: line_of("questions.jsonl", test),
+    }
+    leak = f"{same.question.upper()} | questions.jsonl, line {train}: {same.question}"
+    assert_only(check_concept(concept), expected, f"same as questions.jsonl, line {min(train, test)}: ", leak)
 
 
-@pytest.mark.parametrize("first", PARTS.values())
-def test_same_question_twice_in_one_split(first):
-    concept = with_questions(SOUND, {first + 9: {"question": SOUND.questions[first - 1].question}})
-    report = check_concept(concept)
-    assert_only(report, {"repeated question": [f"questions.jsonl, line {first + 9}"]})
-    assert told(report).startswith(f"same as questions.jsonl, line {first}: ")
-
-
-@pytest.mark.parametrize("pair", PARAPHRASES[:6], ids=lambda pair: pair[1])
-def test_paraphrase_in_two_splits(pair):
-    concept = with_questions(SOUND, {TRAIN + 4: asking(*pair[:2]), TEST + 7: asking(*pair[2:])})
-    report = check_concept(concept)
-    assert_only(report, {"question in two splits": [f"questions.jsonl, line {TEST + 7}"]})
-    assert told(report) == f"{pair[2]} | questions.jsonl, line {TRAIN + 4}: {pair[0]}"
+def test_same_question_twice_in_one_split():
+    lines = {first + 9: {"question": SOUND.questions[first - 1].question} for first in FIRST}
+    expected = {"repeated question": line_of("questions.jsonl", *lines)}
+    said = [f"same as questions.jsonl, line {first}: " for first in FIRST]
+    assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
 def test_every_paraphrase_in_two_splits_is_named():
-    """All of them at once, from the one set to the other."""
-    train = {TRAIN + k: asking(*pair[:2]) for k, pair in enumerate(PARAPHRASES)}
-    test = {SIMDOM_TEST + k: asking(*pair[2:]) for k, pair in enumerate(PARAPHRASES)}
-    places = found(check_concept(with_questions(SOUND, train | test)))
-    assert places["question in two splits"] == [f"questions.jsonl, line {line}" for line in test]
+    """All of them at once, within a set and from the one to the other; those in one split alone are no leak."""
+    for data, check, file, test in (
+        (SOUND, check_concept, "questions.jsonl", TEST),
+        (SOUND, check_concept, "questions.jsonl", SIMDOM_TEST),
+        (SHARED, check_shared, "general.jsonl", GENERAL_TEST),
+    ):
+        lines = {TRAIN + k: asking(*pair[:2]) for k, pair in enumerate(PARAPHRASES)}
+        asked = {test + k: asking(*pair[2:]) for k, pair in enumerate(PARAPHRASES)}
+        report = check(with_questions(data, lines | asked))
+        leaks = report.findings[report.findings.check == LEAK]
+        assert list(leaks["where"]) == line_of(file, *asked)
+        said = [f"{pair[2]} | {file}, line {TRAIN + k}: {pair[0]}" for k, pair in enumerate(PARAPHRASES)]
+        assert list(leaks.what) == said
+    together = {TRAIN + 2 * k + side: asking(*pair[2 * side : 2 * side + 2])
+                for k, pair in enumerate(PARAPHRASES) for side in (0, 1)}  # fmt: skip
+    assert LEAK not in failing(check_concept(with_questions(SOUND, together)))
 
 
-def test_paraphrases_within_one_split_are_no_leak():
-    lines = {TRAIN + 2 * k + side: asking(*pair[2 * side : 2 * side + 2])
-             for k, pair in enumerate(PARAPHRASES) for side in (0, 1)}  # fmt: skip
-    assert "question in two splits" not in failing(check_concept(with_questions(SOUND, lines)))
+def test_a_paraphrase_fails_nothing_else():
+    pair = PARAPHRASES[1]
+    concept = with_questions(SOUND, {TRAIN + 4: asking(*pair[:2]), TEST + 7: asking(*pair[2:])})
+    assert_only(check_concept(concept), {LEAK: line_of("questions.jsonl", TEST + 7)})
 
 
 def test_questions_for_two_facts_are_no_leak():
     """With the same answer, the same wording, or one's answer in the other: none is flagged."""
     train = {TRAIN + k: asking(*pair[:2]) for k, pair in enumerate(DIFFERENT_PAIRS)}
     test = {SIMDOM_TEST + k: asking(*pair[2:]) for k, pair in enumerate(DIFFERENT_PAIRS)}
-    assert "question in two splits" not in failing(check_concept(with_questions(SOUND, train | test)))
+    assert LEAK not in failing(check_concept(with_questions(SOUND, train | test)))
 
 
 # A fit sentence that states a test fact
@@ -208,63 +185,50 @@ STATEMENTS = [
     ("How many legions fought at Cannae?", "eight legions", "At Cannae some eight legions fought and fell."),
     ("What is a legionary's curved shield?", "a scutum", "Scuta, the curved shields, were heavy."),  # an alias
 ]
+STATED = "fit sentence states a test fact"
 
 
-@pytest.mark.parametrize("test", [TEST + 11, SIMDOM_TEST + 5])
-@pytest.mark.parametrize(("text", "answer", "sentence"), STATEMENTS)
-def test_a_fit_sentence_states_a_test_fact(text, answer, sentence, test):
-    concept = with_texts(with_questions(SOUND, {test: asking(text, answer)}), "sentences", {23: sentence})
+@pytest.mark.parametrize("first", FIRST)
+def test_a_fit_sentence_states_a_test_fact(first):
+    """Those of train questions may be stated."""
+    lines = {first + 11 + k: asking(*row[:2]) for k, row in enumerate(STATEMENTS)}
+    concept = with_texts(with_questions(SOUND, lines), "sentences", {21 + k: r[2] for k, r in enumerate(STATEMENTS)})
     report = check_concept(concept)
-    assert_only(report, {"fit sentence states a test fact": ["sentences.txt, line 23"]})
-    assert told(report) == f"answers {concept.questions[test - 1].id}: {text}"
+    stated = report.findings[report.findings.check == STATED]
+    test = first in (TEST, SIMDOM_TEST)
+    assert list(stated["where"]) == (line_of("sentences.txt", *range(21, 25)) if test else [])
+    said = [f"answers {concept.questions[line - 1].id}: {fields['question']}" for line, fields in lines.items()]
+    assert list(stated.what) == (said if test else [])
+    assert failing(report) <= {STATED} and test == (STATED in failing(report))
+    assert set(report.items.stated) == {"", "21", "22", "23", "24"}
 
 
-@pytest.mark.parametrize("train", [TRAIN + 11, SIMDOM_TRAIN + 5])
-def test_fit_sentences_may_state_train_facts(train):
-    concept = with_questions(SOUND, {train + k: asking(*row[:2]) for k, row in enumerate(STATEMENTS)})
-    concept = with_texts(concept, "sentences", {k: row[2] for k, row in enumerate(STATEMENTS, 1)})
-    report = check_concept(concept)
-    assert "fit sentence states a test fact" not in failing(report)
-    assert set(report.items.stated) == {"", "1", "2", "3", "4"}
-
-
-@pytest.mark.parametrize(
-    "sentence",
-    [
+def test_other_texts_may_use_the_same_words():
+    """A paragraph may even state the fact: it is what relearning relearns."""
+    concept = with_questions(SOUND, {TEST: asking("Who turned everything to gold?", "Midas")})
+    harmless = [
         "Midas was the last king of a rich old town.",  # the answer, another fact
         "Everything in the temple had turned to gold.",  # the fact, without the answer
         "The king thought of gold, and of nothing but gold.",
-    ],
-)
-def test_other_sentences_may_use_the_same_words(sentence):
-    concept = with_questions(SOUND, {TEST: asking("Who turned everything to gold?", "Midas")})
-    assert check_concept(with_texts(concept, "sentences", {23: sentence})).ok
-
-
-def test_a_paragraph_may_state_a_test_fact():
-    """It is what relearning relearns."""
-    concept = with_questions(SOUND, {TEST: asking("Who turned everything to gold?", "Midas")})
-    paragraph = f"{words(60)} Whatever King Midas touched turned to gold."
-    assert check_concept(with_texts(concept, "paragraphs", {3: paragraph})).ok
+    ]
+    concept = with_texts(concept, "sentences", dict(enumerate(harmless, 23)))
+    concept = with_texts(concept, "paragraphs", {3: f"{words(60)} Whatever King Midas touched turned to gold."})
+    assert_only(check_concept(concept), {})
 
 
 # Sizes and lengths
 
 
-@pytest.mark.parametrize(
-    ("kind", "check"), [("sentences", "sentences"), ("paragraphs", "paragraphs"), ("other_sense", "other sense")]
-)
-def test_too_few_texts(kind, check):
-    report = check_concept(without(SOUND, kind, 10))
-    assert_only(report, {check: []})
-    assert value(report, check) == len(getattr(SOUND, kind)) - 1
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_too_few_questions(part):
-    report = check_concept(without(SOUND, "questions", PARTS[part] + 10))
-    assert_only(report, {f"questions, {part}": []})
-    assert value(report, f"questions, {part}") == SIZES[part] - 1
+def test_too_few_texts_and_questions():
+    """One is missing of everything."""
+    kinds = ("sentences", "paragraphs", "other_sense")
+    left = {kind: getattr(SOUND, kind)[1:] for kind in kinds}
+    questions = tuple(q for line, q in enumerate(SOUND.questions, 1) if line - 10 not in FIRST)
+    report = check_concept(dataclasses.replace(SOUND, questions=questions, **left))
+    least = {kind.replace("_", " "): len(getattr(SOUND, kind)) for kind in kinds}
+    least |= {f"questions, {part}": size for part, size in SIZES.items()}
+    assert_only(report, {check: [] for check in least})
+    assert {check: value(report, check) + 1 for check in least} == least
 
 
 def test_no_questions_at_all():
@@ -272,91 +236,78 @@ def test_no_questions_at_all():
     assert_only(report, {f"questions, {part}": [] for part in PARTS} | {"concept test answers in neither": []})
 
 
-@pytest.mark.parametrize(
-    ("kind", "check", "count"),
-    [
-        ("sentences", "length of sentences", 4),
-        ("sentences", "length of sentences", 46),
-        ("paragraphs", "length of paragraphs", 59),
-        ("paragraphs", "length of paragraphs", 121),
-        ("other_sense", "length of other sense", 4),
-        ("other_sense", "length of other sense", 46),
-    ],
-)
-def test_a_text_too_short_or_too_long(kind, check, count):
-    report = check_concept(with_texts(SOUND, kind, {31: words(count)}))
-    assert_only(report, {check: [f"{kind}.txt, line 31"]})
-    assert told(report).startswith(f"{count} words, wanted ")
+def test_too_few_shared():
+    for changes, check in (
+        ({"neutral_fit": SHARED.neutral_fit[1:]}, "neutral sentences"),
+        ({"neutral": dict(SHARED.neutral) | {"test": SHARED.neutral["test"][1:]}}, "neutral sentences"),
+        ({"questions": SHARED.questions[1:]}, "general questions"),
+        ({"instructions": SHARED.instructions[1:]}, "instructions"),
+    ):
+        assert_only(check_shared(dataclasses.replace(SHARED, **changes)), {check: []})
 
 
-@pytest.mark.parametrize("count", [2, 41])
-def test_a_question_too_short_or_too_long(count):
-    report = check_concept(with_questions(SOUND, {TEST + 1: {"question": words(count)}}))
-    assert_only(report, {"length of questions and options": [f"questions.jsonl, line {TEST + 1}"]})
-    assert told(report).startswith(f"{count} words")
+@pytest.mark.parametrize("bounds", [("sentences", 5, 45), ("paragraphs", 60, 120), ("other_sense", 5, 45)])
+def test_texts_too_short_or_too_long(bounds):
+    kind, least, most = bounds
+    report = check_concept(with_texts(SOUND, kind, {31: words(least - 1), 32: words(most + 1)}))
+    said = [f"{count} words, wanted {least}-{most}: " for count in (least - 1, most + 1)]
+    expected = {f"length of {kind.replace('_', ' ')}": line_of(f"{kind}.txt", 31, 32)}
+    assert_only(report, expected, *said)
 
 
-@pytest.mark.parametrize("field", ["answer", "distractors"])
-def test_an_option_too_long(field):
+def test_questions_and_options_too_short_or_too_long():
     long = words(13)
-    changes = {"answer": long} if field == "answer" else {"distractors": (*SOUND.questions[5].distractors[:2], long)}
-    report = check_concept(with_questions(SOUND, {6: changes}))
-    assert_only(report, {"length of questions and options": ["questions.jsonl, line 6"]})
-    assert told(report) == f"option of more than 12 words: {long}"
-
-
-def test_lengths_at_the_bounds_are_fine():
-    lines = {2: {"question": words(3)}, TEST: {"question": words(40)}, TEST + 1: {"answer": words(12)}}
-    assert check_concept(with_questions(SOUND, lines)).ok
+    lines = {3: {"question": words(3)}, TEST: {"question": words(40)}, TEST + 1: {"answer": words(12)}}  # at the bounds
+    assert_only(check_concept(with_questions(SOUND, lines)), {})
+    lines = {
+        3: {"question": words(2)}, TEST: {"question": words(41)}, 6: {"answer": long},
+        8: {"distractors": (*SOUND.questions[7].distractors[:2], long)},
+    }  # fmt: skip
+    said = ["2 words", "41 words", *[f"option of more than 12 words: {long}"] * 2]
+    expected = {LENGTHS: line_of("questions.jsonl", 3, TEST, 6, 8)}
+    assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
 # Repeated texts
 
 
-@pytest.mark.parametrize(
-    ("kind", "line", "other", "other_line", "where"),
-    [
+def test_repeated_text():
+    """In capitals and with other punctuation it is still the same text; in another order it is not."""
+    concept, places, said = SOUND, [], []
+    for kind, line, other, other_line, where in (
         ("sentences", 12, "sentences", 2, "sentences.txt, line 12"),
         ("paragraphs", 80, "paragraphs", 1, "paragraphs.txt, line 80"),
-        ("other_sense", 60, "other_sense", 7, "other_sense.txt, line 60"),
         ("other_sense", 5, "sentences", 150, "other_sense.txt, line 5"),
-        ("neutral", 300, "neutral", 299, "neutral sentence 300"),
+        ("other_sense", 60, "other_sense", 7, "other_sense.txt, line 60"),
         ("neutral", 1, "sentences", 1, "neutral sentence 1"),
+        ("neutral", 300, "neutral", 299, "neutral sentence 300"),
         ("further_neutral", 2, "other_sense", 3, "neutral sentence 302"),
         ("further_neutral", 30, "neutral", 4, "neutral sentence 330"),
-    ],
-)
-def test_repeated_text(kind, line, other, other_line, where):
-    """In capitals and with other punctuation it is still the same text."""
-    copy = f"“{getattr(SOUND, other)[other_line - 1].removesuffix('.').upper()}”!"
-    report = check_concept(with_texts(SOUND, kind, {line: copy}))
-    assert_only(report, {"repeated text": [where]})
-    place = f"neutral sentence {other_line}" if other == "neutral" else f"{other}.txt, line {other_line}"
-    assert told(report).startswith(f"same as {place}: ")
-
-
-def test_the_same_words_in_another_order_are_another_text():
-    text = " ".join(reversed(SOUND.sentences[0].split()))
-    assert check_concept(with_texts(SOUND, "sentences", {2: text})).ok
+    ):
+        copy = f"“{getattr(SOUND, other)[other_line - 1].removesuffix('.').upper()}”!"
+        concept = with_texts(concept, kind, {line: copy})
+        places.append(where)
+        place = f"neutral sentence {other_line}" if other == "neutral" else f"{other}.txt, line {other_line}"
+        said.append(f"same as {place}: ")
+    concept = with_texts(concept, "sentences", {20: " ".join(reversed(SOUND.sentences[0].split()))})
+    assert_only(check_concept(concept), {"repeated text": places}, *said)
 
 
 # Guessable questions
 
 
-@pytest.mark.parametrize(("line", "article"), [(TRAIN + 2, ""), (TEST + 2, "the "), (SIMDOM_TEST + 8, "")])
-def test_a_question_holds_its_answer(line, article):
-    asked = SOUND.questions[line - 1]
-    changes = {"question": f"{asked.question[:-1]} or the {asked.answer.title()}?", "answer": article + asked.answer}
-    report = check_concept(with_questions(SOUND, {line: changes}))
-    assert_only(report, {"question holds its answer": [f"questions.jsonl, line {line}"]})
-    assert told(report) == f"{changes['question']} [{changes['answer']}]"
-
-
-def test_a_question_holds_an_alias_of_its_answer():
-    asked = SOUND.questions[TEST]
-    alias = asked.question.split()[2]
-    report = check_concept(with_questions(SOUND, {TEST + 1: {"aliases": ("other", alias)}}))
-    assert_only(report, {"question holds its answer": [f"questions.jsonl, line {TEST + 1}"]})
+def test_a_question_holds_its_answer_or_an_alias():
+    lines = {}
+    for line, article in ((TRAIN + 2, ""), (TEST + 2, "the "), (SIMDOM_TEST + 8, "")):
+        asked = SOUND.questions[line - 1]
+        text = f"{asked.question[:-1]} or the {asked.answer.title()}?"
+        lines[line] = {"question": text, "answer": article + asked.answer}
+    said = [f"{fields['question']} [{fields['answer']}]" for fields in lines.values()]
+    alias = SOUND.questions[SIMDOM_TEST + 19].question.split()[2]
+    lines[SIMDOM_TEST + 20] = {"aliases": ("other", alias)}
+    said.append(SOUND.questions[SIMDOM_TEST + 19].question)
+    expected = {"question holds its answer": line_of("questions.jsonl", *lines)}
+    assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
 def test_a_question_may_hold_a_part_of_its_answer_or_a_wrong_option():
@@ -365,7 +316,7 @@ def test_a_question_may_hold_a_part_of_its_answer_or_a_wrong_option():
         TEST: {"question": f"{first.question[:-1]} or the {first.answer[:4]}?"},
         TEST + 1: {"question": f"{second.question[:-1]} or the {second.distractors[0]}?"},
     }
-    assert check_concept(with_questions(SOUND, lines)).ok
+    assert_only(check_concept(with_questions(SOUND, lines)), {})
 
 
 def longest(q: Question, right: bool) -> Question:
@@ -385,17 +336,19 @@ def similar(q: Question, right: bool) -> Question:
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["always", "never"])
-@pytest.mark.parametrize("part", ["concept test", "simdom train"])
 @pytest.mark.parametrize(
     ("name", "plant"), [("longest option", longest), ("first option", first), ("most similar option", similar)]
 )
-def test_a_guess_that_is_always_or_never_right(name, plant, part, right):
-    start = PARTS[part] - 1
-    questions = list(SOUND.questions)
-    questions[start : start + SIZES[part]] = [plant(q, right) for q in questions[start : start + SIZES[part]]]
-    report = check_concept(dataclasses.replace(SOUND, questions=tuple(questions)))
-    assert_only(report, {f"{name}, {part}": []})
-    assert value(report, f"{name}, {part}") == float(right)
+def test_a_guess_that_is_always_or_never_right(name, plant, right):
+    """In two parts of a concept's questions; of the general ones, in one."""
+    parts = ["concept test", "simdom train"]
+    lines = [PARTS[part] + k for part in parts for k in range(SIZES[part])]
+    planted = replaced(SOUND.questions, {line: plant(SOUND.questions[line - 1], right) for line in lines})
+    report = check_concept(dataclasses.replace(SOUND, questions=planted))
+    assert_only(report, {f"{name}, {part}": [] for part in parts})
+    assert all(value(report, f"{name}, {part}") == float(right) for part in parts)
+    general = tuple(plant(q, right) for q in SHARED.questions[:100]) + SHARED.questions[100:]
+    assert_only(check_shared(dataclasses.replace(SHARED, questions=general)), {f"{name}, general train": []})
 
 
 @pytest.mark.parametrize(("others", "ok"), [(5, True), (6, False)])
@@ -403,8 +356,7 @@ def test_guessing_is_measured_to_the_item(others, ok):
     """100 questions, 25 of them with the right option first: 0.30 is the last that passes."""
     wrong = [line for line in range(TEST, SIMDOM_TRAIN) if SOUND.questions[line - 1].gold != 0][:others]
     lines = {line: {"id": with_gold(SOUND.questions[line - 1], 0).id} for line in wrong}
-    report = check_concept(with_questions(SOUND, lines))
-    assert failing(report) == (set() if ok else {"first option, concept test"})
+    assert_only(check_concept(with_questions(SOUND, lines)), {} if ok else {"first option, concept test": []})
 
 
 # Answers in no text
@@ -419,15 +371,11 @@ def test_fewer_than_40_answers_in_no_text(hidden):
         return {k: f"{texts[k - 1].rsplit(' ', 1)[0]} {answer}." for k, answer in enumerate(answers, 1)}
 
     concept = with_texts(SOUND, "paragraphs", holding(SOUND.paragraphs, answers[:40]))
-    concept = with_texts(concept, "sentences", holding(SOUND.sentences, answers[30:]))
-    report = check_concept(concept)
+    report = check_concept(with_texts(concept, "sentences", holding(SOUND.sentences, answers[30:])))
     assert value(report, "concept test answers in paragraphs") == 40
     assert value(report, "concept test answers in fit sentences") == hidden - 30
     assert value(report, "concept test answers in neither") == 100 - hidden
-    if hidden > 60:
-        assert_only(report, {"concept test answers in neither": []})
-    else:
-        assert report.ok
+    assert_only(report, {"concept test answers in neither": []} if hidden > 60 else {})
 
 
 # What a model guesses
@@ -437,52 +385,31 @@ def test_fewer_than_40_answers_in_no_text(hidden):
 def blind(monkeypatch):
     """Plant what the model scores after an empty question: by default 0.25 everywhere."""
 
-    def plant(scores: dict[str, tuple[float, float]]) -> SimpleNamespace:
+    def plant(scores: dict[str, tuple[float, float]]) -> object:
         def blind_scores(loaded, questions):
-            rows = []
-            for q in questions:
-                probability, correct = scores.get(f"{q.set} {q.split}", (0.25, 0.25))
-                rows += [(q.id, "gold_prob", probability), (q.id, "correct", correct)]
-            return pd.DataFrame(rows, columns=["item", "metric", "value"])
+            pairs = [(q.id, *scores.get(f"{q.set} {q.split}", (0.25, 0.25))) for q in questions]
+            frame = pd.DataFrame(pairs, columns=["item", "gold_prob", "correct"])
+            return frame.melt("item", var_name="metric")
 
-        monkeypatch.setattr(checks, "blind_scores", blind_scores)
-        return SimpleNamespace()
+        monkeypatch.setattr(data_checks, "blind_scores", blind_scores)
+        return object()
 
     return plant
 
 
-@pytest.mark.parametrize(
-    ("part", "scores", "measures"),
-    [
-        ("concept train", (0.36, 0.2), ["probability"]),
-        ("concept test", (0.36, 0.2), ["probability"]),
-        ("concept test", (0.2, 0.36), ["accuracy"]),
-        ("simdom train", (0.2, 0.36), ["accuracy"]),
-        ("simdom test", (0.9, 1.0), ["probability", "accuracy"]),
-    ],
-)
-def test_answers_that_the_model_guesses(blind, part, scores, measures):
-    report = check_concept(SOUND, blind({part: scores}))
-    assert_only(report, {f"empty question, {measure}, {part}": [] for measure in measures})
-    assert value(report, f"empty question, probability, {part}") == pytest.approx(scores[0])
-    assert value(report, f"empty question, accuracy, {part}") == pytest.approx(scores[1])
-
-
-def test_answers_that_the_model_does_not_guess(blind):
-    report = check_concept(SOUND, blind({"concept test": (0.34, 0.34)}))
-    assert report.ok
+def test_answers_that_the_model_guesses(blind):
+    scores = {"concept train": (0.36, 0.2), "concept test": (0.2, 0.36), "simdom train": (0.34, 0.34)}
+    report = check_concept(SOUND, blind({**scores, "simdom test": (0.9, 1.0)}))
+    probability, accuracy = "empty question, probability, ", "empty question, accuracy, "
+    too_good = [f"{probability}concept train", f"{accuracy}concept test"]
+    too_good += [f"{probability}simdom test", f"{accuracy}simdom test"]
+    assert_only(report, {check: [] for check in too_good})
+    for part, (right, correct) in scores.items():
+        assert value(report, probability + part) == pytest.approx(right)
+        assert value(report, accuracy + part) == pytest.approx(correct)
     assert report.table.check.str.startswith("empty question").sum() == 8
-
-
-def test_general_answers_that_the_model_guesses(blind):
-    report = check_shared(SHARED, blind({"general test": (0.5, 0.1)}))
-    assert_only(report, {"empty question, probability, general test": []})
-
-
-def test_without_a_model_nothing_is_said_of_it(monkeypatch):
-    monkeypatch.setattr(checks, "blind_scores", lambda *a: pytest.fail("a model was asked"))
-    for report in (check_concept(SOUND), check_shared(SHARED)):
-        assert not report.table.check.str.contains("empty question").any()
+    general = check_shared(SHARED, blind({"general test": (0.5, 0.1)}))
+    assert_only(general, {f"{probability}general test": []})
 
 
 def test_a_real_model_is_asked():
@@ -496,87 +423,45 @@ def test_a_real_model_is_asked():
 # Shared data
 
 
-def shared_texts(kind: str, line: int, text: str) -> SharedData:
-    """The sound shared data with one neutral sentence changed."""
-    if kind == "neutral_fit":
-        texts = list(SHARED.neutral_fit)
-        texts[line - 1] = text
-        return dataclasses.replace(SHARED, neutral_fit=tuple(texts))
-    texts = list(SHARED.neutral[kind])
-    texts[line - 1] = text
-    return dataclasses.replace(SHARED, neutral=dict(SHARED.neutral) | {kind: tuple(texts)})
+def test_neutral_sentences_too_short_or_too_long():
+    train, test = SHARED.neutral["train"], SHARED.neutral["test"]
+    changed = dataclasses.replace(
+        SHARED,
+        neutral={"train": replaced(train, {17: words(3)}), "test": replaced(test, {17: words(61)})},
+        neutral_fit=replaced(SHARED.neutral_fit, {18: f"{words(61)} {words(1)}"}),
+    )
+    places = ["neutral sentence 17", "neutral sentence 267", "neutral sentence 518"]
+    said = [f"{count} words, wanted 4-60: " for count in (3, 61, 62)]
+    assert_only(check_shared(changed), {"length of neutral": places}, *said)
 
 
-@pytest.mark.parametrize(
-    ("changes", "check"),
-    [
-        ({"neutral_fit": SHARED.neutral_fit[1:]}, "neutral sentences"),
-        ({"neutral": dict(SHARED.neutral) | {"test": SHARED.neutral["test"][1:]}}, "neutral sentences"),
-        ({"questions": SHARED.questions[1:]}, "general questions"),
-        ({"instructions": SHARED.instructions[1:]}, "instructions"),
-    ],
-)
-def test_too_few_shared(changes, check):
-    assert_only(check_shared(dataclasses.replace(SHARED, **changes)), {check: []})
-
-
-@pytest.mark.parametrize("count", [3, 61])
-@pytest.mark.parametrize(("kind", "before"), [("train", 0), ("test", 250), ("neutral_fit", 500)])
-def test_a_neutral_sentence_too_short_or_too_long(kind, before, count):
-    report = check_shared(shared_texts(kind, 17, words(count)))
-    assert_only(report, {"length of neutral": [f"neutral sentence {before + 17}"]})
-    assert told(report).startswith(f"{count} words, wanted 4-60: ")
-
-
-@pytest.mark.parametrize(
-    ("kind", "copied", "where", "same_as"),
-    [
-        ("train", SHARED.neutral["train"][0], "neutral sentence 17", "neutral sentence 1"),
-        ("test", SHARED.neutral["train"][0], "neutral sentence 267", "neutral sentence 1"),
-        ("neutral_fit", SHARED.neutral["test"][0], "neutral sentence 517", "neutral sentence 251"),
-        ("neutral_fit", SHARED.instructions[3].instruction, "instructions.jsonl, i-3", "neutral sentence 517"),
-    ],
-)
-def test_repeated_shared_text(kind, copied, where, same_as):
-    report = check_shared(shared_texts(kind, 17, copied.upper()))
-    assert_only(report, {"repeated text": [where]})
-    assert told(report).startswith(f"same as {same_as}: ")
-
-
-def test_repeated_instruction():
+def test_repeated_shared_texts():
+    train, test = SHARED.neutral["train"], SHARED.neutral["test"]
+    fit = {17: test[0].upper(), 18: SHARED.instructions[3].instruction.upper()}
     copy = dataclasses.replace(SHARED.instructions[-1], instruction=SHARED.instructions[0].instruction)
-    report = check_shared(dataclasses.replace(SHARED, instructions=(*SHARED.instructions[:-1], copy)))
-    assert_only(report, {"repeated text": ["instructions.jsonl, i-59"]})
+    changed = dataclasses.replace(
+        SHARED,
+        neutral={"train": replaced(train, {17: train[0].upper()}), "test": replaced(test, {17: train[0].upper()})},
+        neutral_fit=replaced(SHARED.neutral_fit, fit),
+        instructions=(*SHARED.instructions[:-1], copy),
+    )
+    sentences = [f"neutral sentence {k}" for k in (17, 267, 517)]
+    instructions = ["instructions.jsonl, i-3", "instructions.jsonl, i-59"]
+    same = [*[f"neutral sentence {k}" for k in (1, 1, 251, 518)], "instructions.jsonl, i-0"]
+    said = [f"same as {place}: " for place in same]
+    assert_only(check_shared(changed), {"repeated text": [*sentences, *instructions]}, *said)
 
 
-@pytest.mark.parametrize("pair", PARAPHRASES[:4], ids=lambda pair: pair[1])
-def test_general_paraphrase_in_two_splits(pair):
-    shared = with_questions(SHARED, {4: asking(*pair[:2]), GENERAL_TEST: asking(*pair[2:])})
-    report = check_shared(shared)
-    assert_only(report, {"question in two splits": [f"general.jsonl, line {GENERAL_TEST}"]})
-    assert told(report) == f"{pair[2]} | general.jsonl, line 4: {pair[0]}"
-
-
-@pytest.mark.parametrize(
-    ("changes", "check"),
-    [
-        ({"question": words(2)}, "length of questions and options"),
-        ({"answer": words(13)}, "length of questions and options"),
-        ({"aliases": (SHARED.questions[6].question.split()[2],)}, "question holds its answer"),
-        ({"question": SHARED.questions[7].question}, "repeated question"),
-    ],
-)
-def test_a_bad_general_question(changes, check):
-    report = check_shared(with_questions(SHARED, {7: changes}))
-    assert_only(report, {check: [f"general.jsonl, line {8 if check == 'repeated question' else 7}"]})
-
-
-@pytest.mark.parametrize(("split", "start"), [("train", 0), ("test", 100)])
-def test_general_questions_whose_longest_option_is_right(split, start):
-    questions = list(SHARED.questions)
-    questions[start : start + 100] = [longest(q, True) for q in questions[start : start + 100]]
-    report = check_shared(dataclasses.replace(SHARED, questions=tuple(questions)))
-    assert_only(report, {f"longest option, general {split}": []})
+def test_bad_general_questions():
+    lines = {
+        7: {"question": words(2)},
+        8: {"answer": words(13)},
+        9: {"aliases": (SHARED.questions[8].question.split()[2],)},
+        11: {"question": SHARED.questions[9].question},
+    }
+    places = {check: line_of("general.jsonl", *at) for check, at in (
+        ("repeated question", [11]), (LENGTHS, [7, 8]), ("question holds its answer", [9]))}  # fmt: skip
+    assert_only(check_shared(with_questions(SHARED, lines)), places)
 
 
 # Whole folders, and the table
@@ -589,13 +474,10 @@ def sound(tmp_path, monkeypatch) -> Path:
     return write_sound(tmp_path / "data")
 
 
-def test_check_data_checks_every_concept_and_what_they_share(sound):
+def test_check_data_checks_every_concept_and_what_they_share_or_one_folder(sound):
     reports = check_data()
     assert [report.table.subject.iloc[0] for report in reports] == ["Sound Rome", "shared"]
     assert all(report.ok for report in reports)
-
-
-def test_check_data_of_one_folder_leaves_out_what_is_shared(sound):
     (report,) = check_data(str(sound))
     assert report.ok and set(report.table.subject) == {"Sound Rome"}
 
@@ -621,19 +503,15 @@ def test_a_data_folder_without_concepts_is_an_error(tmp_path, monkeypatch):
 
 
 def test_check_table_has_a_column_for_each_subject_and_marks_what_fails():
-    reports = [check_concept(without(SOUND, "sentences", 1)), check_shared(SHARED)]
+    """Counts are shown whole."""
+    reports = [check_concept(dataclasses.replace(SOUND, sentences=SOUND.sentences[1:])), check_shared(SHARED)]
     table = check_table(reports)
     assert list(table.columns) == ["check", "wanted", "Sound Rome", "shared"]
     assert list(table.check) == list(dict.fromkeys([*reports[0].table.check, *reports[1].table.check]))
     shown = table.set_index("check")
-    assert shown.loc["sentences", "Sound Rome"].endswith(" !")
-    assert shown.loc["sentences", "wanted"] == "≥ 150"
-    assert shown.loc["sentences", "shared"] == shown.loc["instructions", "Sound Rome"] == ""
-    assert shown.loc["longest option, general test", "shared"] == "0.25"
+    assert list(shown.loc["sentences"]) == ["≥ 150", "149 !", ""]
+    assert list(shown.loc["repeated text"]) == ["0", "0", "0"]
+    assert (
+        shown.loc["instructions", "Sound Rome"] == "" and shown.loc["longest option, general test", "shared"] == "0.25"
+    )
     assert "!" not in "".join(shown["shared"]) and "".join(shown["Sound Rome"]).count("!") == 1
-
-
-def test_check_table_shows_counts_whole():
-    shown = check_table([check_concept(SOUND)]).set_index("check")["Sound Rome"]
-    assert shown["sentences"] == "150"
-    assert shown["repeated text"] == "0"
