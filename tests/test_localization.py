@@ -196,7 +196,7 @@ def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled(closed):
     assert table.kl["ember", EXPOSED[1]] == pytest.approx(2.5)
     assert table.share_of_kl["ember", EXPOSED[1]] == pytest.approx(5 / 8)
     assert table.kl["rmu", EXPOSED[0]] == pytest.approx(2.5)
-    figure = localization_plots.arm_exposure(table.reset_index(), ["EMBER", "EMBER", "RMU", "RMU"])
+    figure = localization_plots.arm_exposure(table.reset_index().assign(ember=False))
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)

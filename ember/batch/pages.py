@@ -14,7 +14,7 @@ from ember.errors import EmberError
 from ember.evaluation.localization import EXPOSED
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.reporting.format import MISSING, fill_blocks, interval_text, interval_texts, markdown
+from ember.reporting.format import MISSING, arm_names, fill_blocks, interval_text, interval_texts, markdown
 from ember.reporting.plots import LABELS
 from ember.reporting.relearn_tables import LIKELIHOOD_ENDS
 from ember.reporting.tables import ALL, SHOWN
@@ -112,7 +112,7 @@ def _settings(profile: Profile) -> str:
     rows = []
     own = {name: method for name, method in METHODS.items() if name == "ember" or method.config is not EmberConfig}
     for name, method in own.items():
-        used = {**profile.grids.get(name, {}), **(profile.fit if name in profile.factorizing else {})}
+        used = {**profile.grids.get(name, {}), **(dict(profile.fit) if name in profile.factorizing else {})}
         for setting in fields(method.config):
             shown = used.get(setting.name, setting.default)
             shown = " · ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
@@ -124,8 +124,7 @@ def _effects(path: Path) -> str:
     """EMBER's effect on the four main scores of each method as Markdown."""
     table = _everywhere(path)
     wide = table.assign(text=interval_texts(table)).pivot(index="method", columns="metric", values="text")[list(SHOWN)]
-    wide = wide.rename(columns=SHOWN, index=lambda method: Arm(method).name)
-    return markdown(wide.reset_index())
+    return markdown(wide.rename(columns=SHOWN, index=lambda method: Arm(method).name).reset_index())
 
 
 def _precisions(path: Path) -> str:
@@ -148,8 +147,7 @@ def _localized(path: Path) -> str:
     for (method, ember, texts), part in table.groupby(["method", "ember", "set"], sort=False):
         kl = dict(zip(part.group, interval_texts(part, "kl", "kl", ".3f"), strict=True))
         share = part.share_of_tokens[part.group == EXPOSED[1]].sum()
-        kl_texts = [kl.get(group, MISSING) for group in EXPOSED]
-        rows.append((LABELS[texts], f"{share:.0%}", Arm(method, ember).name, *kl_texts))
+        rows.append((LABELS[texts], f"{share:.0%}", Arm(method, ember).name, *(kl.get(g, MISSING) for g in EXPOSED)))
     columns = ["texts", "tokens after an edited one", "arm", *(f"KL {group}" for group in EXPOSED)]
     return markdown(pd.DataFrame(rows, columns=columns).sort_values("texts", kind="stable"))
 
@@ -169,9 +167,8 @@ def _verdicts(path: Path) -> str:
     table = pd.read_csv(path)
     single = table.question.isin(["left after relearning", "cost at equal erasure"])
     table = table[single | (table.measure == "final score")]
-    table = table.assign(difference=interval_texts(table, "difference", form="+.3f"))
-    table = table[["question", "beside", "measure", "difference", "better"]]
-    return markdown(table.rename(columns={"difference": "difference from EMBER"}))
+    table["difference from EMBER"] = interval_texts(table, "difference", form="+.3f")
+    return markdown(table[["question", "beside", "measure", "difference from EMBER", "better"]])
 
 
 def _stability(path: Path) -> str:
@@ -194,7 +191,7 @@ def _arrivals(tables: Path) -> str:
     likely, likelihood = (table[table.metric == metric] for metric in ("gold_prob", "gold_logprob"))
     general = damage[(damage.set == "general") & (damage.metric == "gold_prob")]
     arms = list(zip(likely.method, likely.ember, strict=True))
-    shown = {"arm": [Arm(*arm).name for arm in arms], "cell": likely.cell}
+    shown = {"arm": arm_names(likely), "cell": likely.cell}
     for title, frame, column, form in (
         ("arrival (probability)", likely, "share", ".2f"),
         ("arrival (log-likelihood)", likelihood, "share", ".2f"),

@@ -1,4 +1,4 @@
-"""How values are written, in tables, pages and figures alike: intervals, shares, what is missing, Markdown."""
+"""How things are written, in tables, pages and figures alike: intervals, shares, arms, what is missing, Markdown."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from ember.data.arms import Arm
 from ember.errors import EmberError
 
 MISSING = "–"
@@ -20,8 +21,13 @@ def interval_text(value: float, low: float = math.nan, high: float = math.nan, f
 
 def interval_texts(rows: pd.DataFrame, name: str = "value", ends: str = "ci", form: str = "+.2f") -> list[str]:
     """``interval_text`` of each row, from the columns NAME, ENDS_low and ENDS_high."""
-    columns = (rows[column] for column in (name, f"{ends}_low", f"{ends}_high"))
-    return [interval_text(*row, form) for row in zip(*columns, strict=True)]
+    columns = (rows[name], rows[f"{ends}_low"], rows[f"{ends}_high"])
+    return [interval_text(value, low, high, form) for value, low, high in zip(*columns, strict=True)]
+
+
+def arm_names(rows: pd.DataFrame) -> list[str]:
+    """What a reader knows the arm of each row by, from its columns method and ember."""
+    return [Arm(method, ember).name for method, ember in zip(rows.method, rows.ember, strict=True)]
 
 
 def error_bars(rows: pd.DataFrame, name: str = "value", ends: str = "ci") -> list[pd.Series]:
@@ -46,5 +52,5 @@ def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
         if not pattern.search(text):
             raise EmberError(f"the document has no block named {name!r}")
         filled = f"<!-- {name} -->{gap}{block}{gap}<!-- /{name} -->"
-        text = pattern.sub(lambda _, filled=filled: filled, text)
+        text = pattern.sub(filled.replace("\\", r"\\"), text)
     return text

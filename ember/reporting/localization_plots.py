@@ -1,7 +1,5 @@
 """Figures of where an edit changes predictions: tidy frame in, matplotlib Axes or Figure out."""
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ember.reporting.format import error_bars
+from ember.reporting.format import arm_names, error_bars
 from ember.reporting.plots import LABELS, PALETTE, new_axes
 
 _MARKED = PALETTE["concept"]
@@ -25,8 +23,8 @@ def exposure_bars(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for k, name in enumerate(sets):
         mine = table[table.set == name]
         x = np.array([groups.index(g) for g in mine.group]) + 0.16 * (k - (len(sets) - 1) / 2)
-        style = {"color": PALETTE.get(name, PALETTE["base"]), "label": LABELS.get(name, name)}
-        ax.errorbar(x, mine.kl, error_bars(mine, "kl", "kl"), fmt="o", capsize=2, **style)
+        bars, colour = error_bars(mine, "kl", "kl"), PALETTE.get(name, PALETTE["base"])
+        ax.errorbar(x, mine.kl, bars, fmt="o", color=colour, capsize=2, label=LABELS.get(name, name))
     ax.axhline(0, color=PALETTE["base"], lw=0.8)
     ax.set_xticks(range(len(groups)), groups)
     ax.set(xlabel="edited tokens before the predicted one", ylabel="KL from the base model\n(nats per token)")
@@ -35,12 +33,12 @@ def exposure_bars(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def arm_exposure(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+def arm_exposure(table: pd.DataFrame) -> Figure:
     """Mean KL of every arm before any edited token and after one, one panel a set of texts.
 
-    ``table`` is ``localization.by_arm``'s for one concept, ``names`` are its rows' arms as a reader knows them.
+    ``table`` is ``localization.by_arm``'s for one concept.
     """
-    table = table.assign(arm=list(names))
+    table = table.assign(arm=arm_names(table))
     sets, arms, groups = (list(dict.fromkeys(table[column])) for column in ("set", "arm", "group"))
     size = (2.7 * len(sets) + 1.5, 0.5 * len(arms) + 1.7)
     figure, grid = plt.subplots(1, len(sets), figsize=size, layout="constrained", sharey=True, squeeze=False)

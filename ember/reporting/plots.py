@@ -5,6 +5,7 @@ Tidy frame in, matplotlib Axes or, for several panels, a Figure out; nothing her
 
 from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -65,6 +66,12 @@ def new_panels(count: int, most: int, size: tuple[float, float], *, below: float
 def marker_face(arm: Arm) -> str:
     """Filled with the arm's colour after EMBER and for EMBER itself, white for a method alone."""
     return arm.colour if arm.ember or arm.method == "ember" else "white"
+
+
+def alone_and_after(**style: Any) -> list[Line2D]:
+    """What ``marker_face`` says, for a legend."""
+    faces = {"alone": "white", "after EMBER (or EMBER)": "#666666"}
+    return [Line2D([], [], marker="o", color="#666666", mfc=face, label=arm, **style) for arm, face in faces.items()]
 
 
 def grid_curve(cells: pd.DataFrame, *, choice: str, ax: Axes | None = None) -> Axes:
@@ -136,15 +143,11 @@ def arm_scores(arms: pd.DataFrame) -> Figure:
     for ax, metric in zip(figure.axes, SCORE_STYLES, strict=True):
         for (method, ember), rows in arms[arms.metric == metric].groupby(["method", "ember"], sort=False):
             arm, y = Arm(method, ember), methods.index(method) + (0.14 if ember else -0.14)
-            style = {"color": arm.colour, "mfc": marker_face(arm)}
-            ax.errorbar(rows.value, [y], xerr=error_bars(rows), fmt="o", capsize=3, **style)
+            bars, face = error_bars(rows), marker_face(arm)
+            ax.errorbar(rows.value, [y], xerr=bars, fmt="o", color=arm.colour, mfc=face, capsize=3)
         ax.axvline(0.0 if metric in ("efficacy_cont", "final_cont") else 1.0, color=PALETTE["base"], lw=1, ls="--")
         ax.set(title=LABELS[metric], xlabel="test split, 95 % interval")
-    handles = [
-        Line2D([], [], marker="o", ls="", color="#666666", mfc="white", label="alone"),
-        Line2D([], [], marker="o", ls="", color="#666666", label="after EMBER (or EMBER)"),
-        Line2D([], [], ls="--", color=PALETTE["base"], label="base model"),
-    ]
+    handles = [*alone_and_after(ls=""), Line2D([], [], ls="--", color=PALETTE["base"], label="base model")]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
@@ -168,9 +171,9 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     )
     places = dict(zip(x.index, zip(x.value, y.value, strict=True), strict=True))
     for k, (key, place) in enumerate(places.items()):
-        arm, bars = Arm(*key), (error_bars(y.loc[[key]]), error_bars(x.loc[[key]]))
-        style = {"color": arm.colour, "mfc": marker_face(arm)}
-        ax.errorbar(*place, *bars, fmt="o", capsize=2, lw=0.8, ms=8, **style)
+        arm, xerr, yerr = Arm(*key), error_bars(x.loc[[key]]), error_bars(y.loc[[key]])
+        style: dict[str, Any] = {"color": arm.colour, "mfc": marker_face(arm), "capsize": 2, "lw": 0.8, "ms": 8}
+        ax.errorbar(place[0], place[1], yerr, xerr, fmt="o", **style)
         if arm.ember:
             arrow = {"arrowstyle": "->", "color": arm.colour, "lw": 1.3}
             ax.annotate("", place, places[arm.method, False], arrowprops=arrow)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from ember.data.arms import UNEDITED, Arm
 from ember.reporting.format import error_bars, interval_texts
-from ember.reporting.plots import PALETTE, marker_face, new_axes, new_panels
+from ember.reporting.plots import PALETTE, alone_and_after, marker_face, new_axes, new_panels
 from ember.reporting.relearn_tables import LIKELIHOOD_ENDS
 
 _UNEDITED_COLOUR = "#111111"
@@ -67,8 +67,7 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
     for ax in grid[:, 0]:
         ax.set_ylabel(_CHANGE, fontsize=9)
     handles = [
-        Line2D([], [], marker="o", color="#666666", mfc="white", label="alone"),
-        Line2D([], [], marker="o", color="#666666", label="after EMBER (or EMBER)"),
+        *alone_and_after(),
         Line2D([], [], marker=".", color=_UNEDITED_COLOUR, label="unedited model"),
         Line2D([], [], ls=":", color="#666666", label="all that it had erased, alone"),
         Line2D([], [], ls="--", color="#666666", label="… after EMBER (or EMBER)"),
@@ -138,5 +137,5 @@ def _line(
     ax: Axes, part: pd.DataFrame, colour: str, marker: str, label: str | None, *, face: str = "", shift: float = 0.0
 ) -> None:
     """What came back against tokens, moved aside by ``shift`` times the last point so that bars stay apart."""
-    x, style = part.tokens + shift * part.tokens.max(), {"color": colour, "marker": marker, "mfc": face or colour}
-    ax.errorbar(x, part.back, error_bars(part, "back", "back"), capsize=2, lw=1.3, label=label, **style)
+    x, bars, face = part.tokens + shift * part.tokens.max(), error_bars(part, "back", "back"), face or colour
+    ax.errorbar(x, part.back, bars, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)

@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pandas as pd
 
-from ember.data.arms import UNEDITED, Arm
+from ember.data.arms import UNEDITED
 from ember.evaluation.resampling import draws, pooled
 from ember.relearning.attacks import PRECISIONS
 from ember.relearning.regained import net_of_reference, regained_table
-from ember.reporting.format import MISSING, interval_texts
+from ember.reporting.format import MISSING, arm_names, interval_texts
 from ember.reporting.tables import ALL, each_concept, ember_first
 
 RECIPE = ["precision", "lr", "budget"]
@@ -63,11 +63,7 @@ def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: s
     """The last point of every attack on every arm, with the arm's name in column arm."""
     rows = table[(table.metric == metric) & (table.questions == questions)]
     last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
-    return last.assign(arm=_arms(last))
-
-
-def _arms(rows: pd.DataFrame) -> list[str]:
-    return [Arm(*arm).name for arm in zip(rows.method, rows.ember, strict=True)]
+    return last.assign(arm=arm_names(last))
 
 
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +177,7 @@ def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
     """
     mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
     keys = ["arm", *RECIPE]
-    mine = mine.assign(arm=_arms(mine))
+    mine = mine.assign(arm=arm_names(mine))
     everything = mine.part == "all that is trained"
     changed = mine[everything].groupby(keys).changed.mean()
     travelled = mine[~everything].groupby(keys).travelled.mean()

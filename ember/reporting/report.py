@@ -6,7 +6,8 @@ Frames of runs have a column ``run``. Figures of single runs are to show one see
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 
 from ember.data.arms import Arm
 from ember.evaluation import localization, stability
@@ -19,7 +20,7 @@ from ember.reporting.teaching_plots import arrival_points
 from ember.store.paths import slug
 
 Tables = dict[str, pd.DataFrame]
-Figures = Iterator[tuple[str, Figure]]
+Figures = Iterator[tuple[str, Figure | SubFigure]]
 ASKED = ["accuracy", "gold_prob", "letter_correct", "letter_valid", "open_correct"]
 
 
@@ -36,14 +37,18 @@ def figure_name(kind: str, frame: pd.DataFrame) -> str:
     return "__".join([kind, slug(row.concept), *arm, f"seed{row.seed}"])
 
 
-def _by_concept(kind: str, frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def _by_concept(kind: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame], Axes | Figure]) -> Figures:
     for concept, part in frame.groupby("concept", sort=False):
-        yield f"{kind}__{slug(str(concept))}", part
+        yield f"{kind}__{slug(str(concept))}", _whole(draw(part))
 
 
-def _by_run(kind: str, frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def _by_run(kind: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame], Axes]) -> Figures:
     for _, part in frame.groupby("run"):
-        yield figure_name(kind, part), part
+        yield figure_name(kind, part), _whole(draw(part))
+
+
+def _whole(drawn: Axes | Figure) -> Figure | SubFigure:
+    return drawn.figure if isinstance(drawn, Axes) else drawn
 
 
 def erasure_tables(
@@ -66,12 +71,9 @@ def erasure_tables(
 
 def arm_figures(main: pd.DataFrame, effects: pd.DataFrame) -> Figures:
     """The arms of each concept, and what EMBER adds."""
-    for name, arms in _by_concept("methods", main):
-        yield name, plots.arm_scores(arms)
-    for name, arms in _by_concept("trade_off", main):
-        yield name, plots.arm_trade_off(arms).figure
-    for name, differences in _by_concept("ember_effect", effects):
-        yield name, plots.ember_effect(differences)
+    yield from _by_concept("methods", main, plots.arm_scores)
+    yield from _by_concept("trade_off", main, plots.arm_trade_off)
+    yield from _by_concept("ember_effect", effects, plots.ember_effect)
 
 
 def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
@@ -81,15 +83,23 @@ def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
 
 def feature_figures(loss: pd.DataFrame, scores: pd.DataFrame, preview: pd.DataFrame) -> Figures:
     """Each run's fit, features and rows, from the frames of notebooks 01 and 02."""
-    for name, run in _by_run("factorization_loss", loss):
-        yield name, feature_plots.loss_curve(run.loss.tolist(), total=run.total.iloc[0]).figure
-    for name, run in _by_run("selected_features", scores):
-        chosen, threshold = run.feature[run.selected].tolist(), run.threshold.iloc[0]
-        yield name, feature_plots.feature_scores(run, threshold=threshold, selected=chosen).figure
-    for name, run in _by_run("keyness_and_ratio", scores):
-        yield name, feature_plots.role_composition(run, selected=run.feature[run.selected].tolist()).figure
-    for name, run in _by_run("token_preview", preview):
-        yield name, feature_plots.token_preview(run).figure
+
+    def selected(run: pd.DataFrame) -> list[int]:
+        return run.feature[run.selected].tolist()
+
+    def keyness(run: pd.DataFrame) -> Axes:
+        return feature_plots.feature_scores(run, threshold=run.threshold.iloc[0], selected=selected(run))
+
+    def ratios(run: pd.DataFrame) -> Axes:
+        return feature_plots.role_composition(run, selected=selected(run))
+
+    def unexplained(run: pd.DataFrame) -> Axes:
+        return feature_plots.loss_curve(run.loss.tolist(), total=run.total.iloc[0])
+
+    yield from _by_run("factorization_loss", loss, unexplained)
+    yield from _by_run("selected_features", scores, keyness)
+    yield from _by_run("keyness_and_ratio", scores, ratios)
+    yield from _by_run("token_preview", preview, feature_plots.token_preview)
 
 
 def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, samples: pd.DataFrame) -> Figures:
@@ -99,16 +109,18 @@ def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFr
         chosen = cells[cells.chosen & (cells.concept == concept) & (cells.seed == seed)]
         yield f"grids__{slug(concept)}__seed{seed}", plots.grid_panels(grids, chosen)
     alone = items[(items.method == "ember") & ~items.ember & (items.metric == "gold_logprob")]
-    for name, run in _by_run("item_changes", alone.assign(change=alone.edited - alone.base)):
-        yield name, feature_plots.item_changes(run).figure
-    for name, run in _by_run("generations", samples[samples.method == "ember"]):
-        yield name, plots.text_panel(run[["prompt", "base", "edited"]]).figure
+    yield from _by_run("item_changes", alone.assign(change=alone.edited - alone.base), feature_plots.item_changes)
+    written = samples[samples.method == "ember"]
+    yield from _by_run("generations", written, lambda run: plots.text_panel(run[["prompt", "base", "edited"]]))
     titles = {**plots.LABELS, "instruction": "reference responses"}
     texts = records.set.isin(["neutral", "instruction", "other_sense", "paragraph"]) & (records.metric == "delta_loss")
     damage = records[texts & (records.split == "test") & (records.method == "ember")]
-    for name, run in _by_run("text_damage", damage.assign(label=damage.set.map(titles))):
+
+    def rises(run: pd.DataFrame) -> Axes:
         title, unit = "Rise in loss on the test texts (EMBER alone)", "nats per token (95 % interval)"
-        yield name, plots.interval_bars(run.sort_values("value"), title=title, xlabel=unit, base=0.0).figure
+        return plots.interval_bars(run.sort_values("value"), title=title, xlabel=unit, base=0.0)
+
+    yield from _by_run("text_damage", damage.assign(label=damage.set.map(titles)), rises)
 
 
 def relearning_tables(
@@ -128,14 +140,18 @@ def relearning_tables(
 
 def relearning_figures(table: pd.DataFrame, precisions: pd.DataFrame) -> Figures:
     """What comes back: by method against tokens, by attack where there are several, and by precision."""
-    for name, part in _by_concept("relearning", table):
+
+    def panels(part: pd.DataFrame) -> Figure:
         widest = relearned.recipe(part[part.attack == "all"], most="method")
-        yield name, relearn_plots.regained_panels(widest[(widest.metric == "gold_prob") & (widest.questions == "all")])
-    for name, part in _by_concept("attacks", relearned.final_points(table)):
-        if set(part.attack) != {"all"}:
-            yield name, relearn_plots.share_heatmap(relearned.recipe(part, most="attack")).figure
-    for name, part in _by_concept("precision", precisions):
-        yield name, relearn_plots.precision_panel(part)
+        return relearn_plots.regained_panels(widest[(widest.metric == "gold_prob") & (widest.questions == "all")])
+
+    last = relearned.final_points(table)
+    several = last[last.groupby("concept").attack.transform(lambda attacks: set(attacks) != {"all"})]
+    yield from _by_concept("relearning", table, panels)
+    yield from _by_concept(
+        "attacks", several, lambda part: relearn_plots.share_heatmap(relearned.recipe(part, most="attack"))
+    )
+    yield from _by_concept("precision", precisions, relearn_plots.precision_panel)
 
 
 def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.Series) -> Tables:
@@ -151,12 +167,12 @@ def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.
 
 def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
     """KL before and after an edited token by arm, and by the number of them for EMBER alone."""
-    for name, part in _by_concept("localization", table):
-        names = [Arm(*arm).name for arm in zip(part.method, part.ember, strict=True)]
-        yield name, localization_plots.arm_exposure(part, names)
-    for name, part in _by_concept("exposure", tokens[(tokens.method == "ember") & ~tokens.ember]):
-        texts = part.assign(text=part.seed.astype(str) + " " + part.text.astype(str))
-        yield name, localization_plots.exposure_bars(localization.by_exposure(texts)).figure
+    yield from _by_concept("localization", table, localization_plots.arm_exposure)
+    alone = tokens[(tokens.method == "ember") & ~tokens.ember]
+    alone = alone.assign(text=alone.seed.astype(str) + " " + alone.text.astype(str))
+    yield from _by_concept(
+        "exposure", alone, lambda part: localization_plots.exposure_bars(localization.by_exposure(part))
+    )
 
 
 Runs = Mapping[tuple[str, int], trade.Curves]  # by concept and seed
@@ -184,8 +200,7 @@ def trade_tables(runs: Runs, rows: pd.DataFrame) -> Tables:
 
 def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
     """The areas of every concept, and the curves of one seed each."""
-    for name, part in _by_concept("trade_areas", areas):
-        yield name, control_plots.area_differences(part)
+    yield from _by_concept("trade_areas", areas, control_plots.area_differences)
     for (concept, seed), run in runs.items():
         if seed == seeds[concept]:
             yield f"trade__{slug(concept)}", control_plots.trade_curves(trade.point_table(run))
@@ -218,10 +233,8 @@ def _varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
 
 def stability_figures(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Figures:
     """What came of each concept's feature, and of its edits."""
-    for name, part in _by_concept("stability", _varied_pairs(fits, pairs)):
-        yield name, stability_plots.variation_points(part).figure
-    for name, part in _by_concept("stability_outcomes", outcomes):
-        yield name, stability_plots.outcome_points(part).figure
+    yield from _by_concept("stability", _varied_pairs(fits, pairs), stability_plots.variation_points)
+    yield from _by_concept("stability_outcomes", outcomes, stability_plots.outcome_points)
 
 
 def teaching_tables(cells: pd.DataFrame, **frames: pd.DataFrame) -> Tables:

@@ -102,8 +102,9 @@ def outcome_points(outcomes: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     for k, name in enumerate(sets):
         mine = outcomes[outcomes.set == name].set_index("fit").reindex(names)
         y = np.arange(len(names)) + 0.2 * (k - (len(sets) - 1) / 2)
-        style = {"color": PALETTE.get(name, PALETTE["neutral"]), "label": f"{LABELS.get(name, name)} questions"}
-        ax.errorbar(mine.change, y, xerr=error_bars(mine, "change"), fmt="o", capsize=3, **style)
+        bars, colour = error_bars(mine, "change"), PALETTE.get(name, PALETTE["neutral"])
+        label = f"{LABELS.get(name, name)} questions"
+        ax.errorbar(mine.change, y, xerr=bars, fmt="o", color=colour, capsize=3, label=label)
     ax.axvline(0, color=PALETTE["base"], lw=1, ls="--", label="base model")
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="change in probability of the right answer (95 % interval)")

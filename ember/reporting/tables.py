@@ -1,6 +1,7 @@
 """Records of erasing → its tables."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -185,16 +186,21 @@ def verdict_table(
     Columns: question, beside (the control), measure, runs, difference from EMBER and its 95 % interval over items,
     seeds and concepts, better (EMBER, the control, or "not shown").
     """
-    rows = []
+    answers = []
+
+    def answer(question: str, beside: str, measure: str, row: Any, sign: int, *names: str) -> None:
+        value, low, high = (getattr(row, name) for name in names or ("value", "ci_low", "ci_high"))
+        better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"
+        answers.append((concept, question, beside, measure, row.runs, value, low, high, better))
+
     for row in scores.itertuples():
         if row.metric in SHOWN:
-            interval = (row.value, row.ci_low, row.ci_high)
-            rows.append(("scores before relearning", Arm(row.method).name, SHOWN[row.metric], row.runs, 1, interval))
+            answer("scores before relearning", Arm(row.method).name, SHOWN[row.metric], row, 1)
     for row in left.itertuples():
         if row.metric == "gold_prob" and row.attack == "all":
             measure = f"probability of the right answer ({row.precision}, lr {float(row.lr):g})"
-            interval = (row.value, row.ci_low, row.ci_high)
-            rows.append(("left after relearning", Arm(row.method).name, measure, row.runs, -1, interval))
+            answer("left after relearning", Arm(row.method).name, measure, row, -1)
+    difference = ("difference", "difference_low", "difference_high")
     same = strengths[strengths.delta == 1] if len(strengths) else strengths
     for question, table, sign, measure in (
         ("taken at delta=1", same, 1, "probability of the right answer"),
@@ -203,12 +209,7 @@ def verdict_table(
     ):
         for row in table.itertuples():
             if row.edit != "EMBER":
-                interval = (row.difference, row.difference_low, row.difference_high)
-                rows.append((question, row.edit, measure.format(**row._asdict()), row.runs, sign, interval))
-    answers = []
-    for question, beside, measure, runs, sign, (value, low, high) in rows:
-        better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"
-        answers.append((concept, question, beside, measure, runs, value, low, high, better))
+                answer(question, row.edit, measure.format(**row._asdict()), row, sign, *difference)
     columns = ["concept", "question", "beside", "measure", "runs", "difference", "ci_low", "ci_high", "better"]
     return pd.DataFrame(answers, columns=columns)
 
@@ -227,14 +228,8 @@ def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
             if name not in after.index:
                 continue  # released concepts have no texts in another sense
             change = after.loc[(name, f"delta_{metric}")]
-            lines.append(
-                {
-                    "concept": concept,
-                    "cell": after.cell.iloc[0],
-                    "measure (test split)": label,
-                    "base model": f"{before[name, metric]:.3f}",
-                    "edited": f"{after.value[name, metric]:.3f}",
-                    "change [95 % interval]": interval_text(change.value, change.ci_low, change.ci_high, "+.3f"),
-                }
-            )
-    return pd.DataFrame(lines)
+            values = (f"{before[name, metric]:.3f}", f"{after.value[name, metric]:.3f}")
+            text = interval_text(change.value, change.ci_low, change.ci_high, "+.3f")
+            lines.append((concept, after.cell.iloc[0], label, *values, text))
+    columns = ["concept", "cell", "measure (test split)", "base model", "edited", "change [95 % interval]"]
+    return pd.DataFrame(lines, columns=columns)
