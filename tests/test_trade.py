@@ -1,5 +1,6 @@
 """Trades of row edits: untouched items are left alone, areas and costs against computations by hand."""
 
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.edits import EMBED
+from helpers.suites import shared_data
 from helpers.tiny import make_concept, make_loaded
 
 from ember.errors import UnknownNameError
@@ -49,74 +51,69 @@ def probe(loaded):
     return Probe(questions, texts, pd.concat(frames, ignore_index=True))
 
 
+@pytest.fixture(scope="module")
+def edits(loaded):
+    """An edit of the input embeddings, and the same of the output embeddings."""
+    configs = {side: EmberConfig(**vars(CONFIG) | {"side": side}) for side in ("input", "output")}
+    return {side: METHODS["ember"].run(loaded, make_concept(), config) for side, config in configs.items()}
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_scores_are_those_of_the_edited_model(loaded, probe, side):
-    edit = METHODS["ember"].run(loaded, make_concept(), EmberConfig(**vars(CONFIG) | {"side": side}))
-    found = trade.probe_edit(loaded, probe, edit)
+def test_scores_are_those_of_the_edited_model(loaded, probe, edits, side):
+    found = trade.probe_edit(loaded, probe, edits[side])
     measured = found[found.metric.isin(probe.base.metric)]
     assert len(measured) == len(probe.base)
     assert (len(found) > len(measured)) == (side == "input")  # what is expected of general English
-    for name, questions in probe.questions.items():
-        expected = question_scores(loaded, questions, edit)
+    expected = {name: question_scores(loaded, asked, edits[side]) for name, asked in probe.questions.items()}
+    expected |= {name: text_scores(loaded, texts, edits[side]) for name, texts in probe.texts.items()}
+    for name, scores in expected.items():
         mine = found[found.set == name].set_index(["item", "metric"]).edited
-        np.testing.assert_allclose(mine.loc[list(zip(expected["item"], expected.metric, strict=True))], expected.value,
-                                   atol=1e-4)  # fmt: skip
-    for name, texts in probe.texts.items():
-        expected = text_scores(loaded, texts, edit)
-        mine = found[found.set == name].set_index(["item", "metric"]).edited
-        np.testing.assert_allclose(mine.loc[list(zip(expected["item"], expected.metric, strict=True))], expected.value,
-                                   atol=1e-4)  # fmt: skip
+        np.testing.assert_allclose(
+            mine.loc[list(zip(scores["item"], scores.metric, strict=True))], scores.value, atol=1e-4
+        )
 
 
-def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(loaded, probe):
-    edit = METHODS["ember"].run(loaded, make_concept(), CONFIG)
+def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(loaded, probe, edits):
+    edit, texts = edits["input"], probe.texts["other_sense"]
     marked = edit.rows_of(EMBED)
-    texts = probe.texts["other_sense"]
     sequences = [loaded.encode(text) for text in texts]
-    total = sum(
-        score.kl.sum() for score in sequence_scores(loaded, sequences, [1] * len(texts), partial(edit.applied, loaded))
-    )
+    scores = sequence_scores(loaded, sequences, [1] * len(texts), partial(edit.applied, loaded))
     count = sum(i in marked for ids in sequences for i in ids[:-1])
     items = trade.probe_edit(loaded, probe, edit).assign(edit="EMBER", delta=1.0)
     found = curves(items, n_resamples=20).cost["everyday"]["EMBER"]
-    assert found[0, 0] == pytest.approx(total / count * expected_per_thousand(loaded, marked), rel=1e-4)
+    expected = sum(score.kl.sum() for score in scores) / count * expected_per_thousand(loaded, marked)
+    assert found[0, 0] == pytest.approx(expected, rel=1e-4)
     assert found[0, 0] > 0 and found[0, 1:].std() > 0
 
 
-def test_an_edit_of_output_embeddings_acts_everywhere(loaded, probe):
-    config = EmberConfig(**vars(CONFIG) | {"side": "output"})
-    items = trade.probe_edit(loaded, probe, METHODS["ember"].run(loaded, make_concept(), config))
+def test_an_edit_of_output_embeddings_acts_everywhere(loaded, probe, edits):
+    items = trade.probe_edit(loaded, probe, edits["output"])
     neutral = items[(items.set == "neutral") & (items.metric == "kl")].edited.mean()
     found = curves(items.assign(edit="EMBER", delta=1.0), n_resamples=20).cost["everyday"]["EMBER"]
-    assert found[0, 0] == pytest.approx(1000 * neutral)
-    assert neutral > 0
+    assert found[0, 0] == pytest.approx(1000 * neutral) and neutral > 0
 
 
-def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, monkeypatch):
-    edit = METHODS["ember"].run(loaded, make_concept(), CONFIG)
-    marked = edit.rows_of(EMBED)
+def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, edits, monkeypatch):
     asked: list[str] = []
-    real = trade.text_scores
 
-    def counted(loaded, texts, *arguments, **options):
+    def counted(loaded, texts, edit):
         asked.extend(texts)
-        return real(loaded, texts, *arguments, **options)
+        return text_scores(loaded, texts, edit)
 
     monkeypatch.setattr(trade, "text_scores", counted)
-    trade.probe_edit(loaded, probe, edit)
+    trade.probe_edit(loaded, probe, edits["input"])
+    marked = edits["input"].rows_of(EMBED)
     holding = [t for texts in probe.texts.values() for t in texts if marked & set(loaded.encode(t))]
     assert asked == holding
     assert 0 < len(holding) < sum(map(len, probe.texts.values()))
 
 
-def test_the_suite_s_probe_holds_the_base_model_s_scores(loaded, monkeypatch):
-    suite = load_suite(make_concept())
-    found = trade.make_probe(loaded, suite, "train")
-    assert set(found.base.set) == {"concept", "simdom", "other_sense", "neutral"} - (
-        set() if suite.texts["other_sense"]["train"] else {"other_sense"}
-    )
-    kl = found.base[found.base.metric == "kl"].value
-    assert (kl == 0).all()
+def test_the_suite_s_probe_holds_the_base_model_s_scores(loaded):
+    for texts in (make_concept().other_sense, ()):  # released concepts have none
+        suite = load_suite(replace(make_concept(), other_sense=texts), shared=shared_data())
+        found = trade.make_probe(loaded, suite, "train").base
+        assert set(found.set) == {"concept", "simdom", "neutral"} | ({"other_sense"} if texts else set())
+        assert (found[found.metric == "kl"].value == 0).all()
 
 
 # Areas. A path is straight from (0, 0) on.
@@ -151,10 +148,11 @@ def test_a_better_edit_never_has_a_smaller_area():
 
 
 def test_draws_are_independent_of_each_other():
-    generator = np.random.default_rng(0)
-    x, y = generator.random((3, 5)), generator.random((3, 5))
+    x, y = np.random.default_rng(0).random((2, 3, 5))
     for k in range(5):
-        assert area(x, y, 0.8)[k] == pytest.approx(area(x[:, k : k + 1], y[:, k : k + 1], 0.8)[0])
+        one = x[:, k : k + 1], y[:, k : k + 1]
+        assert area(x, y, 0.8)[k] == pytest.approx(area(*one, 0.8)[0])
+        np.testing.assert_allclose(cost_at(x, y, 0.5)[k], cost_at(*one, 0.5)[0])
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.5, 0.5), (1.0, 1.0), (1.5, 2.0), (2.5, np.nan), (0.0, 0.0)])
@@ -195,26 +193,29 @@ def test_curves_are_mean_changes_and_all_edits_draw_the_same_items():
     assert found.cost["neighbour"]["EMBER"][0, 0] > 0
 
 
-def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero():
-    runs = {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
-    table = area_table(runs).set_index(["cost", "edit"])
-    better = table.loc["everyday", "EMBER, rare tokens"]
+@pytest.fixture(scope="module")
+def better_runs():
+    return {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
+
+
+def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero(better_runs):
+    table = area_table(better_runs).set_index(["cost", "edit"])
+    own, better = table.loc["everyday", "EMBER"], table.loc["everyday", "EMBER, rare tokens"]
     assert better.runs == 2
     assert 0 < better.difference_low < better.difference < better.difference_high
-    own = table.loc["everyday", "EMBER"]
     assert own.difference == own.difference_low == own.difference_high == 0
     assert better.area == pytest.approx(own.area + better.difference)
 
 
-def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw():
-    runs = {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
-    table = strength_table(runs).set_index(["edit", "delta"])
+def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw(better_runs):
+    table = strength_table(better_runs).set_index(["edit", "delta"])
     assert table.index.tolist() == [(edit, d) for edit in ("EMBER", "EMBER, rare tokens") for d in (0.5, 1.0)]
+    differences = ["difference", "difference_low", "difference_high"]
     for delta in (0.5, 1.0):
         own, better = table.loc["EMBER", delta], table.loc["EMBER, rare tokens", delta]
         assert own.ci_low < own.gain < own.ci_high and own.runs == 2
-        assert own.difference == own.difference_low == own.difference_high == 0
-        assert better[["difference", "difference_low", "difference_high"]].tolist() == pytest.approx([0.3 * delta] * 3)
+        assert own[differences].tolist() == [0, 0, 0]
+        assert better[differences].tolist() == pytest.approx([0.3 * delta] * 3)
         assert better.gain == pytest.approx(own.gain + 0.3 * delta)
 
 
