@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from concept_erasure import LeaceEraser
 from helpers.edits import EMBED, assert_same_edit, differing, listed, snapshot, state_with
 from helpers.edits import SETTINGS as FIT
 from helpers.tiny import NEUTRAL, SENTENCES, SMALL_SAES, make_concept, make_loaded
@@ -319,7 +320,7 @@ def test_leace_keeps_its_promise_on_the_rows_it_was_fitted_on(tiny, cache, side)
     ids = torch.tensor(target.features.table.token_id.tolist())
     edited = torch.isin(ids, target.rows)
     X = target.matrix[ids].double()
-    after = controls.leace_eraser(target)(X)
+    after = LeaceEraser.fit(X, edited.double())(X)
     assert (X[edited].mean(0) - X[~edited].mean(0)).norm() > 0.1
     torch.testing.assert_close(after[edited].mean(0), after[~edited].mean(0), atol=1e-8, rtol=0)
     change = controls.concept_subspace(target)

@@ -44,12 +44,7 @@ def erase(
 ) -> Edit:
     """The edit of a method, or with ``first`` (an EMBER edit) of the method run after it, composed into one.
 
-    The model is left bit-identical.
-
-    Raises
-    ------
-    UnknownNameError
-        If there is no such method; other errors are the method's own.
+    The model is left bit-identical. Errors are an ``UnknownNameError`` and the method's own.
     """
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)

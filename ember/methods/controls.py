@@ -1,18 +1,12 @@
 """Control edits: other displacements of the very rows that EMBER edits. Is it the rows, or the direction?"""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import normalize
 
 from ember.methods.ember import RowTarget, run
 from ember.tokens import background_frequency
-
-if TYPE_CHECKING:
-    from concept_erasure import LeaceEraser
 
 
 def towards_mean(target: RowTarget) -> torch.Tensor:
@@ -58,17 +52,12 @@ def concept_subspace(target: RowTarget) -> torch.Tensor:
     LEACE (Belrose et al. 2023, arXiv 2306.03819) is fitted on the rows of V' to tell those that EMBER edits from the
     others: after it, over all of V', no linear classifier could. Only EMBER's rows are moved.
     """
-    return target.old - leace_eraser(target)(target.old.double()).to(target.old)
-
-
-def leace_eraser(target: RowTarget) -> LeaceEraser:
-    """LEACE on the rows of V' (float64), the rows that EMBER edits against the others."""
     from concept_erasure import LeaceEraser  # slow to import, and most edits do without
 
     ids = torch.tensor(target.features.table.token_id.tolist())
-    edited = torch.isin(ids, target.rows)
-    device = target.matrix.device
-    return LeaceEraser.fit(target.matrix[ids.to(device)].double(), edited.double().to(device))
+    edited, device = torch.isin(ids, target.rows), target.matrix.device
+    eraser = LeaceEraser.fit(target.matrix[ids.to(device)].double(), edited.double().to(device))
+    return target.old - eraser(target.old.double()).to(target.old)
 
 
 def other_rows(target: RowTarget) -> torch.Tensor:

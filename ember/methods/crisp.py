@@ -10,7 +10,7 @@ from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.methods.sae import SparseAutoencoder
-from ember.methods.selection import SaeConfig, forget_texts, on_record, prepare, retain_texts, select_features
+from ember.methods.selection import SaeConfig, contrast_texts, on_record, prepare, select_features
 from ember.methods.training import adapted, batches, linear_modules, minimize, scored_states, weights_edit
 from ember.models.activations import Site, n_layers
 from ember.models.loading import LoadedModel
@@ -67,8 +67,7 @@ def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int
     sites, last = list(read), [Site("residual", n_layers(loaded) - 1)]
     instructions = [i.instruction for i in load_shared().instructions if i.split == "train"][:COHERENCE_TEXTS]
     generator = torch.Generator().manual_seed(seed)
-    forget = batches(loaded, forget_texts(concept), config.batch_size, generator)
-    retain = batches(loaded, retain_texts(concept), config.batch_size, generator)
+    forget, retain = (batches(loaded, texts, config.batch_size, generator) for texts in contrast_texts(concept))
     coherence = batches(loaded, instructions, 1, generator)
     plan = [((next(forget), sites), (next(retain), sites), (next(coherence), last)) for _ in range(config.steps)]
 
@@ -99,8 +98,6 @@ def _activity(
     sae: SparseAutoencoder, features: list[int], now: torch.Tensor, before: torch.Tensor, margin: float
 ) -> torch.Tensor:
     """Mean positive activation of the features, raised by the margin, where they were active before."""
-    if not features:
-        return now.new_zeros(())
     active = sae.encode(before)[:, features] > 0
     raised = sae.pre(now)[:, features] + margin * sae.pre(before)[:, features].mean().abs()
     values = raised.clamp_min(0)[active]

@@ -67,28 +67,18 @@ def run(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int
 def fit(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42) -> ConceptFeatures:
     """The factorization behind ``run``: the one in ``features_from``, or else made once for every strength and method.
 
-    Errors are those of ``concept_features`` (rank, texts) or ``ConceptFeatures.load``.
-
-    Raises
-    ------
-    EmberError
-        If the features in the folder are those of another concept or of other weights.
+    Errors are those of ``concept_features`` (rank, texts) or ``ConceptFeatures.load``, and an ``EmberError`` if the
+    features in the folder are those of another concept.
     """
     if config.features_from is not None:
         features = ConceptFeatures.load(config.features_from)
         if features.concept != concept.name:
             raise EmberError(f"{config.features_from} holds features of {features.concept!r}, not of {concept.name!r}")
-        _require_weights(features, loaded, f"the features in {config.features_from}")
         return features
     return concept_features(
         loaded, concept, rank=config.rank, sparsity=config.sparsity, ridge=config.ridge, max_iter=config.max_iter,
         patience=config.patience, tol=config.tol, precision=config.precision, seed=seed,
     )  # fmt: skip
-
-
-def _require_weights(features: ConceptFeatures, loaded: LoadedModel, name: str = "the features") -> None:
-    if features.weights_hash != loaded.weights_hash:
-        raise EmberError(f"{name} were fitted on {features.model} ({features.weights_hash[:12]}), not this model")
 
 
 @dataclass(frozen=True)
@@ -126,34 +116,35 @@ def edit_from_features(
 
     Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the contributions
     are divided by the scale. ``method`` and another ``displacement`` [r, d_model] make a control edit of the same rows,
-    ``others`` [r] one of as many other rows.
-
-    Raises
-    ------
-    EmberError
-        If the features were fitted on other weights, or touch no row.
+    ``others`` [r] one of as many other rows. Features that were fitted on other weights, or touch no row, are an
+    ``EmberError``.
     """
-    _require_weights(features, loaded)
-    selected, contributions = _contributions(features, config)
+    selected, contributions = _contributions(loaded, features, config)
     if not contributions:
         rare = "" if config.max_zipf is None else f" of zipf ≤ {config.max_zipf:g}"
         raise EmberError(f"features {selected} are active on no concept-only token{rare}; nothing to edit")
     rows = torch.tensor(sorted(contributions))
     c = torch.stack([contributions[int(i)] for i in rows]) / loaded.embedding_scale
-    names = {"input": [loaded.embedding_name], "output": [loaded.head_name]}
-    names["both"] = names["input"] + names["output"]
-    values = {}
-    for name in names[config.side]:
+    matrices, values = {"input": loaded.embedding_name, "output": loaded.head_name}, {}
+    for name in matrices.values() if config.side == "both" else [matrices[config.side]]:
         target = RowTarget(loaded, features, loaded.model.get_parameter(name).detach(), rows, c, seed)
         target = replace(target, rows=others(target))
         change = config.delta * displacement(target).to(target.matrix.device)
         values[name] = (target.rows, (target.old - change).to(target.matrix.dtype))
     extra = {"selected": selected} | ({"fitted": features.settings} if config.features_from else {})
-    made = {"method": method, "seed": seed, "concept": features.concept, "side": config.side}
-    return made_edit(loaded, values, config, extra, **made)
+    return made_edit(
+        loaded, values, config, extra, method=method, seed=seed, concept=features.concept, side=config.side
+    )
 
 
-def _contributions(features: ConceptFeatures, config: EmberConfig) -> tuple[list[int], dict[int, torch.Tensor]]:
+def _contributions(
+    loaded: LoadedModel, features: ConceptFeatures, config: EmberConfig
+) -> tuple[list[int], dict[int, torch.Tensor]]:
+    """The features selected and c_i by token id."""
+    if features.weights_hash != loaded.weights_hash:
+        place = f" in {config.features_from}" if config.features_from else ""
+        made_for = f"{features.model} ({features.weights_hash[:12]})"
+        raise EmberError(f"the features{place} were fitted on {made_for}, not this model")
     selected = features.select(rule=config.rule, threshold=config.threshold, features=config.features)
     return selected, features.contributions(selected, max_zipf=config.max_zipf)
 
@@ -162,5 +153,5 @@ def preview(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed:
     """The rows that ``run`` would change, before anything is edited (``ember.tokens.preview_rows``)."""
     features = fit(loaded, concept, config, seed=seed)
     scale = config.delta / loaded.embedding_scale
-    change = {token: scale * vector for token, vector in _contributions(features, config)[1].items()}
+    change = {token: scale * vector for token, vector in _contributions(loaded, features, config)[1].items()}
     return preview_rows(loaded, features.table, change)

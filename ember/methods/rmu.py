@@ -7,7 +7,7 @@ import torch
 from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
-from ember.methods.selection import forget_texts, retain_texts
+from ember.methods.selection import contrast_texts
 from ember.methods.training import batches, minimize, scored_states, trainable, weights_edit
 from ember.models.activations import Site, layer_name, n_layers
 from ember.models.loading import LoadedModel
@@ -51,8 +51,7 @@ def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int =
     target = (config.steering * direction).to(loaded.device)
     layers = range(config.layer - config.n_trained + 1, config.layer + 1)
     names = [f"{layer_name(loaded, k, loaded.architecture.mlp_down)}.weight" for k in layers]
-    forget = batches(loaded, forget_texts(concept), config.batch_size, generator)
-    retain = batches(loaded, retain_texts(concept), config.batch_size, generator)
+    forget, retain = (batches(loaded, texts, config.batch_size, generator) for texts in contrast_texts(concept))
     with torch.no_grad():  # what neutral text should keep: the states before any step
         kept = [(b, scored_states(loaded, b, [site])[site]) for b, _ in zip(retain, range(config.steps), strict=False)]
 

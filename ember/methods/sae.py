@@ -1,6 +1,6 @@
 """Sparse autoencoders: train small ones on our own text, or read released ones through ``sae-lens``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -83,7 +83,6 @@ class SaeTraining:
 
 
 TRAINING = SaeTraining()
-MEASURED = 20  # held-out texts by which the quality of a trained one is measured
 # Released ones: source and kind of site → where sae-lens finds them.
 RELEASED = {
     ("gemma-scope", "residual"): ("gemma-scope-2b-pt-res-canonical", "layer_{layer}/width_16k/canonical"),
@@ -121,15 +120,15 @@ def load_saes(
         if not states:  # one pass over the texts for all sites, and only if one of them is not in the cache
             states.update(collect(loaded, texts, sites)[0])
         sae = train_sae(states[site].to(loaded.device), site, training)
-        quality = {**sae.quality, **measure(loaded, sae, load_shared().neutral["test"][:MEASURED])}
+        quality = {**sae.quality, **measure(loaded, sae, load_shared().neutral["test"][:20])}
         return {name: getattr(sae, name).cpu() for name in _PARTS}, {"scale": sae.scale, "quality": quality}
 
     saes = []
     for site in sites:
         key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
-        tensors, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
-        W_enc, b_enc, W_dec, b_dec = (tensors[name].to(loaded.device) for name in _PARTS)
-        saes.append(SparseAutoencoder(site, W_enc, b_enc, W_dec, b_dec, k=training.k, **about))
+        kept, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
+        tensors = {name: tensor.to(loaded.device) for name, tensor in kept.items()}
+        saes.append(SparseAutoencoder(site, **tensors, k=training.k, **about))
     return saes
 
 
@@ -148,8 +147,8 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
 def train_sae(states: torch.Tensor, site: Site, training: SaeTraining = TRAINING) -> SparseAutoencoder:
     """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
 
-    Minimizes the squared error. The decoder starts as random unit directions with the encoder its transpose, and is
-    brought back to unit rows after each step; b_dec starts at the mean.
+    Minimizes the squared error. The decoder starts as random unit directions, the encoder its transpose, and returns
+    to unit rows after each step; b_dec starts at the mean.
     """
     n, d = states.shape
     generator = torch.Generator().manual_seed(training.seed)
@@ -195,11 +194,8 @@ def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str]) -
     explained = 1 - float(error / (x - x.mean(0)).square().sum())
     sequences = [loaded.encode(text) for text in texts]
 
-    def loss(change) -> float:  # type: ignore[no-untyped-def]
-        def replace(_: Site, value: torch.Tensor) -> torch.Tensor:
-            return torch.cat([value[:, :1], change(value[:, 1:].float()).to(value)], 1)
-
-        with tapped(loaded, [sae.site], replace):
+    def loss(change: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        with tapped(loaded, [sae.site], lambda _, v: torch.cat([v[:, :1], change(v[:, 1:].float()).to(v)], 1)):
             return float(np.concatenate(sequence_losses(loaded, sequences, [1] * len(sequences))).mean())
 
     kept, zeroed = loss(lambda v: v), loss(torch.zeros_like)
@@ -219,29 +215,11 @@ def _released(site: Site, source: str, loaded: LoadedModel) -> SparseAutoencoder
         raise EmberError("released autoencoders need the optional extra: pip install -e '.[sae]'") from error
     release, name = RELEASED[source, site.kind]
     sae = sae_lens.SAE.from_pretrained(release, name.format(layer=site.layer), device=str(loaded.device))
-    return from_sae_lens(sae[0] if isinstance(sae, tuple) else sae, site)
-
-
-def from_sae_lens(sae: Any, site: Site) -> SparseAutoencoder:
-    """Our form of a TopK, JumpReLU or standard autoencoder of ``sae-lens``.
-
-    One of another kind, or that normalizes its input in a way that our form does not know, is an ``EmberError``.
-    """
-    kind = sae.cfg.architecture()
-    if kind not in ("standard", "topk", "jumprelu"):
-        raise EmberError(f"a {kind} autoencoder is not supported; known: standard, topk, jumprelu")
-    normalization = getattr(sae.cfg, "normalize_activations", "none")
+    # All of RELEASED are of this kind, and what they divide by is folded into their weights.
+    kind, normalization = sae.cfg.architecture(), sae.cfg.normalize_activations
+    if kind != "jumprelu":
+        raise EmberError(f"a {kind} autoencoder is not supported; known: jumprelu")
     if normalization not in ("none", "expected_average_only_in"):
         raise EmberError(f"an autoencoder that normalizes by {normalization!r} is not supported")
-    W_enc, W_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float()
-    b_enc = sae.b_enc.detach().float() if hasattr(sae, "b_enc") else W_enc.new_zeros(W_enc.shape[1])
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        # Features are compared as if the decoder's rows had norm 1; with such rows the same code does without.
-        norms = W_dec.norm(dim=1)
-        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
-    return SparseAutoencoder(
-        site, W_enc, b_enc, W_dec, sae.b_dec.detach().float(),
-        k=int(sae.cfg.k) if kind == "topk" else None,
-        threshold=sae.threshold.detach().float() if kind == "jumprelu" else None,
-        centred=bool(sae.cfg.apply_b_dec_to_input),
-    )  # fmt: skip
+    tensors = {name: getattr(sae, name).detach().float() for name in (*_PARTS, "threshold")}
+    return SparseAutoencoder(site, **tensors, centred=bool(sae.cfg.apply_b_dec_to_input))

@@ -17,14 +17,12 @@ from ember.store.files import cached_tensors, digest
 from ember.tokens import token_table
 
 
-def forget_texts(concept: Concept) -> tuple[str, ...]:
-    """The concept's fit sentences. Paragraphs are for relearning, and questions for the evaluation: neither is here."""
-    return concept.sentences
+def contrast_texts(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to forget and what to retain: the concept's fit sentences, and all neutral ones of the fit.
 
-
-def retain_texts(concept: Concept) -> tuple[str, ...]:
-    """All neutral sentences of the fit."""
-    return (*concept.neutral, *concept.further_neutral)
+    Paragraphs are for relearning, and questions for the evaluation: neither is here.
+    """
+    return concept.sentences, (*concept.neutral, *concept.further_neutral)
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,10 @@ def contrast_table(
 ) -> pd.DataFrame:
     """Evidence on every feature from its activations on forget [n, K] and retain [m, K] tokens, all ≥ 0.
 
-    Columns
-    -------
-    feature
-        Index k.
-    forget, retain
-        Mean activation on either text.
-    ratio
-        forget ÷ retain; infinite where no retain token is active.
-    keyness
-        Activation-weighted mean keyness (bits) over both texts, as in ``ember.features``.
-    top_tokens
-        The most activating tokens, each once.
+    Columns: feature (index k); forget and retain, the mean activation on either text; ratio, forget ÷ retain (infinite
+    where no retain token is active); keyness, the activation-weighted mean (bits) over both texts as in
+    ``ember.features``; top_tokens, the most activating tokens, each once.
     """
-    forget_mean, retain_mean = forget.mean(0), retain.mean(0)
     mass = (forget.sum(0) + retain.sum(0)).clamp_min(torch.finfo(forget.dtype).tiny)
     bits = text.keyness[text.forget].to(forget) @ forget + text.keyness[text.retain].to(retain) @ retain
     both, ids = torch.cat([forget, retain]), torch.cat([text.forget, text.retain])
@@ -73,16 +61,10 @@ def contrast_table(
         active = best.indices[:, k][best.values[:, k] > 0]
         words = dict.fromkeys(loaded.tokenizer.decode([i]).strip() for i in ids[active].tolist())
         tokens.append(" ".join(list(words)[:top]))
-    return pd.DataFrame(
-        {
-            "feature": range(both.shape[1]),
-            "forget": forget_mean.tolist(),
-            "retain": retain_mean.tolist(),
-            "ratio": (forget_mean.double() / retain_mean.double()).tolist(),
-            "keyness": (bits / mass).tolist(),
-            "top_tokens": tokens,
-        }
-    )
+    columns = {"forget": forget.mean(0), "retain": retain.mean(0), "keyness": bits / mass}
+    table = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
+    ratio = (columns["forget"].double() / columns["retain"].double()).tolist()
+    return table.assign(feature=range(len(table)), ratio=ratio, top_tokens=tokens)
 
 
 def strongest(table: pd.DataFrame, count: int, *, min_ratio: float) -> pd.DataFrame:
@@ -143,7 +125,7 @@ def select_features(
 
     Kept in the user cache, because every strength of a method shares it.
     """
-    texts = (forget_texts(concept), retain_texts(concept))
+    texts = contrast_texts(concept)
 
     def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         both_states, (forget_ids, retain_ids) = zip(*(collect(loaded, part, sites) for part in texts), strict=True)
@@ -156,15 +138,13 @@ def select_features(
         chosen = require_some(tables, concept, "SAE")
         return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
 
-    sites, encoders = [sae.site for sae in saes], [_encoder_facts(sae) for sae in saes]
+    sites, encoders = [sae.site for sae in saes], []
+    for sae in saes:  # all that its activations depend on
+        tensors = (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)
+        hashes = [None if tensor is None else tensor_hash(tensor) for tensor in tensors]
+        encoders.append((sae.k, sae.scale, sae.centred, *hashes))
     key = digest(loaded.weights_hash, loaded.dtype, texts, sites, encoders, config.features, config.min_ratio)
     return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])
-
-
-def _encoder_facts(sae: SparseAutoencoder) -> tuple[Any, ...]:
-    """All that its activations depend on."""
-    tensors = (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)
-    return (sae.k, sae.scale, sae.centred, *(None if t is None else tensor_hash(t) for t in tensors))
 
 
 def on_record(chosen: pd.DataFrame, saes: list[SparseAutoencoder]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.factorization import semi_nmf
-from ember.methods.selection import ContrastText, contrast_table, forget_texts, keyness_bits, require_some, retain_texts
+from ember.methods.selection import ContrastText, contrast_table, contrast_texts, keyness_bits, require_some
 from ember.methods.training import weights_edit
 from ember.models.activations import Site, collect, layer_name, n_layers
 from ember.models.loading import LoadedModel
@@ -73,7 +73,10 @@ def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int 
         masks = torch.stack([carriers(column, config.mass) for column in F.T])
         for side, delta in (("out", config.delta_out), ("in", config.delta_in)):
             if delta:
-                name, matrix = _neuron_rows(loaded, int(layer), side)
+                path = loaded.architecture.mlp_down if side == "out" else loaded.architecture.mlp_up
+                name = f"{layer_name(loaded, int(layer), path)}.weight"
+                weight = loaded.model.get_parameter(name).detach().float()
+                matrix = weight.T if side == "out" else weight  # a neuron's output or input vector a row
                 new = project_out(matrix, F.to(matrix), masks, delta)
                 values[name] = new.T if side == "out" else new
     about = chosen[["layer", "feature", "keyness", "top_tokens"]].to_dict("records")
@@ -85,14 +88,14 @@ def factorize(
 ) -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
     """Semi-NMF of each layer of the band: F [d_mlp, K] by layer, and the ``contrast_table`` of all with ``layer``.
 
-    Kept in the user cache, because every strength shares it.
+    Kept in the user cache: every strength shares it.
     """
     depth = n_layers(loaded)
     third = BANDS.index(config.band)
     first = third * depth // 3
     layers = range(first, max(first + 1, (third + 1) * depth // 3))  # at least one, however shallow the model
     settings = (config.rank, config.sparsity, config.tokens, config.max_iter, config.patience, config.tol, seed)
-    texts = (forget_texts(concept), retain_texts(concept))
+    texts = contrast_texts(concept)
     key = digest(loaded.weights_hash, loaded.dtype, *texts, config.band, settings)
 
     def compute():  # type: ignore[no-untyped-def]
@@ -145,21 +148,10 @@ def project_out(matrix: torch.Tensor, F: torch.Tensor, masks: torch.Tensor, delt
     """
     directions = torch.nn.functional.normalize((matrix.T @ F).T.double(), dim=1)
     new = matrix.double().clone()
-    groups: dict[tuple[bool, ...], list[int]] = {}
-    for neuron, pattern in enumerate(masks.T.tolist()):
-        if any(pattern):
-            groups.setdefault(tuple(pattern), []).append(neuron)
-    for pattern, neurons in groups.items():
+    for pattern in masks[:, masks.any(0)].T.unique(dim=0):
+        neurons = (pattern == masks.T).all(1)
         # Features may write along the same direction, for which a QR would make up a second one.
-        basis, sizes, _ = torch.linalg.svd(directions[torch.tensor(pattern)].T, full_matrices=False)
+        basis, sizes, _ = torch.linalg.svd(directions[pattern].T, full_matrices=False)
         Q = basis[:, sizes > 1e-5 * sizes[0]]
         new[neurons] -= delta * (new[neurons] @ Q) @ Q.T
     return new.to(matrix)
-
-
-def _neuron_rows(loaded: LoadedModel, layer: int, side: str) -> tuple[str, torch.Tensor]:
-    """Parameter name, and the matrix [d_mlp, d_model] whose rows are the neurons' output or input vectors."""
-    architecture = loaded.architecture
-    path = layer_name(loaded, layer, architecture.mlp_down if side == "out" else architecture.mlp_up)
-    weight = loaded.model.get_parameter(f"{path}.weight").detach()
-    return f"{path}.weight", weight.T.float() if side == "out" else weight.float()

@@ -1,12 +1,14 @@
 """What the methods share: batches of texts, parameters that are trained and put back, the loop, the edit at the end."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count, islice
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from ember.data.types import Concept
 from ember.editing import Edit, Provenance
@@ -21,61 +23,47 @@ def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: tor
     """Endless batches of ``size`` texts, in a new random order each time round."""
     if not texts:
         raise EmberError("no texts to train on")
-    pending: list[int] = []
+    shuffled = (texts[k] for _ in count() for k in torch.randperm(len(texts), generator=generator).tolist())
     while True:
-        while len(pending) < size:
-            pending += torch.randperm(len(texts), generator=generator).tolist()
-        chosen, pending = pending[:size], pending[size:]
-        yield text_batch(loaded, [texts[k] for k in chosen])
+        yield text_batch(loaded, list(islice(shuffled, size)))
 
 
-def scored_states(loaded: LoadedModel, batch: Batch, sites: Iterable[Site]) -> dict[Site, torch.Tensor]:
+def scored_states(loaded: LoadedModel, batch: Batch, sites: Iterable[Site]) -> dict[Site, Tensor]:
     """Activations [n, d] (float32) of all tokens but padding and each text's first; gradients flow if enabled."""
-    return {
-        site: states[batch.scored].float()
-        for site, states in activations(loaded, batch.ids, batch.mask, list(sites)).items()
-    }
+    found = activations(loaded, batch.ids, batch.mask, list(sites))
+    return {site: states[batch.scored].float() for site, states in found.items()}
 
 
 @contextmanager
-def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, torch.nn.Parameter]]:
+def trainable(loaded: LoadedModel, names: Sequence[str]) -> Iterator[dict[str, Parameter]]:
     """Open the named parameters for training, and no other; on exit all are as they were, bit for bit."""
-    model = loaded.model
-    wanted = {name: model.get_parameter(name) for name in names}
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    before = {name: parameter.detach().clone() for name, parameter in wanted.items()}
+    every = dict(loaded.model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in every.items()}
+    before = {name: every[name].detach().clone() for name in names}
     try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in wanted.values():
-            parameter.requires_grad_(True)
+        for name, parameter in every.items():
+            parameter.requires_grad_(name in before)
         with torch.enable_grad():
-            yield wanted
+            yield {name: every[name] for name in names}
     finally:
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(before[name])
-                parameter.grad = None
-        for name, parameter in model.named_parameters():
+        for name, old in before.items():
+            every[name].detach().copy_(old)
+            every[name].grad = None
+        for name, parameter in every.items():
             parameter.requires_grad_(flags[name])
-
-
-Merged = Callable[[], dict[str, torch.Tensor]]
 
 
 def linear_modules(loaded: LoadedModel, layers: Iterable[int]) -> list[str]:
     """Module paths of all linear maps in the layers: those of attention and MLP, not embeddings or head."""
-    names = []
-    for path in (layer_name(loaded, layer) for layer in layers):
-        modules = loaded.model.get_submodule(path).named_modules(prefix=path)
-        names += [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-    return names
+    paths = [layer_name(loaded, layer) for layer in layers]
+    modules = [part for path in paths for part in loaded.model.get_submodule(path).named_modules(prefix=path)]
+    return [name for name, module in modules if isinstance(module, torch.nn.Linear)]
 
 
 @contextmanager
 def adapted(
     loaded: LoadedModel, targets: Sequence[str], *, rank: int, scale: int, seed: int
-) -> Iterator[tuple[dict[str, torch.nn.Parameter], Merged]]:
+) -> Iterator[tuple[dict[str, Parameter], Callable[[], dict[str, Tensor]]]]:
     """LoRA on the linear modules named, through ``peft``; its product is multiplied by ``scale``.
 
     Yields the adapter's parameters by name and a function that gives the merged weights by name. On exit the adapter
@@ -86,12 +74,9 @@ def adapted(
     lora = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=list(targets))
     original = {name: loaded.model.get_submodule(name) for name in targets}
 
-    def merged() -> dict[str, torch.Tensor]:
-        adapters = {name: loaded.model.get_submodule(name) for name in targets}
-        return {
-            f"{name}.weight": (original[name].weight + adapter.get_delta_weight("default")).detach()
-            for name, adapter in adapters.items()
-        }
+    def merged() -> dict[str, Tensor]:
+        deltas = {name: loaded.model.get_submodule(name).get_delta_weight("default") for name in targets}
+        return {f"{name}.weight": (original[name].weight + delta).detach() for name, delta in deltas.items()}
 
     with trainable(loaded, []):
         try:
@@ -111,12 +96,7 @@ def adapted(
 
 
 def minimize(
-    loss_at: Callable[[int], torch.Tensor],
-    parameters: Iterable[torch.nn.Parameter],
-    *,
-    steps: int,
-    method: str,
-    **adamw: Any,
+    loss_at: Callable[[int], Tensor], parameters: Iterable[Parameter], *, steps: int, method: str, **adamw: Any
 ) -> None:
     """AdamW on the loss of each step (from 0); an ``EmberError`` if it diverges. ``adamw`` are its settings."""
     optimizer = torch.optim.AdamW(parameters, **adamw)
@@ -128,15 +108,14 @@ def minimize(
         optimizer.step()
 
 
-def require_finite(loss: torch.Tensor, method: str, step: int) -> None:
+def require_finite(loss: Tensor, method: str, step: int) -> None:
     """Stop a training run that has diverged."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise EmberError(f"{method} diverged at step {step}: the loss is {value}; lower the learning rate")
+    if not loss.isfinite():
+        raise EmberError(f"{method} diverged at step {step}: the loss is {loss.item()}; lower the learning rate")
 
 
 def made_edit(
-    loaded: LoadedModel, values: Mapping[str, tuple[torch.Tensor, torch.Tensor]], config: Any, extra: Any, **made: Any
+    loaded: LoadedModel, values: Mapping[str, tuple[Tensor, Tensor]], config: Any, extra: Any, **made: Any
 ) -> Edit:
     """The edit that sets rows of parameters; ``extra`` joins the config on record, ``made`` fills ``Provenance``."""
     provenance = Provenance(
@@ -151,8 +130,7 @@ def weights_edit(
     concept: Concept,
     method: str,
     config: Any,
-    values: Mapping[str, torch.Tensor],
-    *,
+    values: Mapping[str, Tensor],
     seed: int,
     **extra: Any,
 ) -> Edit:
