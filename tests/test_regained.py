@@ -20,7 +20,7 @@ ERASED = BASE - rng.uniform(0.1, 0.4, 60)
 def test_nothing_half_all_more_and_less_than_before(expected):
     """The same share of every question comes back, so that every draw has it."""
     share = share_regained([(BASE, ERASED, ERASED + expected * (BASE - ERASED))])
-    assert (share.value, share.low, share.high) == pytest.approx((expected, expected, expected))
+    assert (share.share, share.ci_low, share.ci_high) == pytest.approx((expected, expected, expected))
     assert share.gap == pytest.approx((BASE - ERASED).mean())
     assert share.back == pytest.approx(expected * share.gap)
     assert share.gap_low < share.gap < share.gap_high and share.back_low <= share.back <= share.back_high
@@ -36,7 +36,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         share = share_regained(
             [(base, erased, erased + noise.normal(0.3 * truth, 0.1, 80))], n_resamples=300, seed=seed
         )
-        hits += share.low <= truth <= share.high
+        hits += share.ci_low <= truth <= share.ci_high
     assert 0.88 <= hits / 120 <= 0.99
 
 
@@ -45,7 +45,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 )
 def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by(base):
     share = share_regained([(base, ERASED, ERASED + 0.05)])
-    assert all(math.isnan(v) for v in (share.value, share.low, share.high))
+    assert all(math.isnan(v) for v in (share.share, share.ci_low, share.ci_high))
     assert share.note.startswith(f"gap {share.gap:.3f} [") and "too small" in share.note
     assert share.back == pytest.approx(0.05)
 
@@ -53,9 +53,9 @@ def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by(base):
 def test_parts_are_pooled_by_their_means_and_widen_the_interval():
     far = (BASE, ERASED, BASE)
     one, both = share_regained([far]), share_regained([far, (BASE, ERASED, ERASED)])
-    assert both.value == pytest.approx(0.5)
-    assert (both.low, both.high) == pytest.approx((0.0, 1.0))
-    assert one.low == one.high == pytest.approx(1.0)
+    assert both.share == pytest.approx(0.5)
+    assert (both.ci_low, both.ci_high) == pytest.approx((0.0, 1.0))
+    assert one.ci_low == one.ci_high == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -215,9 +215,10 @@ def test_unknown_choices_list_the_known_ones(kind, change, known):
         kind(**change)
 
 
-@pytest.mark.parametrize(
-    "change", [{"points": ()}, {"points": (5, 5)}, {"points": (0,)}, {"lr": 0.0}, {"max_tokens": 1}, {"batch_size": 0}]
-)
+@pytest.mark.parametrize("change", [
+    {"points": ()}, {"points": (5, 5)}, {"points": (0,)}, {"lr": 0.0}, {"lr": math.nan}, {"max_tokens": 1},
+    {"batch_size": 0}, {"weight_decay": -1},
+])  # fmt: skip
 def test_wrong_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         RelearnConfig(**change)

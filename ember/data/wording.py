@@ -85,20 +85,15 @@ def rarity(texts: Sequence[frozenset[str]]) -> dict[str, float]:
 def alike(first: Sequence[frozenset[str]], second: Sequence[frozenset[str]]) -> np.ndarray:
     """Weighted Jaccard similarity of content words, [len(first), len(second)], in 0..1; rare words count more."""
     weight = rarity([*first, *second])
-    column = {word: k for k, word in enumerate(weight)}
-    first_in, second_in = (_indicators(texts, column) for texts in (first, second))
+    # Which words each text holds, [texts, words].
+    first_in, second_in = (
+        np.array([[word in text for word in weight] for text in texts], np.float32).reshape(len(texts), len(weight))
+        for texts in (first, second)
+    )
     weights = np.array(list(weight.values()), np.float32).clip(0)
     both = (first_in * weights) @ second_in.T
     either = (first_in @ weights)[:, None] + (second_in @ weights)[None, :] - both
     return np.where(either > 0, both / np.where(either > 0, either, 1), 0.0)
-
-
-def _indicators(texts: Sequence[frozenset[str]], column: Mapping[str, int]) -> np.ndarray:
-    """Which words each text holds, [texts, words]."""
-    held = np.zeros((len(texts), len(column)), np.float32)
-    for row, text in enumerate(texts):
-        held[row, [column[word] for word in text]] = 1
-    return held
 
 
 def paraphrases(first: Sequence[Question], second: Sequence[Question]) -> list[tuple[int, int]]:

@@ -70,10 +70,10 @@ def tapped(
         new = replace(site, value) if replace else None
         return value if new is None else new
 
-    def on_input(_: nn.Module, args: Any, *, site: Site) -> Any:
+    def on_input(site: Site, _: nn.Module, args: Any) -> Any:
         return (tap(site, args[0]), *args[1:])
 
-    def on_output(_: nn.Module, args: Any, output: Any, *, site: Site) -> Any:
+    def on_output(site: Site, _: nn.Module, args: Any, output: Any) -> Any:
         return (tap(site, output[0]), *output[1:]) if isinstance(output, tuple) else tap(site, output)
 
     with ExitStack() as hooks:
@@ -81,9 +81,9 @@ def tapped(
             part = "" if site.kind == "residual" else loaded.architecture.mlp_down
             module = loaded.model.get_submodule(layer_name(loaded, site.layer, part))
             if site.kind == "neurons":
-                hooks.enter_context(module.register_forward_pre_hook(partial(on_input, site=site)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(on_input, site)))
             else:
-                hooks.enter_context(module.register_forward_hook(partial(on_output, site=site)))
+                hooks.enter_context(module.register_forward_hook(partial(on_output, site)))
         yield kept
 
 

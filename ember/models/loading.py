@@ -138,19 +138,13 @@ def weights_hash(model: nn.Module) -> str:
     return combined_hash(parameter_hashes(model))
 
 
-def untie(model: "PreTrainedModel") -> bool:
-    """Give the output matrix storage of its own and say so in the config, so that a reload does not re-tie.
-
-    Returns whether the matrices were tied. Logits do not change.
-    """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    if tied:
-        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+def untie(model: "PreTrainedModel") -> None:
+    """Give the output matrix storage of its own and say so in the config, so that a reload does not re-tie."""
+    head, shared = model.get_output_embeddings(), model.get_input_embeddings().weight
+    if head.weight.data_ptr() == shared.data_ptr():
+        head.weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
     model.config.tie_word_embeddings = False
-    # transformers 5 ties again whatever is listed here.
-    model.all_tied_weights_keys = {}
-    return tied
+    model.all_tied_weights_keys = {}  # transformers 5 ties again whatever is listed here
 
 
 @contextmanager
@@ -169,22 +163,13 @@ def _uncollected() -> Iterator[None]:
 def load_model(name: str, *, dtype: str | None = None, device: str | None = None) -> LoadedModel:
     """Load a causal language model, untied, in evaluation mode.
 
-    Parameters
-    ----------
-    name
-        A name of ``MODELS``, a Hugging Face repository ``owner/name``, or a local folder.
-    dtype
-        ``"float32"``, ``"bfloat16"``, …; by default the spec's (float32 for models outside ``MODELS``).
-    device
-        Where the weights go; by default that of ``$EMBER_DEVICE``, or a GPU if there is one (``ember.store.devices``).
+    ``name`` is one of ``MODELS``, a Hugging Face repository ``owner/name``, or a local folder. ``dtype``
+    (``"bfloat16"``, …) is by default the spec's, float32 for models outside ``MODELS``; ``device`` that of
+    ``$EMBER_DEVICE``, or a GPU if there is one.
 
-    Raises
-    ------
-    UnknownNameError
-        If ``name`` is none of these, or transformers does not know the architecture. One that is missing from
-        ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs not.
-    EmberError
-        If there is no such device, the weights cannot be fetched, or those in the cache are not what was written.
+    An architecture that is missing from ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs
+    not. One that transformers does not know, as any unknown name, is an ``UnknownNameError``; no such device, weights
+    that cannot be fetched, and those in the cache that are not what was written, are other ``EmberError``s.
     """
     spec = find_spec(name)
     if dtype is not None and dtype not in DTYPES:
@@ -202,13 +187,8 @@ def load_model(name: str, *, dtype: str | None = None, device: str | None = None
             raise UnknownNameError("architecture", model_type, ARCHITECTURES, "transformers does not know it either.")
         known = ARCHITECTURES.get(model_type)
         tied = AutoConfig.from_pretrained(folder, **options).tie_word_embeddings
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype or spec.dtype],
-            attn_implementation=known.attention if known else None,
-            output_loading_info=True,
-            **options,
-        )
+        how = {"dtype": DTYPES[dtype or spec.dtype], "attn_implementation": known.attention if known else None}
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except OSError as error:
         raise DownloadError(f"cannot load {name!r} from {folder}: {str(error).rstrip('.')}.{spec.gate}") from error
@@ -230,8 +210,6 @@ def _derived(model: "PreTrainedModel", model_type: str) -> Architecture:
     embed, head = (names.get(id(m)) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     if embed is None or head is None:
         raise EmberError(f"a {model_type} model has no input or no output embeddings to edit")
-    warnings.warn(
-        f"{model_type} is not in ember.models.specs.ARCHITECTURES; its embeddings are taken to be unscaled",
-        stacklevel=4,
-    )
+    what = f"{model_type} is not in ember.models.specs.ARCHITECTURES; its embeddings are taken to be unscaled"
+    warnings.warn(what, stacklevel=4)
     return Architecture(embed=embed, head=head, layers="", mlp_up="", mlp_down="")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -51,61 +52,39 @@ def option_logprobs(
     for prompt, choices in zip(prompts, options, strict=True):
         pairs = [continuation_ids(loaded, prompt, choice) for choice in choices]
         shared = min(len(before) for before, _ in pairs)
-        split.append(_Branches(pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
-    scores: list[np.ndarray] = []
-    for chunk in _batches(split, batch_size, "options"):
-        for pack in _runs(chunk, lambda run: sum(one.read for one in run) <= packed_tokens):
-            scores += _score_options(loaded, pack)
-    return scores
+        split.append((pairs[0][0][:shared], [before[shared:] + after for before, after in pairs]))
+
+    def fits(run: Sequence[tuple[list[int], list[list[int]]]]) -> bool:
+        return sum(len(prompt) + sum(len(option) - 1 for option in some) for prompt, some in run) <= packed_tokens
+
+    packs = chain.from_iterable(_runs(chunk, fits) for chunk in _batches(split, batch_size, "options"))
+    return [score for pack in packs for score in _score_options(loaded, pack)]
 
 
-class _Branches(NamedTuple):
-    """Token ids of a prompt and of the options that follow it."""
+def _score_options(loaded: LoadedModel, pack: Sequence[tuple[list[int], list[list[int]]]]) -> list[np.ndarray]:
+    """Score prompts and options (token ids) laid end to end, without padding.
 
-    prompt: list[int]
-    options: list[list[int]]
-
-    @property
-    def read(self) -> int:
-        """How many tokens the model reads: nothing follows an option's last token."""
-        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
-
-
-def _score_options(loaded: LoadedModel, pack: Sequence[_Branches]) -> list[np.ndarray]:
-    """Score prompts and options laid end to end, without padding.
-
-    A token sees those before it in its prompt and its option: ``owner`` holds, of each token, its prompt and its option
-    (0: it belongs to the prompt). ``scored`` pairs a token with the place whose distribution tells how likely it is.
+    A token sees those before it in its prompt and its option. ``read`` are the tokens that the model reads: nothing
+    follows an option's last one. ``scored`` pairs a token with the place whose distribution tells how likely it is.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    owner: list[tuple[int, int]] = []
+    read: list[tuple[int, int, int, int]] = []  # token, position, prompt, option (0: it belongs to the prompt)
     scored: list[tuple[int, int, int]] = []  # place, token, option
     count = 0
     for k, (prompt, options) in enumerate(pack):
-        ids += prompt
-        positions += range(len(prompt))
-        owner += [(k, 0)] * len(prompt)
-        last = len(ids) - 1
+        read += [(token, position, k, 0) for position, token in enumerate(prompt)]
+        last = len(read) - 1
         for number, option in enumerate(options, 1):
-            places = [last, *range(len(ids), len(ids) + len(option) - 1)]
+            places = [last, *range(len(read), len(read) + len(option) - 1)]
             scored += [(place, token, count) for place, token in zip(places, option, strict=True)]
+            read += [(token, position, k, number) for position, token in enumerate(option[:-1], len(prompt))]
             count += 1
-            ids += option[:-1]
-            positions += range(len(prompt), len(prompt) + len(option) - 1)
-            owner += [(k, number)] * (len(option) - 1)
-    where = torch.tensor(positions, device=loaded.device)
-    prompts, parts = torch.tensor(owner, device=loaded.device).T
+    ids, positions, prompts, parts = torch.tensor(read, device=loaded.device).T.contiguous()
     seen = (prompts[:, None] == prompts) & ((parts == 0) | (parts[:, None] == parts))
     place, token, option = torch.tensor(scored, device=loaded.device).T
     kept, row = place.unique(return_inverse=True)
-    logits = loaded.model(
-        input_ids=torch.tensor([ids], device=loaded.device),
-        attention_mask=packed_mask(loaded, seen.tril(), where),
-        position_ids=where[None],
-        use_cache=False,
-        logits_to_keep=kept,
-    ).logits[0]
+    mask = packed_mask(loaded, seen.tril(), positions)
+    inputs = {"input_ids": ids[None], "attention_mask": mask, "position_ids": positions[None]}
+    logits = loaded.model(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
     totals = torch.zeros(count, device=loaded.device)
     totals.index_add_(0, option, logits.float().log_softmax(-1)[row, token])
     return np.split(totals.cpu().numpy(), np.cumsum([len(options) for _, options in pack])[:-1])
@@ -145,8 +124,7 @@ def sequence_losses(
     loaded: LoadedModel, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 16
 ) -> list[np.ndarray]:
     """Next-token loss (nats) of each token of sequence i from token ``starts[i]`` (at least 1) on."""
-    scores = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
-    return [score.loss for score in scores]
+    return [score.loss for score in sequence_scores(loaded, sequences, starts, batch_size=batch_size)]
 
 
 @torch.inference_mode()
@@ -165,9 +143,16 @@ def sequence_scores(
     base distributions are held meanwhile (0.4 GB at a vocabulary of 49,152); None: there is no edit. Sequence i is
     scored from token ``starts[i]`` (at least 1) on. ``kl`` is KL(p_base ‖ p_edited) of each next-token distribution.
     """
+    if any(not 1 <= start < len(sequence) for sequence, start in zip(sequences, starts, strict=True)):
+        raise ValueError("every sequence needs at least one scored token after its first")
+
+    def padded_tokens(chunk: Sequence[int]) -> int:
+        return len(chunk) * max(len(sequences[i]) for i in chunk)
+
     scores: dict[int, TokenScores] = {}
-    batches = _text_batches(sequences, starts, batch_size)
-    for group in _runs(batches, lambda run: sum(_padded(sequences, chunk) for chunk in run) <= group_tokens):
+    chunks = _batches(sorted(range(len(sequences)), key=lambda i: len(sequences[i])), batch_size, "texts")
+    batches = chain.from_iterable(_runs(chunk, lambda run: padded_tokens(run) <= _BATCH_TOKENS) for chunk in chunks)
+    for group in _runs(batches, lambda run: sum(map(padded_tokens, run)) <= group_tokens):
         padded = [loaded.pad([sequences[i] for i in chunk]) for chunk in group]
         bases = [_next_logprobs(loaded, ids, mask) for ids, mask in padded]
         with edited() if edited else nullcontext():
@@ -179,20 +164,6 @@ def sequence_scores(
                     span = slice(starts[i] - 1, len(sequences[i]) - 1)
                     scores[i] = TokenScores(loss[row, span], base_loss[row, span], kl[row, span])
     return [scores[i] for i in range(len(sequences))]
-
-
-def _text_batches(sequences: Sequence[Sequence[int]], starts: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Positions of the sequences, short ones first, in batches of at most ``size`` and, padded, ``_BATCH_TOKENS``."""
-    if any(not 1 <= start < len(sequence) for sequence, start in zip(sequences, starts, strict=True)):
-        raise ValueError("every sequence needs at least one scored token after its first")
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for chunk in _batches(order, size, "texts"):
-        yield from _runs(chunk, lambda run: _padded(sequences, run) <= _BATCH_TOKENS)
-
-
-def _padded(sequences: Sequence[Sequence[int]], chunk: Sequence[int]) -> int:
-    """How many tokens a batch of these sequences has, padding and all."""
-    return len(chunk) * max(len(sequences[i]) for i in chunk)
 
 
 def _next_logprobs(loaded: LoadedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

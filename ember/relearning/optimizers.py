@@ -1,7 +1,7 @@
 """AdamW for relearning: PyTorch's, or with moments of eight bits, which a large model needs on one GPU."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 import torch
@@ -39,16 +39,17 @@ def make_optimizer(
 
 @contextmanager
 def stepping_backward(steps: Mapping[torch.nn.Parameter, Callable[[], None]]) -> Iterator[None]:
-    """In the backward pass call each parameter's step as soon as its gradient is there.
+    """In the backward pass take each parameter's step as soon as its gradient is there, and drop the gradient.
 
-    A step that then drops the gradient keeps the memory at one gradient instead of all. Nothing that a backward pass
-    still needs is changed: by then it has passed every use of that parameter.
+    So memory holds one gradient instead of all. Nothing that a backward pass still needs is changed: by then it has
+    passed every use of that parameter.
     """
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda _, take=take: take()) for parameter, take in steps.items()
-    ]
-    try:
+
+    def take(parameter: torch.Tensor) -> None:
+        steps[parameter]()  # type: ignore[index]
+        parameter.grad = None
+
+    with ExitStack() as hooks:
+        for parameter in steps:
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(take))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,7 +1,7 @@
 """How much of what an edit erased has come back, as a ratio with an interval."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pandas as pd
@@ -16,13 +16,13 @@ KEYS = ["set", "item", "metric"]
 class Share:
     """What has come ``back``, after − erased, as a share of the ``gap`` base − erased, all with intervals.
 
-    The share and its interval are NaN where the gap's interval reaches 0: then nothing sure was erased, and ``note``
-    says so.
+    The share and its interval are NaN where the gap's interval reaches 0: then nothing sure was erased, and ``note``,
+    otherwise empty, says so.
     """
 
-    value: float
-    low: float
-    high: float
+    share: float
+    ci_low: float
+    ci_high: float
     back: float
     back_low: float
     back_high: float
@@ -30,15 +30,10 @@ class Share:
     gap_low: float
     gap_high: float
     n: int
-
-    @property
-    def note(self) -> str:
-        """Why there is no share, or nothing."""
-        if np.isfinite(self.value):
-            return ""
-        return f"gap {self.gap:.3f} [{self.gap_low:.3f}, {self.gap_high:.3f}] too small to divide by"
+    note: str
 
 
+SHARE = [column.name for column in fields(Share)]
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -60,15 +55,13 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
     draws = pooled_mean_draws(changes, n_resamples=n_resamples, seed=seed)
     back, gap = np.mean([change.mean(1) for change in changes], axis=0)
     (back_low, gap_low), (back_high, gap_high) = interval(draws)
-    share, low, high = np.full(3, np.nan)
+    share = (np.nan, np.nan, np.nan)
+    note = f"gap {gap:.3f} [{gap_low:.3f}, {gap_high:.3f}] too small to divide by"
     if gap_low > 0:
-        share = back / gap
-        low, high = interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan))
+        share = (back / gap, *interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan)))
+        note = ""
     n = sum(change.shape[1] for change in changes)
-    return Share(
-        float(share), float(low), float(high), float(back), float(back_low), float(back_high),
-        float(gap), float(gap_low), float(gap_high), n,
-    )  # fmt: skip
+    return Share(*map(float, (*share, back, back_low, back_high, gap, gap_low, gap_high)), n, note)
 
 
 def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
@@ -82,8 +75,7 @@ def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
     items = after.merge(erased, on=KEYS).merge(base[[*KEYS, "value"]].rename(columns={"value": "base"}), on=KEYS)
     if len(items) != len(after):
         raise ValueError("the unedited model was not asked all questions of the run")
-    order = {tokens: point for point, tokens in enumerate(sorted(items.tokens.unique()))}
-    items = items.assign(point=items.tokens.map(order))
+    items["point"] = items.tokens.rank(method="dense").astype(int) - 1
     return items[["point", "tokens", *KEYS, "base", "erased", "after"]]
 
 
@@ -92,7 +84,7 @@ def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str =
 
     ``items`` is that of ``regained_items`` with columns stated and run and those of ``by``; runs with the same ``by``
     (seeds, concepts) are pooled. Columns: those of ``by``, point, tokens (mean over runs), questions, metric, base and
-    after (means), and those of ``Share`` with the note.
+    after (means), and those of ``Share``.
     """
     rows = []
     for questions, group in _groups(items[items.metric == metric]).items():
@@ -100,10 +92,8 @@ def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str =
             runs = [run[["base", "erased", "after"]] for _, run in part.groupby("run", sort=False)]
             share = share_regained([tuple(run.to_numpy(float).T) for run in runs])
             means = (part.tokens.mean(), questions, metric, part.base.mean(), part.after.mean())
-            rows.append((*key, *means, *vars(share).values(), share.note))
-    columns = [*by, "point", "tokens", "questions", "metric", "base", "after", "share", "ci_low", "ci_high"]
-    columns += ["back", "back_low", "back_high", "gap", "gap_low", "gap_high", "n", "note"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append((*key, *means, *vars(share).values()))
+    return pd.DataFrame(rows, columns=[*by, "point", "tokens", "questions", "metric", "base", "after", *SHARE])
 
 
 def _groups(items: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -6,47 +6,24 @@ One copy of a model is taught an invented subject, another copy reads as much ne
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import pandas as pd
 import torch
 
 from ember.data.types import SPLITS, Question
 from ember.editing import Edit
-from ember.errors import EmberError, require_at_least
+from ember.errors import EmberError
 from ember.evaluation.evaluate import question_scores, text_scores
 from ember.evaluation.resampling import interval, pooled_mean_draws
 from ember.methods.training import require_finite
 from ember.models.loading import LoadedModel
 from ember.relearning.optimizers import make_optimizer, stepping_backward
-from ember.relearning.regained import KEYS, Share, share_regained
+from ember.relearning.regained import KEYS, SHARE, Share, share_regained
 from ember.relearning.train import RelearnConfig, packed_loss, training_plan
 from ember.store.progress import bar
 
 METRICS = ("gold_prob", "gold_logprob", "correct")
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """Settings of teaching: AdamW on all parameters in float32, next-token loss.
-
-    Texts come in a seeded order, each once before any comes again, until ``tokens`` are reached; a step takes
-    ``batch_size`` of them, each cut at ``max_tokens``.
-    """
-
-    tokens: int = 11_000
-    lr: float = 1e-4
-    batch_size: int = 4
-    max_tokens: int = 256
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        require_at_least(self, 1, "tokens", "batch_size")
-        require_at_least(self, 2, "max_tokens")
-        require_at_least(self, 0, "weight_decay")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
 def round_tokens(loaded: LoadedModel, texts: Sequence[str]) -> int:
@@ -61,22 +38,21 @@ def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int) -> tu
 
 
 def teach(
-    loaded: LoadedModel, texts: Sequence[str], config: TeachConfig = TeachConfig(), *, seed: int = 42
+    loaded: LoadedModel, texts: Sequence[str], *, tokens: int, lr: float = 1e-4, batch_size: int = 4, seed: int = 42
 ) -> LoadedModel:
-    """Fine-tune a copy of the model on texts; the model itself is left bit-identical.
+    """Fine-tune a copy of the model on texts with AdamW; the model itself is left bit-identical.
 
-    The copy has a weights hash of its own. A model that is not in float32, no texts, or training that diverges is an
-    ``EmberError``.
+    Texts are ordered and cut, and ``tokens`` counted, as in relearning (``training_plan``). The copy has a weights hash
+    of its own. A model that is not in float32, no texts, or training that diverges is an ``EmberError``.
     """
     if loaded.dtype != "float32":
         raise EmberError(f"teaching needs a model in float32, not in {loaded.dtype}")
-    order = RelearnConfig((config.tokens,), batch_size=config.batch_size, max_tokens=config.max_tokens)
-    plan = training_plan(loaded, texts, order, seed)
+    config = RelearnConfig((tokens,), lr=lr, batch_size=batch_size)
+    plan = training_plan(loaded, texts, config, seed)
     student = replace(loaded, model=copy.deepcopy(loaded.model))
     steps = {}
     for parameter in student.model.requires_grad_(True).parameters():
-        optimizer = make_optimizer("adamw", [parameter], lr=config.lr, weight_decay=config.weight_decay)
-        steps[parameter] = partial(_update, optimizer)
+        steps[parameter] = make_optimizer("adamw", [parameter], lr=lr, weight_decay=config.weight_decay).step
     with student.in_training(config, seed), torch.enable_grad(), stepping_backward(steps):
         for step, sequences in enumerate(bar(plan, desc="teaching"), 1):
             loss = packed_loss(student, sequences)
@@ -84,11 +60,6 @@ def teach(
             loss.backward()
     student.model.requires_grad_(False)
     return replace(student, parameter_hashes={})  # which are taken anew
-
-
-def _update(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def item_scores(
@@ -125,9 +96,8 @@ def arrival_table(
             for cell, scores in erased.items():
                 frames = (taught, untaught, scores)
                 share = arrival(*(f[f["item"].isin(mine) & (f.metric == metric)] for f in frames))
-                rows.append((cell, split, metric, *vars(share).values(), share.note))
-    columns = ["cell", "split", "metric", "share", "ci_low", "ci_high", "back", "back_low", "back_high"]
-    return pd.DataFrame(rows, columns=[*columns, "gap", "gap_low", "gap_high", "n", "note"])
+                rows.append((cell, split, metric, *vars(share).values()))
+    return pd.DataFrame(rows, columns=["cell", "split", "metric", *SHARE])
 
 
 def nearest(table: pd.DataFrame) -> str:

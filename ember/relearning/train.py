@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class RelearnConfig:
     ``points`` are numbers of training tokens after which knowledge is measured, the last one the whole budget.
     ``batch_size`` paragraphs are packed into a step without padding; the loss is the mean over paragraphs of their
     mean loss per token, so the gradient is that of one paragraph at a time, accumulated. ``precision`` is one of
-    ``PRECISIONS``, ``optimizer`` one of ``OPTIMIZERS``. ``gradient_checkpointing`` keeps
-    only each layer's input for the backward pass and computes the rest anew: less memory, the same steps.
+    ``PRECISIONS``, ``optimizer`` one of ``OPTIMIZERS``. ``gradient_checkpointing`` keeps only each layer's input for
+    the backward pass and computes the rest anew: less memory, the same steps.
     """
 
     points: tuple[int, ...] = (3000, 6000, 12000)
@@ -46,7 +47,7 @@ class RelearnConfig:
         object.__setattr__(self, "points", tuple(self.points))
         if not self.points or list(self.points) != sorted(set(self.points)) or self.points[0] < 1:
             raise ValueError(f"points must be positive numbers of tokens in rising order, got {self.points}")
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
@@ -54,6 +55,7 @@ class RelearnConfig:
             raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
         require_at_least(self, 2, "max_tokens")
         require_at_least(self, 1, "batch_size")
+        require_at_least(self, 0, "weight_decay")
 
 
 @dataclass
@@ -105,7 +107,9 @@ def relearn(
     require_optimizer(config.optimizer, loaded.device)
     plan = training_plan(loaded, texts, config, seed)
     edited = edited_rows(loaded, edit)
-    result = _read(store) if store and store.exists() else None
+    result = None
+    if store and store.exists():
+        result = Relearning(**read_sealed(store), items=pd.read_parquet(store / "items.parquet"))
     if result and (result.diverged or result.tokens >= config.points[-1]):
         return result
     with opened(loaded, edit, attack, config.precision, seed) as trained, torch.enable_grad():
@@ -119,7 +123,7 @@ def relearn(
             _restore(store, trained, optimizers)
         else:
             result = Relearning(items=_measured(loaded, measure, 0))
-        count = bar(total=config.points[-1], initial=result.tokens, desc="relearning", unit="token")
+        seen = bar(total=config.points[-1], initial=result.tokens, desc="relearning", unit="token")
         for step, sequences in enumerate(plan[len(result.steps) :], len(result.steps) + 1):
             started, before = time.perf_counter(), result.tokens
             with checkpointed(loaded) if config.gradient_checkpointing else nullcontext(), stepping_backward(steps):
@@ -132,13 +136,13 @@ def relearn(
             tokens = before + sum(map(len, sequences))
             result.steps.append({"step": step, "tokens": tokens, "loss": value})
             result.seconds += time.perf_counter() - started
-            count.update(tokens - before)
+            seen.update(tokens - before)
             if any(before < point <= tokens for point in config.points):
                 result.items = pd.concat([result.items, _measured(loaded, measure, tokens)], ignore_index=True)
                 if store and tokens < config.points[-1]:
                     state = {name: (t.leaf.detach(), optimizers[name].state_dict()) for name, t in trained.items()}
                     _write(store, result, state)
-        count.close()
+        seen.close()
         result.moved = movement(trained, edited)
     if store:
         _write(store, result)
@@ -173,14 +177,11 @@ def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConf
     if not sequences:
         raise EmberError("no texts to train on")
     generator = torch.Generator().manual_seed(seed)
+    shuffled = (sequences[k] for _ in count() for k in torch.randperm(len(sequences), generator=generator).tolist())
     plan: list[list[list[int]]] = []
-    pending: list[int] = []
     total = 0
     while total < config.points[-1]:
-        while len(pending) < config.batch_size:
-            pending += torch.randperm(len(sequences), generator=generator).tolist()
-        plan.append([sequences[k] for k in pending[: config.batch_size]])
-        pending = pending[config.batch_size :]
+        plan.append(list(islice(shuffled, config.batch_size)))
         total += sum(map(len, plan[-1]))
     return plan
 
@@ -219,10 +220,6 @@ def _write(store: Path, result: Relearning, state: Mapping[str, Any] | None = No
         result.items.to_parquet(target / "items.parquet", index=False)
         if state is not None:
             torch.save(state, target / "state.pt")
-
-
-def _read(store: Path) -> Relearning:
-    return Relearning(**read_sealed(store), items=pd.read_parquet(store / "items.parquet"))
 
 
 @torch.no_grad()
