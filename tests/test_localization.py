@@ -10,6 +10,7 @@ import torch
 from helpers.edits import EMBED
 from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
+from ember.editing import applying
 from ember.evaluation.localization import (
     DISTANCES,
     EXPOSED,
@@ -65,21 +66,16 @@ def test_losses_and_counts_are_those_of_the_model_itself(loaded, edit, changes):
         ids = torch.tensor([loaded.encode(text)])
         losses = []
         for one in (None, edit):
-            if one is None:
+            with applying(loaded, one), torch.no_grad():
                 logits = loaded.model(ids).logits
-            else:
-                with one.applied(loaded):
-                    logits = loaded.model(ids).logits
             losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
         mine = changes[(changes.set == "paragraph") & (changes.text == number)]
-        np.testing.assert_allclose(mine.loss, losses[1].detach(), atol=1e-4)
-        np.testing.assert_allclose(mine.change, (losses[1] - losses[0]).detach(), atol=1e-4)
+        np.testing.assert_allclose(mine.loss, losses[1], atol=1e-4)
+        np.testing.assert_allclose(mine.change, losses[1] - losses[0], atol=1e-4)
         hits = [i in marked for i in ids[0].tolist()]
         for row in mine.itertuples():
-            before = hits[: row.position]
-            assert row.marked == hits[row.position]
-            assert row.before == sum(before)
-            back = [row.position - k for k, hit in enumerate(before) if hit]
+            back = [row.position - k for k in range(row.position) if hits[k]]
+            assert (row.marked, row.before) == (hits[row.position], len(back))
             assert row.since == min(back) if back else math.isnan(row.since)
 
 
@@ -112,18 +108,14 @@ def test_bounds_belong_to_the_groups_that_name_them(before, since, groups):
 
 
 def test_the_interval_of_a_share_comes_from_texts_not_tokens():
-    """All texts alike: no uncertainty, however many tokens; texts that differ: some."""
+    """All texts alike: no uncertainty, however many tokens; texts that differ: some; a text alone: no interval."""
     alike = made([0, 1] * 6, [0, 1] * 6, [math.nan, 1] * 6, [k // 2 for k in range(12)])
     row = by_exposure(alike).set_index("group").loc["1"]
     assert row.kl_low == row.kl == row.kl_high == 1
-    differing = alike.assign(kl=[0, 1, 0, 3] * 3)
-    row = by_exposure(differing).set_index("group").loc["1"]
+    row = by_exposure(alike.assign(kl=[0, 1, 0, 3] * 3)).set_index("group").loc["1"]
     assert row.kl_low < row.kl == 2 < row.kl_high
-
-
-def test_one_text_alone_has_a_value_and_no_interval():
-    table = by_exposure(made([0, 2, 0, 0], [0, 1, 0, 0], [math.nan, 1, math.nan, math.nan], [0, 0, 1, 1]))
-    rows = table.set_index("group")
+    alone = by_exposure(made([0, 2, 0, 0], [0, 1, 0, 0], [math.nan, 1, math.nan, math.nan], [0, 0, 1, 1]))
+    rows = alone.set_index("group")
     assert rows.kl["1"] == 2
     assert rows.loc["1", ["kl_low", "kl_high", "change_low", "change_high"]].isna().all()
     assert rows.kl_high["none"] == 0  # two texts, both unchanged
@@ -132,7 +124,7 @@ def test_one_text_alone_has_a_value_and_no_interval():
 def test_an_edit_that_changes_nothing_has_no_shares():
     still = made([0.0, 0.0], [0, 0], [math.nan, math.nan], [0, 1])
     assert by_exposure(still).share_of_kl.isna().all()
-    assert math.isnan(concentration(still).value.item())
+    assert concentration(still)[["value", "ci_low", "ci_high"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(("kl", "expected"), [([1.0] * 10, 0.5), ([0.0] * 9 + [5.0], 0.1), ([4, 3, 2, 1], 0.5)])
@@ -151,16 +143,16 @@ def test_the_most_damaged_tokens_stand_first_with_what_came_before(changes):
 
 
 def test_everyday_exposure_counts_texts_and_tokens(loaded):
-    ids = loaded.encode(NEUTRAL[0], bos=False)
-    marked = {ids[-2]}
-    found = everyday_exposure(loaded, marked, {"mine": NEUTRAL}).set_index("set")
-    holding = [loaded.encode(t, bos=False).count(ids[-2]) for t in NEUTRAL]
-    total = sum(len(loaded.encode(t, bos=False)) for t in NEUTRAL)
+    encoded = [loaded.encode(text, bos=False) for text in NEUTRAL]
+    token = encoded[0][-2]
+    found = everyday_exposure(loaded, {token}, {"mine": NEUTRAL, "empty": ()}).set_index("set")
+    holding = [ids.count(token) for ids in encoded]
     assert found.share["mine"] == sum(h > 0 for h in holding) / 4
-    assert found.per_thousand["mine"] == pytest.approx(1000 * sum(holding) / total)
-    expected = 1000 * background_frequency(loaded).get(ids[-2], 0.0)
-    assert found.per_thousand["general English"] == pytest.approx(expected)
+    assert found.per_thousand["mine"] == pytest.approx(1000 * sum(holding) / sum(map(len, encoded)))
     assert found.ci_low["mine"] < found.share["mine"] < found.ci_high["mine"]
+    assert found.n["empty"] == 0 and found.loc["empty"].drop("n").isna().all()
+    expected = 1000 * background_frequency(loaded).get(token, 0.0)
+    assert found.per_thousand["general English"] == pytest.approx(expected)
 
 
 @pytest.fixture
