@@ -30,8 +30,8 @@ def letter_prompt(question: Question) -> str:
 def read_letter(text: str) -> str:
     """The letter that an answer starts with, alone or after words such as "Answer:"; empty if it gives none."""
     alone = re.fullmatch(r"\W*([a-d])\W*", text)
-    found = alone or _ANSWER.match(text)
-    return found[1].upper() if found else ""
+    answer = alone or _ANSWER.match(text)
+    return answer[1].upper() if answer else ""
 
 
 def letter_answers(

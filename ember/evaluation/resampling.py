@@ -47,11 +47,11 @@ def statistic_draws(
     everything = tuple(np.arange(size) for size in sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
+        result = stats.bootstrap(
             everything, statistic, n_resamples=n_resamples, method="percentile", vectorized=True,
             rng=np.random.default_rng(seed), batch=200,
         )  # fmt: skip
-    return np.asarray(found.bootstrap_distribution)
+    return np.asarray(result.bootstrap_distribution)
 
 
 def pooled(
@@ -87,5 +87,5 @@ def pooled_mean_draws(parts: Sequence[np.ndarray], *, n_resamples: int = 2000, s
 
 def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson's interval of a proportion."""
-    found = stats.binomtest(round(successes), n).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
+    ends = stats.binomtest(round(successes), n).proportion_ci(confidence, method="wilson")
+    return float(ends.low), float(ends.high)

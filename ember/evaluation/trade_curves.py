@@ -154,11 +154,11 @@ def area_table(runs: Mapping[ConceptSeed, Curves], *, reference: str = "EMBER") 
     Columns: cost, edit, runs, area, ci_low, ci_high, difference, difference_low, difference_high; 95 % intervals over
     items, seeds and concepts. A run in which the reference costs nothing has no area, and is not among ``runs``.
     """
-    areas = {run: compare_areas(found, reference=reference) for run, found in runs.items()}
+    areas = {key: compare_areas(run, reference=reference) for key, run in runs.items()}
     rows = []
     for cost, edit in next(iter(areas.values())):
-        told = {run: found for run, found in areas.items() if np.isfinite(found[cost, reference][0])}
-        own, others = ([found[cost, name] for found in told.values()] for name in (edit, reference))
+        told = {key: by_cost for key, by_cost in areas.items() if np.isfinite(by_cost[cost, reference][0])}
+        own, others = ([by_cost[cost, name] for by_cost in told.values()] for name in (edit, reference))
         rows.append((cost, edit, len(told), *(_pooled_beside(own, others, told) if told else (np.nan,) * 6)))
     return pd.DataFrame(rows, columns=["cost", "edit", "runs", "area", *_ENDS])
 
