@@ -1,6 +1,7 @@
 """What CRISP and PISCES compute, against hand computations, and what they achieve."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -39,22 +40,14 @@ def merged_edit(tiny, values):
     return weights_edit(tiny, make_concept(), "crisp", CRISP, values, seed=0)
 
 
-def test_an_untrained_adapter_changes_nothing(tiny):
-    before = snapshot(tiny)
-    with adapted(tiny, linear_modules(tiny, [0, 1]), rank=4, scale=2, seed=0) as (parameters, merged):
-        values = merged()
-        assert parameters and all(p.requires_grad for p in parameters.values())
-    assert all(torch.equal(value, before[name]) for name, value in values.items())
-    assert merged_edit(tiny, values).changed().empty
-
-
 @pytest.mark.parametrize("first_layer", [0, 1])
 def test_the_merged_weights_give_the_adapters_logits(tiny, first_layer):
-    """TRAPS 5; embeddings, head and norms have no adapter."""
-    ids = torch.tensor([tiny.encode(SENTENCES[0])])
+    """TRAPS 5; embeddings, head and norms have no adapter, and an untrained one changes nothing."""
+    ids, before = torch.tensor([tiny.encode(SENTENCES[0])]), snapshot(tiny)
     targets = linear_modules(tiny, range(first_layer, 2))
     with adapted(tiny, targets, rank=4, scale=2, seed=0) as (parameters, merged), torch.no_grad():
         plain = tiny.model(ids).logits
+        assert all(torch.equal(value, before[name]) for name, value in merged().items())
         for k, parameter in enumerate(parameters.values()):
             parameter.copy_(0.05 * noise(*parameter.shape, seed=k))
         with_adapter, values = tiny.model(ids).logits, merged()
@@ -156,35 +149,29 @@ def test_an_input_scale_is_part_of_the_autoencoder():
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
-def selected(tiny, sae: SparseAutoencoder):
-    return selection.select_features(tiny, make_concept(), [sae], replace(CRISP, features=9, min_ratio=0.0))
-
-
-@pytest.mark.parametrize("change", [{"k": 1}, {"k": None}, {"threshold": torch.ones(64)}, {"scale": 9.0}], ids=list)
-def test_a_selection_in_the_cache_is_that_of_its_autoencoder(tiny, cache, change):
+def test_a_selection_in_the_cache_is_that_of_its_autoencoder_and_of_its_weights(tiny, cache):
+    select = partial(selection.select_features, tiny, make_concept(), config=replace(CRISP, features=9, min_ratio=0.0))
     (sae,) = selection.prepare(tiny, make_concept(), replace(CRISP, layers=(0,)))
-    sae = replace(sae, k=None) if "threshold" in change else sae
-    one, again, other = (selected(tiny, s) for s in (sae, sae, replace(sae, **change)))
-    assert one.equals(again) and not one.equals(other)
-
-
-def test_a_selection_in_the_cache_is_that_of_its_weights(tiny, cache):
-    (sae,) = selection.prepare(tiny, make_concept(), replace(CRISP, layers=(0,)))
-    weight, base = tiny.model.get_parameter(DOWN).detach(), selected(tiny, sae)
+    relu = replace(sae, k=None)
+    for one, change in (
+        (sae, {"k": 1}),
+        (sae, {"k": None}),
+        (relu, {"threshold": torch.ones(64)}),
+        (sae, {"scale": 9.0}),
+    ):
+        base = select([one])
+        assert not select([replace(one, **change)]).equals(base), change
+        assert select([one]).equals(base)
+    weight, base = tiny.model.get_parameter(DOWN).detach(), select([sae])
     with merged_edit(tiny, {DOWN: weight + noise(*weight.shape)}).applied(tiny):
-        assert not selected(tiny, sae).equals(base)
-    assert selected(tiny, sae).equals(base)
+        assert not select([sae]).equals(base)
+    assert select([sae]).equals(base)
 
 
-@pytest.mark.parametrize(("ramp", "expected"), [(0, [10, 10]), (1, [1, 10]), (2, [1, 10]), (10, [1, 2])])
-def test_mu_grows_over_the_first_layers(ramp, expected):
-    config = PiscesConfig(mu=10.0, ramp=ramp)
-    assert [config.mu_at(layer) for layer in (0, 1)] == pytest.approx(expected)
-
-
-def test_mu_is_that_of_the_layer(tiny, cache, monkeypatch):
+def test_mu_grows_over_the_first_layers(tiny, cache, monkeypatch):
     used = []
     monkeypatch.setattr(pisces, "turn_against", lambda W, sae, features, tau, mu: used.append(mu) or W)
-    config = PiscesConfig(layers=(0, 1), min_ratio=0, mu=10.0, ramp=10, sae_training=SMALL_SAES)
-    assert pisces.run(tiny, make_concept(), config).changed().empty
-    assert used == pytest.approx([1, 2])
+    for ramp, expected in {0: [10, 10], 1: [1, 10], 2: [1, 10], 10: [1, 2]}.items():
+        config = PiscesConfig(layers=(0, 1), min_ratio=0, mu=10.0, ramp=ramp, sae_training=SMALL_SAES)
+        assert pisces.run(tiny, make_concept(), config).changed().empty
+        assert used[-2:] == pytest.approx(expected)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.edits import snapshot, state_with
-from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, noise, states
+from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, noise
 
 from ember.editing import Edit
 from ember.methods import rmu, snmf
@@ -13,7 +13,7 @@ from ember.methods.rmu import RmuConfig
 from ember.methods.selection import keyness_bits
 from ember.methods.snmf import SnmfConfig, carriers, project_out
 from ember.methods.training import batches
-from ember.models.activations import Site, collect
+from ember.models.activations import collect
 from ember.models.loading import LoadedModel, weights_hash
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
@@ -26,8 +26,6 @@ MATRIX, FEATURES = noise(12, 8), noise(12, 2, seed=1)
 MASKS = torch.zeros(2, 12, dtype=torch.bool)
 MASKS[0, [0, 1, 4, 11]] = True
 MASKS[1, [3, 5, 11]] = True
-
-
 WRITTEN = torch.nn.functional.normalize((MATRIX.T @ FEATURES).T, dim=1)  # the unit direction that each writes
 
 
@@ -43,23 +41,16 @@ def test_a_full_projection_leaves_nothing_of_any_feature_a_neuron_carries():
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.5, 1.0, 2.0, 4.0, 7.0])
-def test_a_projection_scales_the_component_and_keeps_the_rest(delta):
-    """By 1 − δ, so that 4 triples it with the sign flipped; against a loop over neurons."""
+def test_a_projection_equals_a_loop_over_neurons_also_where_a_feature_was_found_twice(delta):
+    """The component is scaled by 1 − δ, so that 4 triples it with the sign flipped."""
     f, new, expected = WRITTEN[0], project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta), MATRIX.clone()
     for j in MASKS[0].nonzero().flatten():
         expected[j] = MATRIX[j] - delta * f * sum(f[i] * MATRIX[j, i] for i in range(8))
     torch.testing.assert_close(new, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close((new @ f)[MASKS[0]], (1 - delta) * (MATRIX @ f)[MASKS[0]], atol=1e-5, rtol=1e-5)
-    across = torch.eye(8) - torch.outer(f, f)
-    torch.testing.assert_close(new @ across, MATRIX @ across, atol=1e-5, rtol=0)
     assert delta or torch.equal(new, MATRIX)
-
-
-@pytest.mark.parametrize("delta", [1.0, 4.0])
-def test_a_feature_found_twice_is_projected_out_once(delta):
     twice = torch.cat([FEATURES[:, :1], 3 * FEATURES[:, :1]], 1)
-    once = project_out(MATRIX, FEATURES[:, :1], MASKS[:1], delta)
-    torch.testing.assert_close(project_out(MATRIX, twice, MASKS[:1].expand(2, -1), delta), once, atol=1e-4, rtol=0)
+    torch.testing.assert_close(project_out(MATRIX, twice, MASKS[:1].expand(2, -1), delta), new, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.5, 0.8, 0.95, 1.0])
@@ -133,21 +124,17 @@ def test_no_strength_means_no_change(tiny, planted, tmp_path):
         assert weights_hash(tiny.model) == tiny.weights_hash
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 1}, {"rank": 4}, {"sparsity": 0.2}, {"tokens": 20}, {"max_iter": 2}, {"band": "middle"}],
-    ids=str,
-)
-def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache, change):
+def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache):
     settings = {"band": "late", "rank": 5, "sparsity": 0.1, "max_iter": 20, "patience": 20, "tol": 1e-9}
 
     def fit(seed=0, **changes) -> torch.Tensor:
         (F,) = snmf.factorize(tiny, make_concept(), SnmfConfig(**settings | changes), seed=seed)[0].values()
         return F
 
-    one, again, other = fit(), fit(), fit(**change)
-    assert torch.equal(one, again)
-    assert one.shape != other.shape or not torch.equal(one, other)
+    one = fit()
+    for change in ({"seed": 1}, {"rank": 4}, {"sparsity": 0.2}, {"tokens": 20}, {"max_iter": 2}, {"band": "middle"}):
+        assert not torch.equal(fit(**change), one), change
+        assert torch.equal(fit(), one)
 
 
 # RMU
@@ -165,42 +152,27 @@ def plain_stream(loaded: LoadedModel, texts, layer: int) -> torch.Tensor:
     return torch.cat(kept)
 
 
-def rmu_target(config: RmuConfig, seed: int = 42) -> torch.Tensor:
-    direction = noise(32, seed=seed)
-    return config.steering * direction / direction.norm()
-
-
 @pytest.mark.parametrize("n_trained", [1, 2])
 def test_rmu_equals_a_slow_loop(tiny, n_trained):
-    """With batches of all texts, so that their order does not matter."""
+    """With batches of all texts, so that their order does not matter; it lowers the loss."""
     config = RmuConfig(layer=1, n_trained=n_trained, steering=20.0, retain_weight=3.0, lr=1e-3, steps=4)
+    direction, losses = noise(32, seed=42), []
     edit = rmu.run(tiny, make_concept(), config)
     names = [DOWN.format(layer) for layer in range(2 - n_trained, 2)]
     trained = [tiny.model.get_parameter(name) for name in names]
     optimizer = torch.optim.AdamW(trained, lr=config.lr)
     kept = plain_stream(tiny, NEUTRAL, 1).detach()
     for _ in range(config.steps):
-        forget = (plain_stream(tiny, SENTENCES, 1) - rmu_target(config)).square().mean()
+        forget = (plain_stream(tiny, SENTENCES, 1) - 20 * direction / direction.norm()).square().mean()
         retain = (plain_stream(tiny, NEUTRAL, 1) - kept).square().mean()
         optimizer.zero_grad()
-        (forget + config.retain_weight * retain).backward()
+        losses.append(forget + config.retain_weight * retain)
+        losses[-1].backward()
         optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert set(edit.tensors) == set(names)
     for name, parameter in zip(names, trained, strict=True):
         torch.testing.assert_close(edit.tensors[name].values, parameter.detach(), atol=2e-5, rtol=0)
-
-
-def test_rmu_moves_concept_text_to_the_target_and_keeps_neutral_text(tiny):
-    site, common = Site("residual", 1), {"layer": 1, "n_trained": 2, "steering": 30.0, "lr": 5e-3, "steps": 40}
-    moved, drift = {}, {}
-    for weight in (0.0, 10.0):
-        config = RmuConfig(**common, retain_weight=weight)
-        edit = rmu.run(tiny, make_concept(), config)
-        gaps = [(states(tiny, SENTENCES, site, e) - rmu_target(config)).norm(dim=1).mean() for e in (None, edit)]
-        moved[weight] = float(gaps[1] / gaps[0])
-        drift[weight] = float((states(tiny, NEUTRAL, site, edit) - states(tiny, NEUTRAL, site)).norm(dim=1).mean())
-    assert moved[0.0] < 0.8 and moved[10.0] < 0.95
-    assert drift[10.0] < 0.5 * drift[0.0]
 
 
 def test_batches_take_every_text_before_any_again():
