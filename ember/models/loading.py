@@ -5,12 +5,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.models.hashes import combined_hash, parameter_hashes
@@ -113,20 +114,15 @@ class LoadedModel:
 
     def encode_chat(self, instruction: str) -> list[int]:
         """Token ids of one user turn, up to where the assistant's answer starts (the template brings any BOS)."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": instruction}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def pad(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask [batch, longest] of rows of ids, padded on one side."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for k, row in enumerate(rows):
-            span = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[k, span] = torch.tensor(row)
-            mask[k, span] = 1
+        padded = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+        ids = padded([torch.tensor(row, dtype=torch.int64) for row in rows], padding_value=self.pad_id)
+        mask = padded([torch.ones(len(row), dtype=torch.int64) for row in rows])
         return ids.to(self.device), mask.to(self.device)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """What an adversary trains to bring erased knowledge back, on which text and in which precision."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 
 from ember.data.types import Concept
 from ember.editing import Edit, applying
-from ember.errors import EmberError, UnknownNameError, require_at_least
+from ember.errors import EmberError, UnknownNameError
 from ember.methods.training import adapted, linear_modules
 from ember.models.activations import layer_name, n_layers
 from ember.models.loading import LoadedModel
@@ -25,22 +25,18 @@ PRECISIONS = ("fp32", "bf16", "bf16_master")
 class Attack:
     """One way to fine-tune an edited model.
 
-    ``trained``: ``all`` parameters (the paper's), a ``lora`` of ``lora_rank`` and ``lora_scale`` on all linear
-    modules, the ``edited_rows`` alone (of whichever parameters the edit changes), or the ``mlps`` with everything else
-    frozen. ``texts``: the ``concept``'s relearning paragraphs, or ``neutral`` sentences that say nothing of it.
+    ``trained``: ``all`` parameters (the paper's), a ``lora`` of rank 8 and scale 2 on all linear modules, the
+    ``edited_rows`` alone (of whichever parameters the edit changes), or the ``mlps`` with everything else frozen.
+    ``texts``: the ``concept``'s relearning paragraphs, or ``neutral`` sentences that say nothing of it.
     """
 
     trained: str = "all"
     texts: str = "concept"
-    lora_rank: int = 8
-    lora_scale: int = 2
 
     def __post_init__(self) -> None:
-        if self.trained not in TRAINED:
-            raise UnknownNameError("choice of what is trained", self.trained, TRAINED)
-        if self.texts not in TEXTS:
-            raise UnknownNameError("choice of texts", self.texts, TEXTS)
-        require_at_least(self, 1, "lora_rank", "lora_scale")
+        for what, choice, known in (("what is trained", self.trained, TRAINED), ("texts", self.texts, TEXTS)):
+            if choice not in known:
+                raise UnknownNameError(f"choice of {what}", choice, known)
 
 
 ATTACKS = {**{trained: Attack(trained) for trained in TRAINED}, "benign": Attack(texts="neutral")}
@@ -115,30 +111,22 @@ def opened(
     """
     if attack.trained == "edited_rows" and edit is None:
         raise EmberError("an unedited model has no edited rows to train")
-    edited = {name: change.rows for name, change in edit.tensors.items()} if edit else {}
     with ExitStack() as stack:
         stack.enter_context(applying(loaded, edit))
         stack.enter_context(working_copy(loaded.model, torch.float32 if precision == "fp32" else torch.bfloat16))
         stack.enter_context(loaded.in_training(precision, attack, seed))
-        if attack.trained == "lora":
-            how = {"rank": attack.lora_rank, "scale": attack.lora_scale, "seed": seed}
-            lora = adapted(loaded, linear_modules(loaded, range(n_layers(loaded))), **how)
-            parameters, _ = stack.enter_context(lora)
-        else:
-            parameters = {name: loaded.model.get_parameter(name) for name in _names(loaded, attack, edited)}
-        rows = edited if attack.trained == "edited_rows" else {}
+        parameters, rows = dict(loaded.model.named_parameters()), {}
+        if attack.trained == "edited_rows" and edit:
+            rows = {name: change.rows for name, change in edit.tensors.items()}
+            parameters = {name: parameters[name] for name in sorted(rows)}
+        elif attack.trained == "mlps":
+            mlp = loaded.architecture.mlp_down.rpartition(".")[0]
+            mlps = tuple(f"{layer_name(loaded, layer, mlp)}." for layer in range(n_layers(loaded)))
+            parameters = {name: live for name, live in parameters.items() if name.startswith(mlps)}
+        elif attack.trained == "lora":
+            targets = linear_modules(loaded, range(n_layers(loaded)))
+            parameters, _ = stack.enter_context(adapted(loaded, targets, rank=8, scale=2, seed=seed))
         yield {name: Trained(live, rows.get(name), precision) for name, live in parameters.items()}
-
-
-def _names(loaded: LoadedModel, attack: Attack, edited: Iterable[str]) -> list[str]:
-    """The parameters that an attack trains."""
-    if attack.trained == "edited_rows":
-        return sorted(edited)
-    if attack.trained == "all":
-        return [name for name, _ in loaded.model.named_parameters()]
-    mlp = loaded.architecture.mlp_down.rpartition(".")[0]
-    mlps = tuple(f"{layer_name(loaded, layer, mlp)}." for layer in range(n_layers(loaded)))
-    return [name for name, _ in loaded.model.named_parameters() if name.startswith(mlps)]
 
 
 @contextmanager
