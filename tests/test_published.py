@@ -32,12 +32,8 @@ class Factorizer(nn.Module):
     def __init__(self, F: torch.Tensor, G: torch.Tensor) -> None:
         super().__init__()
         self.F_, self.G_ = nn.Parameter(F), nn.Parameter(G)
-        self.rank, self.fitting_device = F.shape[1], "cuda"
+        self.rank, self.fitting_device, self.dtype = F.shape[1], torch.device("cuda", 1), torch.float16
         self.W, self.H = self.G_.detach().clone(), self.F_.T
-
-
-class Slotted:
-    __slots__ = ("F", "name")
 
 
 @pytest.fixture
@@ -67,59 +63,51 @@ def refusal(path: Path, **options) -> str:
 # What is read
 
 
-def contents() -> dict:
+def contents(*, numpy: bool = True) -> dict:
     matrix = torch.arange(12.0).reshape(3, 4)
-    return {
+    tensors = {
         "plain": matrix, "view": matrix[1:, 1:3], "turned": matrix.T, "parameter": nn.Parameter(matrix * 2),
         "half": matrix.to(torch.bfloat16), "whole": torch.tensor([[1, 2]]), "empty": torch.empty(0, 3),
-        "numpy": np.arange(6, dtype="f8").reshape(2, 3), "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "foreign": np.arange(3, dtype=">i4"), "flags": np.array([True, False]),
     }  # fmt: skip
+    arrays = {
+        "numpy": np.arange(6, dtype="f8").reshape(2, 3), "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "foreign": np.arange(3, dtype=">i4"), "flags": np.array([True, False]), "number": np.float32(0.5),
+    }  # fmt: skip
+    return tensors | arrays if numpy else tensors
 
 
-def assert_contents(found: dict) -> None:
-    for name, value in contents().items():
-        wanted = (
-            value.detach()
-            if isinstance(value, torch.Tensor)
-            else torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        )
-        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
+def assert_contents(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if not isinstance(value, torch.Tensor):
+            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value.detach()), name
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_give_the_same_arrays(tmp_path, protocol):
-    assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)))
+    assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)), contents())
 
 
-def test_archives_of_torch_save_give_the_same_arrays(tmp_path, theirs):
-    torch.save(contents() | {"nmf": theirs(torch.ones(4, 2), torch.ones(3, 2))}, tmp_path / "file.pt")
-    found = unpickle(tmp_path / "file.pt", classes=CLASSES)
-    assert_contents(found)
-    assert (
-        found["plain"].untyped_storage().nbytes() == 48 and found["view"].untyped_storage().nbytes() == 16
-    )  # own memory
-    assert torch.equal(found["nmf._parameters.F_"], torch.ones(4, 2)) and found["nmf.rank"] == 2
-
-
-def test_files_of_torch_save_from_before_the_archives_are_refused(tmp_path):
+def test_archives_of_torch_save_give_the_same_tensors(tmp_path):
+    """Each in memory of its own. Files from before the archives are refused."""
+    torch.save(contents(numpy=False), tmp_path / "file.pt")
+    found = unpickle(tmp_path / "file.pt")
+    assert_contents(found, contents(numpy=False))
+    assert [found[name].untyped_storage().nbytes() for name in ("plain", "view")] == [48, 16]
     torch.save(contents(), tmp_path / "file.pt", _use_new_zipfile_serialization=False)
     assert "before version 1.6" in refusal(tmp_path / "file.pt")
 
 
 def test_fields_are_named_by_their_path(tmp_path):
     content = {
-        "words": np.array(["Rome", "Tiber"]), "number": np.float32(0.5), "ids": [3, 5], "pair": (1, "a"),
-        "rows": {"Rome": 0, "Tiber": 1}, "layers": [{"F": torch.ones(2)}, collections.OrderedDict(F=torch.zeros(1))],
-        "nothing": None, "bare": {}, "kinds": {"b", "a"}, "dtype": torch.float16, 7: "seven",
-        "device": torch.device("cuda", 1), "shape": torch.Size([2, 3]),
+        "ids": [3, 5], "pair": (1, "a"), "rows": {"Rome": 0}, "layers": [{"F": "x"}, collections.OrderedDict(F="y")],
+        "bare": {}, "kinds": {"b"}, "dtype": torch.float16, 7: "seven", "device": torch.device("cuda", 1),
+        "shape": torch.Size([2, 3]),
     }  # fmt: skip
-    found = unpickle(written(tmp_path, content))
-    assert torch.equal(found.pop("layers.0.F"), torch.ones(2)) and found.pop("layers.1.F").tolist() == [0]
-    assert found == {
-        "words": ["Rome", "Tiber"], "number": 0.5, "ids": [3, 5], "pair": [1, "a"], "rows": {"Rome": 0, "Tiber": 1},
-        "kinds": ["a", "b"], "dtype": "torch.float16", "7": "seven", "device": "cuda:1", "shape": [2, 3],
-    }  # fmt: skip
+    found = {"ids": [3, 5], "pair": (1, "a"), "rows.Rome": 0, "layers.0.F": "x", "layers.1.F": "y", "7": "seven"}
+    got = unpickle(written(tmp_path, content | {"words": np.array(["Rome", "Tiber"])}, protocol=2))
+    assert got.pop("words").tolist() == ["Rome", "Tiber"] and got == found
 
 
 def test_an_object_of_a_named_class_is_its_attributes(tmp_path, theirs, monkeypatch):
@@ -131,19 +119,8 @@ def test_an_object_of_a_named_class_is_its_attributes(tmp_path, theirs, monkeypa
     found = unpickle(path, classes=CLASSES)
     assert torch.equal(found["nmf._parameters.F_"], torch.ones(4, 2)) and found["nmf.rank"] == 2
     assert found["nmf.H"].shape == (2, 4) and found["vprime_token_ids"] == [1, 2, 3]
-    assert "'factorization.seminmf.NMFSemiNMF'" in refusal(path)
-
-
-def test_slots_and_constructor_arguments_are_attributes_too(tmp_path):
-    item = Slotted()
-    item.F, item.name = torch.ones(1), "x"
-    Pair = collections.namedtuple("Pair", "F G")
-    sys.modules[__name__].Pair = Pair
-    Pair.__module__ = Slotted.__module__
-    names = [f"{Slotted.__module__}.{name}" for name in ("Slotted", "Pair")]
-    found = unpickle(written(tmp_path, {"a": item, "b": Pair(torch.zeros(2), [1])}), classes=names)
-    assert found["a.F"].tolist() == [1] and found["a.name"] == "x"
-    assert found["b.0"].tolist() == [0, 0] and found["b.1"] == [1]
+    said = refusal(path)
+    assert "'factorization.seminmf.NMFSemiNMF'" in said and "name it in classes" in said
 
 
 # What is refused
@@ -189,14 +166,6 @@ def test_what_calls_anything_is_refused_and_runs_nothing(tmp_path, name):
     assert marker.exists(), "the control: an ordinary reader runs it"
 
 
-@pytest.mark.parametrize("archive", [True, False])
-def test_what_is_refused_is_named(tmp_path, archive):
-    path = tmp_path / "file"
-    torch.save(Slotted(), path) if archive else path.write_bytes(pickle.dumps(Slotted()))
-    said = refusal(path)
-    assert f"{Slotted.__module__}.Slotted" in said and "name it in classes" in said
-
-
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
@@ -206,39 +175,23 @@ def name_of(module: str, name: str) -> bytes:
 
 
 ARRAY = name_of("numpy._core.multiarray", "_reconstruct") + name_of("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
-STORAGE, DTYPE = name_of("torch.storage", "_load_from_bytes"), name_of("numpy", "dtype")
+DTYPE, THING, ORDERED = name_of("numpy", "dtype"), name_of("a", "Thing"), name_of("collections", "OrderedDict")
+STATE = text("__class__") + text("x") + b"s"
 RAW = {
-    "GLOBAL": b"cos\nsystem\n(S'true'\ntR",
+    "GLOBAL": b"cos\nsystem\n(S'true'\ntR", "INST": b"(S'true'\nios\nsystem\n", "OBJ": b"(cos\nsystem\nS'true'\no",
     "STACK_GLOBAL, dotted": name_of("os", "path.join"),
     "STACK_GLOBAL, behind an admitted name": name_of("numpy", "dtype.__class__"),
-    "STACK_GLOBAL, behind an admitted module": name_of("torch._utils._rebuild_tensor_v2", "__globals__"),
-    "INST": b"(S'true'\nios\nsystem\n",
-    "OBJ": b"(cos\nsystem\nS'true'\no",
-    "EXT1": b"\x82\x4d",
-    "REDUCE of a text": text("os.system") + b")R",
+    "REDUCE of a text": text("os.system") + b")R", "BUILD of a text": text("a") + b"}" + text("b") + text("c") + b"sb",
     "BUILD of an admitted function": DTYPE + b"N}" + text("name") + text("x") + b"s\x86b",
-    "BUILD of a text": text("a") + b"}" + text("b") + text("c") + b"sb",
-    "BUILD of a dict": name_of("collections", "OrderedDict") + b")R}" + text("b") + text("c") + b"sb",
-    "APPEND to an array": ARRAY + b"Na",
-    "SETITEM of an array": ARRAY + b"NNs",
-    "array without content": ARRAY,
+    "APPEND to an array": ARRAY + b"Na", "SETITEM of an array": ARRAY + b"NNs", "array without content": ARRAY,
     "array of objects": ARRAY + b"(K\x01K\x01\x85" + DTYPE + text("O8") + b"\x85R\x89]tb",
-    "type from a mapping": DTYPE + text("f4,O") + b"\x85R",
-    "structured type": DTYPE + text("f4") + b"\x85R(K\x03" + text("<") + text("O") + b"NNtb",
-    "storage of nothing": STORAGE + b"C\x00\x85R",
-    "dict of pairs": name_of("collections", "OrderedDict") + b"]\x85R",
+    "structured type": ARRAY + b"(K\x01K\x01\x85" + DTYPE + text("f4,O") + b"\x85R\x89B\x0c\0\0\0" + bytes(12) + b"tb",
+    "storage of nothing": name_of("torch.storage", "_load_from_bytes") + b"C\x00\x85R",
     "another encoding": name_of("_codecs", "encode") + text("a") + text("zlib") + b"\x86R",
-    "BINPERSID": text("key") + b"Q",
-    "PERSID": b"Pkey\n",
-    "LONG_BINPUT": b"]r\xff\xff\xff\x7f",
-    "PUT": b"]p2000000000\n",
-    "BINBYTES8": b"\x8e" + struct.pack("<Q", 1 << 50) + b"x",
-    "BYTEARRAY8": b"\x96" + struct.pack("<Q", 1 << 50) + b"x",
-    "FRAME": b"\x95" + struct.pack("<Q", 1 << 50) + b"K\x01",
-    "NEXT_BUFFER": b"\x97",
-    "POP of nothing": b"0",
-    "no instruction": b"\xff",
-}
+    "BINPERSID": text("key") + b"Q", "PUT": b"]p2000000000\n", "LONG_BINPUT": b"]r\xff\xff\xff\x7f",
+    "BINBYTES8": b"\x8e" + struct.pack("<Q", 1 << 50) + b"x", "FRAME": b"\x95" + struct.pack("<Q", 1 << 50) + b"K\x01",
+    "NEXT_BUFFER": b"\x97", "no instruction": b"\xff",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -256,21 +209,30 @@ def test_a_registered_extension_is_not_reached(tmp_path):
         copyreg.clear_extension_cache()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 5, 60, -1])
+@pytest.mark.parametrize("cut", [0, 1, 60, -1])
 def test_truncated_or_followed_by_something(tmp_path, cut):
     whole = pickle.dumps(contents())
     refusal(written(tmp_path, whole[:cut]))
     refusal(written(tmp_path, whole + b"K\x01."))
-    assert "missing" in refusal(tmp_path / "none.pkl")
+    assert "No such file" in refusal(tmp_path / "none.pkl")
 
 
-def test_a_record_cannot_be_given_behaviour(tmp_path):
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (THING + b")\x81N}" + STATE + b"\x86b", {"1.__class__": "x"}),
+        (THING + b")\x81}" + STATE + b"b", {"__class__": "x"}),
+        (ORDERED + b")R}" + STATE + b"b", {}), (ORDERED + b"}" + STATE + b"\x85R", {}),  # nothing is copied
+        (THING + b")\x81Na", None), (THING + b"}" + STATE + b"b", None), (ORDERED + b"}" + STATE + b"b", None),
+    ],
+)  # fmt: skip
+def test_a_record_cannot_be_given_behaviour(tmp_path, body, found):
     """State reaches the object, not its class, and nothing that Python would call."""
-    thing = name_of("a", "Thing")
-    made = thing + b")\x81N}" + text("__class__") + text("x") + b"s\x86b"
-    assert unpickle(written(tmp_path, b"\x80\x04" + made + b"."), classes=["a.Thing"]) == {"__class__": "x"}
-    for body in (thing + b")\x81Na", thing + b"}" + text("__setstate__") + text("x") + b"sb"):
-        refusal(written(tmp_path, b"\x80\x04" + body + b"."), classes=["a.Thing"])
+    path = written(tmp_path, b"\x80\x04" + body + b".")
+    if found is None:
+        refusal(path, classes=["a.Thing"])
+    else:
+        assert unpickle(path, classes=["a.Thing"]) == found
 
 
 # What a file claims
@@ -290,12 +252,12 @@ def test_an_array_of_another_size_than_its_bytes(tmp_path, shape):
 def rebuilt(storage, *view) -> Calls:
     """A tensor as a plain pickle holds it: the bytes of a storage, offset, size and stride."""
     saved = io.BytesIO()
-    torch.save(storage, saved, _use_new_zipfile_serialization=storage is ARCHIVED)
+    torch.save(storage, saved, _use_new_zipfile_serialization=False)
     content = saved.getvalue().replace(b"K\x06", b"K\x60") if storage is TOO_LONG else saved.getvalue()
     return Calls(torch._utils._rebuild_tensor_v2, Calls(torch.storage._load_from_bytes, content), *view, False, None)
 
 
-SIX, TOO_LONG, ARCHIVED = (torch.arange(6.0)._typed_storage() for _ in range(3))
+SIX, TOO_LONG = (torch.arange(6.0)._typed_storage() for _ in range(2))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +266,7 @@ SIX, TOO_LONG, ARCHIVED = (torch.arange(6.0)._typed_storage() for _ in range(3))
         (SIX, 0, (2, 4), (4, 1), "out of bounds"), (SIX, 1, (2, 3), (3, 1), "out of bounds"),
         (SIX, 0, (2, 3), (4, 1), "out of bounds"), (SIX, 0, (2, 3), (3,), "mismatch"),
         (SIX, 0, (2_000_000_000, 2), (0, 0), "as large"), (TOO_LONG, 0, (6,), (1,), "byte size"),
-        (ARCHIVED, 0, (6,), (1,), "an archive"), (torch.ones(6), 0, (6,), (1,), "something else"),
+        (torch.ones(6), 0, (6,), (1,), "_untyped_storage"),
     ],
 )  # fmt: skip
 def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, storage, offset, size, stride, said):
@@ -313,18 +275,15 @@ def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, storage, offset, siz
     assert honest.tolist() == [[1, 2], [4, 5]]
 
 
-def rewritten(
-    path: Path, *, compression: int = zipfile.ZIP_STORED, pickled=(b"", b""), **entries: bytes | None
-) -> Path:
+def rewritten(path: Path, pickled=(b"", b""), **entries: bytes | None) -> Path:
     """An archive of ``torch.arange(6.0).reshape(2, 3)`` with other entries, or with something else in its pickle."""
     torch.save(torch.arange(6.0).reshape(2, 3), path)
     with zipfile.ZipFile(path) as archive:
         content = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    root = path.stem
-    assert pickled[0] in content[f"{root}/data.pkl"]
-    content[f"{root}/data.pkl"] = content[f"{root}/data.pkl"].replace(*pickled)
-    content |= {f"{root}/{name.replace('__', '/')}": data for name, data in entries.items()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
+    assert pickled[0] in content["file/data.pkl"]
+    content["file/data.pkl"] = content["file/data.pkl"].replace(*pickled)
+    content |= {f"file/{name.replace('__', '/')}": data for name, data in entries.items()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if "more" in entries else zipfile.ZIP_STORED) as archive:
         for name, data in content.items():
             if data is not None:
                 archive.writestr(name, data)
@@ -337,9 +296,9 @@ def rewritten(
         {"pickled": (b"K\x06t", b"K\x07t")}, {"pickled": (b"K\x06t", b"J\xff\xff\xff\x7ft")},
         {"pickled": (b"K\x02K\x03\x86", b"K\x03K\x03\x86")}, {"pickled": (b"K\x03K\x01\x86", b"K\x04K\x01\x86")},
         {"pickled": (b"QK\x00", b"QK\x01")}, {"data__0": b""}, {"data__0": bytes(28)}, {"data__0": None},
-        {"byteorder": b"big"}, {"compression": zipfile.ZIP_DEFLATED}, {"pickled": (b"FloatStorage", b"QUInt8Storage")},
+        {"more": bytes(100_000)}, {"pickled": (b"FloatStorage", b"QUInt8Storage")},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:50],
 )  # fmt: skip
 def test_an_archive_that_claims_what_it_does_not_hold(tmp_path, changes):
     assert unpickle(rewritten(tmp_path / "file.pt"))["value"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -386,6 +345,10 @@ def fit(loaded):
     return found.F, found.G, ids
 
 
+def table(F, G, ids) -> dict:
+    return {"nmf": {"_parameters": {"F_": F, "G_": G}}, "vprime_token_ids": ids}
+
+
 def taken(path: Path, loaded, **options) -> ConceptFeatures:
     return import_published(path, loaded, make_concept(), **options)
 
@@ -419,11 +382,12 @@ def test_the_published_layout_becomes_features_of_ours(tmp_path, loaded, fit, th
 
 
 def test_rows_are_matched_by_id_not_by_place(tmp_path, loaded, fit):
+    """Also of NumPy arrays."""
     F, G, ids = fit
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     shuffled = [ids[k] for k in order]
-    whole = taken(written(tmp_path, {"F": F, "G": G, "ids": ids}), loaded)
-    mixed = taken(written(tmp_path, {"F": F, "G": G[order], "ids": torch.tensor(shuffled)}), loaded)
+    whole = taken(written(tmp_path, table(F, G, ids)), loaded)
+    mixed = taken(written(tmp_path, table(F.numpy(), G[order].numpy(), np.array(shuffled))), loaded)
     assert mixed.table.token_id.tolist() == shuffled
     some = whole.scores[whole.scores.rows > 0].feature.tolist()[:3]
     one, other = whole.contributions(some), mixed.contributions(some)
@@ -431,92 +395,47 @@ def test_rows_are_matched_by_id_not_by_place(tmp_path, loaded, fit):
     assert all(torch.allclose(one[i], other[i]) for i in one)
 
 
-@pytest.mark.parametrize(
-    ("names", "turned"),
-    [(("F", "G"), ""), (("H", "W"), "F"), (("components_", "activations"), "FG"), (("F_", "W"), "G")],
-)
-def test_names_and_orientations(tmp_path, loaded, fit, names, turned):
-    F, G, ids = fit
-    content = {
-        names[0]: F.T.contiguous().numpy() if "F" in turned else F,
-        names[1]: G.T.contiguous() if "G" in turned else G.numpy(),
-        "token_ids": np.array(ids),
-    }
-    found = taken(written(tmp_path, content), loaded)
-    assert torch.equal(found.factorization.F, F) and torch.equal(found.factorization.G, G)
-
-
 def test_the_caller_may_name_the_fields(tmp_path, loaded, fit):
     F, G, ids = fit
-    path = written(tmp_path, {"best": {"left": F, "right": G, "F": F[:, :2]}, "which": ids})
+    path = written(tmp_path, {"best": {"left": F, "right": G}, "which": ids})
     fields = {"F": "best.left", "G": "best.right", "tokens": "which"}
     assert torch.equal(taken(path, loaded, fields=fields).factorization.F, F)
     said = not_taken(path, loaded)
     assert "'best.right'" in said and f"[{len(ids)}, 8] float32" in said and "'which'" in said
-    assert "'nope'" in not_taken(path, loaded, fields={"F": "nope"})
+    assert "'nope'" in not_taken(path, loaded, fields=fields | {"F": "nope"})
     assert "'x'" in not_taken(path, loaded, fields={"x": "best.left"})
-    said = not_taken(written(tmp_path, {"a": {"F": F}, "b": {"F": F}, "G": G, "ids": ids}), loaded)
-    assert "'a.F' or 'b.F'" in said
-
-
-# Tokens
-
-
-def as_strings(loaded, ids, form: str) -> list[str]:
-    return [loaded.tokenizer.convert_ids_to_tokens(i) if form == "entry" else loaded.tokenizer.decode([i]) for i in ids]
-
-
-@pytest.mark.parametrize("form", ["entry", "decoded"])
-def test_strings_are_matched_exactly(tmp_path, loaded, fit, form):
-    F, G, ids = fit
-    strings = as_strings(loaded, ids, form)
-    for tokens in (strings, np.array(strings), dict(zip(strings, range(len(ids)), strict=True))):
-        assert taken(written(tmp_path, {"F": F, "G": G, "tokens": tokens}), loaded).table.token_id.tolist() == ids
-    assert taken(written(tmp_path, {"F": F, "G": G}), loaded, tokens=strings).table.token_id.tolist() == ids
-
-
-def test_strings_are_not_guessed(tmp_path, loaded, fit):
-    """Cleaned ones, and one that several tokens decode to."""
-    F, G, ids = fit
-    strings = as_strings(loaded, ids, "decoded")
-    not_taken(written(tmp_path, {"F": F, "G": G, "tokens": [string.strip() for string in strings]}), loaded)
-    assert sum(loaded.tokenizer.decode([i]) == "�" for i in range(3, 256)) > 1
-    content = {"F": F, "G": G, "tokens": ["�", *strings[1:]]}
-    assert "several tokens: ['�']" in not_taken(written(tmp_path, content), loaded)
+    assert "; 5 more" in not_taken(written(tmp_path, {f"k{k}": k for k in range(35)}), loaded)
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda ids: [ids[1], *ids[1:]], "twice"),
-        (lambda ids: [10**6, *ids[1:]], "1000000"),
-        (lambda ids: [-1, *ids[1:]], "-1"),
-        (lambda ids: [1, *ids[1:]], "content tokens"),
-        (lambda ids: ids[1:], "number of tokens"),
-        (lambda ids: ["a", *ids[1:]], "all strings"),
-        (lambda ids: [True, *ids[1:]], "ids"),
-        (lambda ids: [], "none of|no field|G's rows"),
-        (lambda ids: 5, "G's rows"),
-        (lambda ids: {"a": 0, "b": 2}, "G's rows"),
-        (lambda ids: ["no such token", *["x"] * (len(ids) - 1)], "no such token"),
+        (lambda ids: [ids[1], *ids[1:]], "twice"), (lambda ids: [10**6, *ids[1:]], "1000000"),
+        (lambda ids: [-1, *ids[1:]], "-1"), (lambda ids: [1, *ids[1:]], "content tokens"),
+        (lambda ids: ids[1:], "number of tokens"), (lambda ids: ["a", *ids[1:]], "the token ids of G's rows"),
+        (lambda ids: [True, *ids[1:]], "the token ids of G's rows"), (lambda ids: 5, "G's rows, got int"),
+        (lambda ids: torch.ones(len(ids)), "G's rows, got .* float32"), (lambda ids: [], "no field 'vprime_token_ids'"),
     ],
-)
+)  # fmt: skip
 def test_tokens_that_do_not_fit(tmp_path, loaded, fit, change, word):
     F, G, ids = fit
     with pytest.raises(DataError, match=word):
-        taken(written(tmp_path, {"F": F, "G": G, "tokens": change(ids)}), loaded)
+        taken(written(tmp_path, table(F, G, change(ids))), loaded)
 
 
 def test_tokens_of_other_texts(tmp_path, loaded, fit):
     """A few count as neutral, which no edit touches; many mean that the texts are others."""
     F, G, ids = fit
-    other = next(i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids)
-    content = {"F": F, "G": torch.cat([G[1:], torch.zeros(1, 8)]), "tokens": [*ids[1:], other]}
-    found = taken(written(tmp_path, content), loaded)
-    assert found.settings["imported"]["unseen"] == [other]
+    others = [i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids]
+
+    def with_others(count: int) -> Path:
+        rows = torch.cat([G[count:], torch.zeros(count, 8)])
+        return written(tmp_path, table(F, rows, [*ids[count:], *others[:count]]))
+
+    found = taken(with_others(1), loaded)
+    assert found.settings["imported"]["unseen"] == others[:1]
     assert found.table.role.iloc[-1] == "neutral" and not found.table.isna().all(axis=1).any()
-    said = not_taken(written(tmp_path, content), loaded, max_unseen=0.0)
-    assert "occur nowhere in the texts of 'Tiny Rome'" in said
+    assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(with_others(len(ids) // 20 + 1), loaded)
 
 
 # Shapes and scale
@@ -525,36 +444,32 @@ def test_tokens_of_other_texts(tmp_path, loaded, fit):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda F, G: (torch.cat([F, F]), G), ["F has shape [64, 8]", "d_model is 32"]),
+        (lambda F, G: (torch.cat([F, F]), G), ["F_'", "[64, 8]", "d_model is 32"]),
         (lambda F, G: (F[:, :7], G), ["F has 7 features", "G 8"]),
-        (lambda F, G: (F[:, 0], G), ["field 'F'", "matrix"]),
-        (lambda F, G: (F.long(), G), ["field 'F'", "int64"]),
-        (lambda F, G: (F, G.log()), ["field 'G'", "finite"]),
-        (lambda F, G: ([1.0, 2.0], G), ["field 'F'", "2 entries"]),
+        (lambda F, G: (F[:, 0], G), ["F_'", "matrix"]),
+        (lambda F, G: (F.long(), G), ["F_'", "int64"]),
+        (lambda F, G: (F, G.log()), ["G_'", "finite"]),
+        (lambda F, G: ([1.0, 2.0], G), ["F_'", "2 entries"]),
     ],
 )
 def test_shapes_that_do_not_fit(tmp_path, loaded, fit, change, words):
     F, G = change(*fit[:2])
-    said = not_taken(written(tmp_path, {"F": F, "G": G, "ids": fit[2]}), loaded)
+    said = not_taken(written(tmp_path, table(F, G, fit[2])), loaded)
     assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda F, G: (F, G.roll(1, dims=0)),
-        lambda F, G: (F.flip(0), G),
-        lambda F, G: (-F, G),
-        lambda F, G: (F * 3, G),
-        lambda F, G: (F / 3, G),
-        lambda F, G: (F * 0, G),
+        lambda F, G: (F, G.roll(1, dims=0)), lambda F, G: (F.flip(0), G), lambda F, G: (-F, G),
+        lambda F, G: (F * 3, G), lambda F, G: (F / 3, G), lambda F, G: (F * 0, G),
     ],
     ids=["rows", "directions", "sign", "larger", "smaller", "zero"],
-)
+)  # fmt: skip
 def test_factors_that_are_none_of_these_rows(tmp_path, loaded, fit, change):
-    """The control is ``test_names_and_orientations``, where the same factors are taken."""
+    """The control is ``test_rows_are_matched_by_id_not_by_place``, where the same factors are taken."""
     F, G = change(*fit[:2])
-    assert "no approximation" in not_taken(written(tmp_path, {"F": F, "G": G, "ids": fit[2]}), loaded)
+    assert "no approximation" in not_taken(written(tmp_path, table(F, G, fit[2])), loaded)
 
 
 def test_gemma_features_are_those_of_scaled_rows(tmp_path):
@@ -562,5 +477,5 @@ def test_gemma_features_are_those_of_scaled_rows(tmp_path):
     concept = make_concept()
     ids = token_table(loaded, concept.sentences, concept.neutral).token_id.tolist()
     unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
-    said = not_taken(written(tmp_path, {"F": unscaled.F, "G": unscaled.G, "ids": ids}), loaded)
+    said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), loaded)
     assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said

@@ -18,12 +18,7 @@ DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 def choose_device(name: str | None = None) -> torch.device:
     """The device called ``name``; by default the one ``$EMBER_DEVICE`` names, or ``auto``: a GPU where there is one.
 
-    Raises
-    ------
-    UnknownNameError
-        If the name is none of ``DEVICES``.
-    EmberError
-        If there is no such GPU.
+    A name that is none of ``DEVICES`` is an ``UnknownNameError``, a GPU that is not there an ``EmberError``.
     """
     import torch
 

@@ -3,6 +3,7 @@
 import subprocess
 from functools import cache
 from importlib.metadata import version
+from shutil import which
 
 import torch
 
@@ -21,17 +22,11 @@ def library_versions() -> dict[str, str]:
 def git_commit() -> str:
     """Commit of the working tree, with ``-dirty`` if it has changes; empty outside a repository."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() if which("git") else ""
 
 
 def device_name(device: torch.device) -> str:
     """Kind of device, with its name where it has one."""
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({torch.get_num_threads()} threads)"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -25,10 +25,7 @@ LAYOUT = b"2\0"  # of cached folders; in every key, so that those of an older la
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move it into place only if the block succeeds.
-
-    After an exception (a full disk, an interrupt) the target is as it was and the temporary file is gone.
-    """
+    """Yield a temporary path beside ``path``; move it into place only if the block succeeds, or leave all as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -48,12 +45,9 @@ def sealed_dir(
     """Yield a temporary folder beside ``folder`` that replaces it, whole or not at all, if the block succeeds.
 
     Written last, ``manifest`` holds ``about`` (JSON; the block may still add to it) and, under ``sha256``, the hash of
-    every file, which ``read_sealed`` verifies. ``ours`` is for folders of the cache, where whatever is there goes.
-
-    Raises
-    ------
-    EmberError
-        If ``folder`` is a file, or holds anything that was not written here, or was changed since: nothing is replaced.
+    every file, which ``read_sealed`` verifies. A ``folder`` that is a file, or holds anything that was not written here
+    or was changed since, is an ``EmberError``: nothing is replaced. ``ours`` is for the cache, where whatever is there
+    goes.
     """
     if not ours:
         _refuse_foreign(folder, manifest)
@@ -61,10 +55,12 @@ def sealed_dir(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        hashes = {
-            str(path.relative_to(temporary)): sha256_of(path) for path in sorted(temporary.rglob("*")) if path.is_file()
-        }
-        text = json.dumps({**(about or {}), "sha256": hashes}, indent=1, default=_plain)
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        for path in files:
+            path.chmod(0o644)  # some writers' files are private
+        hashes = {str(path.relative_to(temporary)): sha256_of(path) for path in files}
+        sealed = {**(about or {}), "sha256": hashes}
+        text = json.dumps(sealed, indent=1, default=lambda value: value.item())  # NumPy's numbers
         (temporary / manifest).write_text(text + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         if folder.exists():
@@ -77,10 +73,7 @@ def sealed_dir(
 def read_sealed(folder: Path, *, manifest: str = MANIFEST, mend: str = "Delete it") -> dict[str, Any]:
     """What the manifest of a sealed folder says, once every file has proved to be what was written.
 
-    Raises
-    ------
-    DamagedFileError
-        If the manifest or a file is missing or damaged; the message names it and ends with ``mend``.
+    A ``DamagedFileError`` names a manifest or file that is missing or damaged, and ends with ``mend``.
     """
     try:
         about = json.loads((folder / manifest).read_text(encoding="utf-8"))
@@ -107,24 +100,20 @@ def _refuse_foreign(folder: Path, manifest: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         foreign = [path.name for path in folder.iterdir()]
     else:
-        ours = {folder / manifest, *(folder / name for name in sealed if _is_sealed(folder / name, sealed[name]))}
+        files = {folder / name: sha256 for name, sha256 in sealed.items()}
+        same = {path for path, sha256 in files.items() if path.is_file() and sha256_of(path) == sha256}
+        ours = {path for path in (folder / manifest, *same) if not path.is_symlink()}
         ours |= {parent for path in ours for parent in path.parents}
         foreign = [str(path.relative_to(folder)) for path in folder.rglob("*") if path not in ours]
     if foreign:
-        names = ", ".join(sorted(foreign)[:5])
-        raise EmberError(
-            f"{folder} holds other files, or changed ones ({names}); nothing was replaced. Name a folder of its own"
-        )
-
-
-def _is_sealed(path: Path, sha256: str) -> bool:
-    return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+        what = f"{folder} holds other files, or changed ones ({', '.join(sorted(foreign)[:5])})"
+        raise EmberError(f"{what}; nothing was replaced. Name a folder of its own")
 
 
 def cached_tensors(
     kind: str, key: str, compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON facts of the user cache under ``kind/key``, or computed and stored; errors of ``read_sealed``.
+    """Tensors and JSON facts of the user cache under ``kind/key``, or computed and stored (``read_sealed``).
 
     The key names everything that they depend on.
     """
@@ -168,10 +157,7 @@ def sha256_of(path: Path) -> str:
 def digest(*parts: object) -> str:
     """Short SHA-256 over the representations of ``parts``; for cache keys.
 
-    Raises
-    ------
-    TypeError
-        If a part is or holds an array, a tensor or a table, whose representation leaves most of it out.
+    A part that is or holds an array, a tensor or a table, whose representation leaves much out, is a ``TypeError``.
     """
     running = hashlib.sha256(LAYOUT)
     for part in parts:
@@ -192,10 +178,3 @@ def _refuse_abridged(part: Any) -> None:
         part = [getattr(part, field.name) for field in fields(part)]
     for member in part if isinstance(part, list | tuple | set | frozenset) else ():
         _refuse_abridged(member)
-
-
-def _plain(value: Any) -> Any:
-    """JSON form of numpy scalars."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -7,25 +7,24 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def _folder(variable: str, default: Path) -> Path:
+    override = os.environ.get(variable)
+    return Path(override).expanduser() if override else default
+
+
 def cache_dir() -> Path:
     """Folder of downloaded and derived files: ``$EMBER_CACHE``, else ``~/.cache/ember``."""
-    override = os.environ.get("EMBER_CACHE")
-    if override:
-        return Path(override).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ember"
+    return _folder("EMBER_CACHE", _folder("XDG_CACHE_HOME", Path.home() / ".cache") / "ember")
 
 
 def data_dir() -> Path:
     """Folder of the concept data: ``$EMBER_DATA``, else ``data/`` of this repository."""
-    override = os.environ.get("EMBER_DATA")
-    return Path(override).expanduser() if override else REPOSITORY / "data"
+    return _folder("EMBER_DATA", REPOSITORY / "data")
 
 
 def results_root() -> Path:
     """Folder of all results: ``$EMBER_RESULTS``, else ``results/`` of this repository."""
-    override = os.environ.get("EMBER_RESULTS")
-    return Path(override).expanduser().resolve() if override else REPOSITORY / "results"
+    return _folder("EMBER_RESULTS", REPOSITORY / "results").resolve()
 
 
 def results_dir(profile: str) -> Path:

@@ -37,14 +37,8 @@ def validated(kind: type[T], raw: object, where: str, *, word: str = "field", fi
 
     The errors are one line each and begin with ``where`` (file and line). A field, called ``word``, is named by its
     path, such as ``sizes.train.texts[3]``; ``hint`` follows the message about a value of a wrong type. What a validator
-    of ``kind`` says by a ``ValueError`` stands alone: it shows the value, or hides it.
-
-    Raises
-    ------
-    DataError
-        If a field is missing, unknown or has a wrong value.
-    UnknownNameError
-        Instead, for an unknown field, with the known ones, if ``file`` names the file that it stands in.
+    of ``kind`` says by a ``ValueError`` stands alone: it shows the value, or hides it. A missing, unknown or wrong one
+    is a ``DataError``; an unknown field an ``UnknownNameError`` with the known ones, if ``file`` names its file.
     """
     try:
         return _adapter(kind).validate_python(raw)
