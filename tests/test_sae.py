@@ -89,27 +89,21 @@ def test_training_beats_the_mean_finds_planted_directions_and_counts_dead_featur
     assert (directions @ untrained.W_dec.T).max(1).values.max() < 0.7
 
 
-def test_training_follows_the_scale_of_its_input():
-    x, *_ = planted(400)
-    training = replace(TRAINING, epochs=3)
-    one, other = (train_sae(x * factor, SITE, training) for factor in (1.0, 4.0))
-    assert other.scale == pytest.approx(one.scale / 4)
-    torch.testing.assert_close(other.W_dec, one.W_dec, atol=1e-4, rtol=1e-4)
-    assert float((x * one.scale).square().sum(1).mean()) == pytest.approx(24, rel=1e-5)
-
-
-def test_training_depends_on_its_seed_and_on_nothing_else():
+def test_training_depends_on_its_seed_and_up_to_scale_on_nothing_else():
     x, *_ = planted(400)
     training = replace(TRAINING, epochs=2)
     one = train_sae(x, SITE, training)
     torch.manual_seed(123)
     with torch.no_grad():
         again = train_sae(x.clone(), SITE, training)
-    other = train_sae(x, SITE, replace(training, seed=1))
+    other, scaled = train_sae(x, SITE, replace(training, seed=1)), train_sae(4 * x, SITE, training)
     for part in PARTS:
         assert torch.equal(getattr(one, part), getattr(again, part))
         assert not torch.equal(getattr(one, part), getattr(other, part))
         assert not getattr(one, part).requires_grad
+    assert scaled.scale == pytest.approx(one.scale / 4)
+    torch.testing.assert_close(scaled.W_dec, one.W_dec, atol=1e-4, rtol=1e-4)
+    assert float((x * one.scale).square().sum(1).mean()) == pytest.approx(24, rel=1e-5)
 
 
 def test_fewer_tokens_than_a_batch_are_seen_in_every_epoch():
@@ -201,17 +195,14 @@ def test_training_texts_hold_nothing_that_is_measured_or_relearned():
     concepts, shared = [load_concept(name) for name in list_concepts()], load_shared()
     assert len(concepts) >= 3
     texts = training_texts(concepts[0])
-    whole = "\n".join(texts)
-    for concept in concepts:
-        assert set(concept.sentences) <= set(texts)
-        for part in (concept.paragraphs, concept.other_sense, [q.question for q in concept.questions]):
-            assert part and not any(text in whole for text in part)
-    assert not any(text in whole for text in shared.neutral["test"])
-    assert not any(question.question in whole for question in shared.questions)
     by_split = {split: [i for i in shared.instructions if i.split == split] for split in ("train", "test")}
-    assert not any(i.instruction in whole or i.response in whole for i in by_split["test"])
-    assert all(f"{i.instruction}\n{i.response}" in texts for i in by_split["train"])
-    assert set(shared.neutral["train"]) <= set(texts)
+    hidden = [shared.neutral["test"], [q.question for q in shared.questions]]
+    hidden += [[getattr(i, part) for i in by_split["test"]] for part in ("instruction", "response")]
+    hidden += [part for c in concepts for part in (c.paragraphs, c.other_sense, [q.question for q in c.questions])]
+    whole = "\n".join(texts)
+    assert all(part and not any(text in whole for text in part) for part in hidden)
+    assert {s for c in concepts for s in c.sentences} | set(shared.neutral["train"]) <= set(texts)
+    assert {f"{i.instruction}\n{i.response}" for i in by_split["train"]} <= set(texts)
     own = replace(make_concept(), sentences=("A sentence of my own.",))
     assert set(training_texts(own)) == {*texts, "A sentence of my own."}
 

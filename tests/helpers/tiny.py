@@ -1,11 +1,11 @@
 """Tiny random models of two architectures with a real tokenizer, and a concept that is small enough for them."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ember.data.types import Concept, Question
-from ember.editing import Edit
+from ember.editing import Edit, applying
 from ember.methods.sae import SaeTraining
 from ember.models.activations import Site, collect
 from ember.models.loading import LoadedModel, untie
@@ -36,18 +36,13 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
+    special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator((*SENTENCES, *NEUTRAL), trainer)
     if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", name_or_path=f"tiny-{bos}"
     )
@@ -98,7 +93,5 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def states(loaded: LoadedModel, texts, site: Site, edit: Edit | None = None) -> torch.Tensor:
     """Activations [n, d] at a site of all tokens but the first ones, with or without an edit."""
-    if edit is None:
-        return collect(loaded, texts, [site])[0][site]
-    with edit.applied(loaded):
+    with applying(loaded, edit):
         return collect(loaded, texts, [site])[0][site]
