@@ -67,7 +67,7 @@ def test_intervals_are_written_with_what_there_is():
     assert interval_text(-0.5, math.nan, math.nan) == interval_text(-0.5) == "-0.50"
     assert interval_text(math.nan, 0.0, 1.0) == "–"
     rows = pd.DataFrame({"kl": [1.0, math.nan], "kl_low": [0.5, 0.0], "kl_high": [2.0, 0.0]})
-    assert interval_texts(rows, "kl", "kl", ".1f") == ["1.0 [0.5, 2.0]", "–"]
+    assert interval_texts(rows, "kl", ".1f") == ["1.0 [0.5, 2.0]", "–"]
 
 
 def test_error_bars_are_lengths_and_never_negative():

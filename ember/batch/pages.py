@@ -134,8 +134,8 @@ def _precisions(path: Path) -> str:
         "arm": table.arm, "lr": table.lr.map("{:g}".format), "tokens": table.tokens.map("{:.0f}".format),
         "precision": table.precision, "weights that changed": table.changed.map("{:.1%}".format),
         "edit undone": [interval_text(share, form=".3%") for share in table.travelled],
-        "came back (probability)": interval_texts(table, "back", "back", "+.3f"),
-        "came back (nats/char)": interval_texts(table, "back_logprob", "back_logprob", "+.4f"),
+        "came back (probability)": interval_texts(table, "back", "+.3f"),
+        "came back (nats/char)": interval_texts(table, "back_logprob", "+.4f"),
     }  # fmt: skip
     return markdown(pd.DataFrame(shown))
 
@@ -145,7 +145,7 @@ def _localized(path: Path) -> str:
     table = pd.read_csv(path)
     rows = []
     for (method, ember, texts), part in table.groupby(["method", "ember", "set"], sort=False):
-        kl = dict(zip(part.group, interval_texts(part, "kl", "kl", ".3f"), strict=True))
+        kl = dict(zip(part.group, interval_texts(part, "kl", ".3f"), strict=True))
         share = part.share_of_tokens[part.group == EXPOSED[1]].sum()
         rows.append((LABELS[texts], f"{share:.0%}", Arm(method, ember).name, *(kl.get(g, MISSING) for g in EXPOSED)))
     columns = ["texts", "tokens after an edited one", "arm", *(f"KL {group}" for group in EXPOSED)]
@@ -155,7 +155,7 @@ def _localized(path: Path) -> str:
 def _beside_ember(path: Path, value: str, *, across: str, title: str) -> str:
     """EMBER's values, and for other edits the difference from them, by what column ``across`` says, as Markdown."""
     table = _everywhere(path)
-    own, gaps = interval_texts(table, value, form=".3f"), interval_texts(table, "difference", "difference", "+.3f")
+    own, gaps = interval_texts(table, value, ".3f"), interval_texts(table, "difference", "+.3f")
     text = [mine if edit == "EMBER" else gap for edit, mine, gap in zip(table.edit, own, gaps, strict=True)]
     wide = table.assign(text=text).pivot(index="edit", columns=across, values="text")
     wide = wide.loc[list(dict.fromkeys(table.edit)), list(dict.fromkeys(table[across]))]
@@ -167,7 +167,7 @@ def _verdicts(path: Path) -> str:
     table = pd.read_csv(path)
     single = table.question.isin(["left after relearning", "cost at equal erasure"])
     table = table[single | (table.measure == "final score")]
-    table["difference from EMBER"] = interval_texts(table, "difference", form="+.3f")
+    table["difference from EMBER"] = interval_texts(table, "difference", "+.3f")
     return markdown(table[["question", "beside", "measure", "difference from EMBER", "better"]])
 
 
@@ -177,9 +177,9 @@ def _stability(path: Path) -> str:
     shown = {
         "what differs": table.varied, "pairs of fits": table.pairs,
         "same feature selected again": [interval_text(share, form=".0%") for share in table.returned],
-        "absolute cosine of the two": interval_texts(table, "cosine", "cosine", ".2f"),
-        "share of all features found again": interval_texts(table, "same", "same", ".2f"),
-        "overlap of edited rows": interval_texts(table, "rows_jaccard", "rows_jaccard", ".2f"),
+        "absolute cosine of the two": interval_texts(table, "cosine", ".2f"),
+        "share of all features found again": interval_texts(table, "same", ".2f"),
+        "overlap of edited rows": interval_texts(table, "rows_jaccard", ".2f"),
     }  # fmt: skip
     return markdown(pd.DataFrame(shown))
 
@@ -198,7 +198,7 @@ def _arrivals(tables: Path) -> str:
         ("general knowledge (probability)", general, "change", "+.2f"),
         ("neutral text, loss (nats/token)", damage[damage.set == "neutral"], "change", "+.2f"),
     ):
-        texts = pd.Series(interval_texts(frame, column, form=form), [frame.method, frame.ember])
+        texts = pd.Series(interval_texts(frame, column, form), [frame.method, frame.ember])
         shown[title] = [texts[arm] for arm in arms]
     return markdown(pd.DataFrame(shown))
 

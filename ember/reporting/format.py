@@ -19,10 +19,9 @@ def interval_text(value: float, low: float = math.nan, high: float = math.nan, f
     return f"{value:{form}}" + ("" if pd.isna(low) else f" [{low:{form}}, {high:{form}}]")
 
 
-def interval_texts(rows: pd.DataFrame, name: str = "value", ends: str = "ci", form: str = "+.2f") -> list[str]:
-    """``interval_text`` of each row, from the columns NAME, ENDS_low and ENDS_high."""
-    columns = (rows[name], rows[f"{ends}_low"], rows[f"{ends}_high"])
-    return [interval_text(value, low, high, form) for value, low, high in zip(*columns, strict=True)]
+def interval_texts(rows: pd.DataFrame, name: str = "value", form: str = "+.2f") -> list[str]:
+    """``interval_text`` of each row, from its column NAME."""
+    return [interval_text(*row, form) for row in zip(*_with_ends(rows, name), strict=True)]
 
 
 def arm_names(rows: pd.DataFrame) -> list[str]:
@@ -30,13 +29,16 @@ def arm_names(rows: pd.DataFrame) -> list[str]:
     return [Arm(method, ember).name for method, ember in zip(rows.method, rows.ember, strict=True)]
 
 
-def error_bars(rows: pd.DataFrame, name: str = "value", ends: str = "ci") -> list[pd.Series]:
-    """Lengths of the lower and upper error bars of the columns NAME, ENDS_low and ENDS_high.
-
-    Never negative: bootstrap percentiles need not hold the value.
-    """
-    value, low, high = rows[name], rows[f"{ends}_low"], rows[f"{ends}_high"]
+def error_bars(rows: pd.DataFrame, name: str = "value") -> list[pd.Series]:
+    """Lengths of a column's lower and upper error bars, never negative: percentiles need not hold the value."""
+    value, low, high = _with_ends(rows, name)
     return [(value - low).clip(lower=0), (high - value).clip(lower=0)]
+
+
+def _with_ends(rows: pd.DataFrame, name: str) -> list[pd.Series]:
+    """A measure and its interval: NAME_low and NAME_high or, of what the rows are mainly about, ci_low and ci_high."""
+    ends = name if f"{name}_low" in rows else "ci"
+    return [rows[column] for column in (name, f"{ends}_low", f"{ends}_high")]
 
 
 def markdown(table: pd.DataFrame) -> str:

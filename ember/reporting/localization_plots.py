@@ -7,24 +7,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ember.reporting.format import arm_names, error_bars
-from ember.reporting.plots import LABELS, PALETTE, new_axes
+from ember.reporting.format import arm_names
+from ember.reporting.plots import LABELS, PALETTE, dots, new_axes, new_panels
 
 _MARKED = PALETTE["concept"]
 
 
-def exposure_bars(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Mean KL of tokens by how many edited tokens came before, one colour a set of texts.
-
-    ``table`` is ``localization.by_exposure``'s.
-    """
-    ax = new_axes(ax, 7.6, 3.8)
-    sets, groups = list(dict.fromkeys(table.set)), list(dict.fromkeys(table.group))
+def exposure_bars(table: pd.DataFrame) -> Axes:
+    """Mean KL of tokens by how many edited tokens came before (``localization.by_exposure``), a colour a set."""
+    ax = new_axes(7.6, 3.8)
+    sets, groups = table.set.unique().tolist(), pd.Index(table.group.unique())
     for k, name in enumerate(sets):
         mine = table[table.set == name]
-        x = np.array([groups.index(g) for g in mine.group]) + 0.16 * (k - (len(sets) - 1) / 2)
-        bars, colour = error_bars(mine, "kl", "kl"), PALETTE.get(name, PALETTE["base"])
-        ax.errorbar(x, mine.kl, bars, fmt="o", color=colour, capsize=2, label=LABELS.get(name, name))
+        x = groups.get_indexer(mine.group) + 0.16 * (k - (len(sets) - 1) / 2)
+        dots(ax, mine, "kl", x=x, color=PALETTE.get(name, PALETTE["base"]), capsize=2, label=LABELS.get(name, name))
     ax.axhline(0, color=PALETTE["base"], lw=0.8)
     ax.set_xticks(range(len(groups)), groups)
     ax.set(xlabel="edited tokens before the predicted one", ylabel="KL from the base model\n(nats per token)")
@@ -34,35 +30,26 @@ def exposure_bars(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def arm_exposure(table: pd.DataFrame) -> Figure:
-    """Mean KL of every arm before any edited token and after one, one panel a set of texts.
-
-    ``table`` is ``localization.by_arm``'s for one concept.
-    """
+    """Mean KL of every arm of one concept before any edited token and after one (``localization.by_arm``), by set."""
     table = table.assign(arm=arm_names(table))
-    sets, arms, groups = (list(dict.fromkeys(table[column])) for column in ("set", "arm", "group"))
-    size = (2.7 * len(sets) + 1.5, 0.5 * len(arms) + 1.7)
-    figure, grid = plt.subplots(1, len(sets), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for ax, name in zip(grid[0], sets, strict=True):
+    sets, arms, groups = (pd.Index(table[column].unique()) for column in ("set", "arm", "group"))
+    figure, panels = new_panels(len(sets), (2.7, 0.5 * len(arms) + 1.7), beside=1.5)
+    for ax, name in zip(panels, sets, strict=True):
         for k, (group, colour) in enumerate(zip(groups, (PALETTE["simdom"], _MARKED), strict=False)):
             mine = table[(table.set == name) & (table.group == group)]
-            y = [arms.index(arm) + 0.2 * (k - 0.5) for arm in mine.arm]
-            bars = error_bars(mine, "kl", "kl")
-            ax.errorbar(mine.kl, y, xerr=bars, fmt="o", color=colour, capsize=2, label=group)
+            y = arms.get_indexer(mine.arm) + 0.2 * (k - 0.5)
+            dots(ax, mine, "kl", y=y, color=colour, capsize=2, label=group)
         ax.axvline(0, color=PALETTE["base"], lw=0.8)
         ax.set_yticks(range(len(arms)), arms)
         ax.set(title=LABELS.get(name, name), xlabel="KL (nats per token)", ylim=(len(arms) - 0.5, -0.5))
-    handles, labels = grid[0][-1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2)
+    figure.legend(*panels[-1].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
-def share_bars(table: pd.DataFrame, *, title: str, ax: Axes | None = None) -> Axes:
-    """Of each set of texts: how its tokens, and how all change of its predictions, divide over groups.
-
-    ``table`` is one of ``localization.share_table``.
-    """
-    sets, groups = list(dict.fromkeys(table.set)), list(dict.fromkeys(table.group))
-    ax = new_axes(ax, 8.2, 0.85 * len(sets) + 1.4)
+def share_bars(table: pd.DataFrame, *, title: str) -> Axes:
+    """Of each set: how its tokens, and how all change of its predictions, divide over groups (``share_table``)."""
+    sets, groups = table.set.unique().tolist(), table.group.unique().tolist()
+    ax = new_axes(8.2, 0.85 * len(sets) + 1.4)
     shades = plt.get_cmap("cividis")(np.linspace(0.95, 0.1, len(groups)))
     ticks = {}
     for k, name in enumerate(sets):
@@ -82,11 +69,11 @@ def share_bars(table: pd.DataFrame, *, title: str, ax: Axes | None = None) -> Ax
     return ax
 
 
-def token_strip(text: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def token_strip(text: pd.DataFrame) -> Axes:
     """Rise in loss along one text; edited tokens in colour. ``text``: the rows of ``token_changes`` of one text."""
-    ax = new_axes(ax, max(6.0, 0.3 * len(text) + 1), 3.2)
+    ax = new_axes(max(6.0, 0.3 * len(text) + 1), 3.2)
     x = np.arange(len(text))
-    ax.bar(x, text.change, color=[_MARKED if hit else PALETTE["neutral"] for hit in text.marked])
+    ax.bar(x, text.change, color=np.where(text.marked, _MARKED, PALETTE["neutral"]))
     ax.axhline(0, color=PALETTE["base"], lw=0.8)
     ax.set_xticks(x, [token.replace("\n", "↵").strip() for token in text.token], rotation=90, fontsize=8)
     for label, hit in zip(ax.get_xticklabels(), text.marked, strict=True):

@@ -3,12 +3,10 @@
 Tidy frame in, matplotlib Axes or, for several panels, a Figure out; nothing here reads or writes files.
 """
 
-from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -40,27 +38,38 @@ def use_theme() -> None:
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9, rc={"figure.dpi": 110, "savefig.dpi": 160})
 
 
-def new_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """``ax``, or axes of a new figure of this size (inches)."""
-    return plt.subplots(figsize=(width, height), layout="constrained")[1] if ax is None else ax
+def new_axes(width: float, height: float) -> Axes:
+    """Axes of a new figure of this size (inches)."""
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def new_panels(count: int, most: int, size: tuple[float, float], *, below: float = 0.0) -> tuple[Figure, np.ndarray]:
-    """A figure of ``count`` panels with common axes, each of this size (inches), at most so many side by side.
+def new_panels(
+    count: int, size: tuple[float, float], *, most: int | None = None, beside: float = 0.0, below: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, each of this size (inches), with room beside and below, and a common y axis.
 
-    ``below`` is room left under them. Of the grid of axes, which is returned too, those without a panel are blank.
+    With ``most``, no more stand side by side, and the x axis is common too.
     """
-    columns = min(most, count)
+    columns = min(most or count, count)
     rows = -(-count // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(size[0] * columns, size[1] * rows + below), layout="constrained", squeeze=False,
-        sharex=True, sharey=True,
+        rows, columns, figsize=(size[0] * columns + beside, size[1] * rows + below), layout="constrained",
+        squeeze=False, sharex=most is not None, sharey=True,
     )  # fmt: skip
     for ax in grid.flat[count:]:
         ax.axis("off")
     for ax in grid.flat[max(0, count - columns) : count]:  # the lowest panel of every column
         ax.tick_params(labelbottom=True)
-    return figure, grid
+    return figure, list(grid.flat[:count])
+
+
+def dots(ax: Axes, rows: pd.DataFrame, name: str = "value", *, x: Any = None, y: Any = None, **style: Any) -> None:
+    """Points of column NAME with their intervals: above places ``x``, or along lines ``y``."""
+    bars, style = error_bars(rows, name), {"fmt": "o", "capsize": 3} | style
+    if y is None:
+        ax.errorbar(x, rows[name], bars, **style)
+    else:
+        ax.errorbar(rows[name], y, xerr=bars, **style)
 
 
 def marker_face(arm: Arm) -> str:
@@ -74,18 +83,18 @@ def alone_and_after(**style: Any) -> list[Line2D]:
     return [Line2D([], [], marker="o", color="#666666", mfc=face, label=arm, **style) for arm, face in faces.items()]
 
 
-def grid_curve(cells: pd.DataFrame, *, choice: str, ax: Axes | None = None) -> Axes:
+def grid_curve(cells: pd.DataFrame, *, choice: str) -> Axes:
     """Efficacy, specificity, coherence and final score of every cell of a grid, in its order, with intervals.
 
     ``cells`` has columns cell, metric, value, ci_low, ci_high.
     """
-    order = list(dict.fromkeys(cells.cell))
-    ax = new_axes(ax, max(5.5, 0.75 * len(order) + 2.4), 4.4)
+    order = cells.cell.unique().tolist()
+    ax = new_axes(max(5.5, 0.75 * len(order) + 2.4), 4.4)
     place = {cell: k for k, cell in enumerate(order)}
     for shift, (metric, (colour, marker)) in enumerate(SCORE_STYLES.items()):
         rows = cells[cells.metric == metric]
-        x, label = rows.cell.map(place) + (shift - 1.5) * 0.09, LABELS[metric]
-        ax.errorbar(x, rows.value, error_bars(rows), color=colour, marker=marker, capsize=2, label=label, lw=1.2)
+        x = rows.cell.map(place) + (shift - 1.5) * 0.09
+        dots(ax, rows, x=x, fmt=f"{marker}-", color=colour, capsize=2, label=LABELS[metric], lw=1.2)
     ax.axvspan(place[choice] - 0.4, place[choice] + 0.4, color="#BBBBBB", alpha=0.4, zorder=0, lw=0, label="chosen")
     ax.axhline(0, color=PALETTE["base"], linewidth=1)
     ax.set_xticks(range(len(order)), [cell.replace(" ", "\n") for cell in order], fontsize=8)
@@ -101,7 +110,7 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
     ``rows`` has columns ``by``, metric, value, ci_low, ci_high. Neighbours in a grid may nearly coincide, so the legend
     names them, not labels at the points.
     """
-    ax = new_axes(ax, 5.4, 4.4)
+    ax = ax or new_axes(5.4, 4.4)
     x, y = (rows[rows.metric == m].set_index(by) for m in ("specificity_cont", "efficacy_cont"))
     few = len(x) <= len(CELL_MARKERS)
     ax.plot(1, 0, "*", color=PALETTE["base"], ms=10, label="base model")
@@ -109,9 +118,8 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
         colour = PALETTE["concept"] if name == choice else PALETTE["simdom"]
         label = f"{name} (chosen)" if name == choice else str(name) if few else None
         marker = CELL_MARKERS[k] if few else "o"
-        a, b = x.loc[[name]], y.loc[[name]]
-        bars = (error_bars(b), error_bars(a))
-        ax.errorbar(a.value, b.value, *bars, fmt=marker, color=colour, alpha=0.8, capsize=2, lw=0.9)
+        bars = (error_bars(y.loc[[name]]), error_bars(x.loc[[name]]))
+        ax.errorbar(x.value[name], y.value[name], *bars, fmt=marker, color=colour, alpha=0.8, capsize=2, lw=0.9)
         ax.plot([], [], marker, color=colour, label=label)
     ax.axvline(0.7, color="#BBBBBB", linestyle=":", linewidth=1)
     ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
@@ -126,8 +134,8 @@ def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     """
     choices = chosen.set_index(["method", "ember"]).cell
     parts = list(grids.groupby(["method", "ember"], sort=False))
-    figure, grid = new_panels(len(parts), 3, (4.3, 3.6))
-    for ax, (arm, part) in zip(grid.flat, parts, strict=False):
+    figure, panels = new_panels(len(parts), (4.3, 3.6), most=3)
+    for ax, (arm, part) in zip(panels, parts, strict=True):
         trade_off(part, by="cell", choice=choices[arm], ax=ax)
         ax.set_title(Arm(*arm).name)
     return figure
@@ -138,13 +146,8 @@ def arm_scores(arms: pd.DataFrame) -> Figure:
 
     ``arms`` has columns method, ember, metric, value, ci_low, ci_high.
     """
-    methods = list(dict.fromkeys(arms.method))
-    figure = _score_panels(list(SCORE_STYLES), methods, 0.55 * len(methods) + 2.0)
-    for ax, metric in zip(figure.axes, SCORE_STYLES, strict=True):
-        for (method, ember), rows in arms[arms.metric == metric].groupby(["method", "ember"], sort=False):
-            arm, y = Arm(method, ember), methods.index(method) + (0.14 if ember else -0.14)
-            bars, face = error_bars(rows), marker_face(arm)
-            ax.errorbar(rows.value, [y], xerr=bars, fmt="o", color=arm.colour, mfc=face, capsize=3)
+    figure, panels = _score_panels(arms, line=0.55, frame=2.0, aside=0.14)
+    for metric, ax in panels.items():
         ax.axvline(0.0 if metric in ("efficacy_cont", "final_cont") else 1.0, color=PALETTE["base"], lw=1, ls="--")
         ax.set(title=LABELS[metric], xlabel="test split, 95 % interval")
     handles = [*alone_and_after(ls=""), Line2D([], [], ls="--", color=PALETTE["base"], label="base model")]
@@ -152,31 +155,42 @@ def arm_scores(arms: pd.DataFrame) -> Figure:
     return figure
 
 
-def _score_panels(metrics: Sequence[str], methods: Sequence[str], height: float) -> Figure:
-    """A panel for each score, with a line for each method."""
-    figure = plt.figure(figsize=(11.5, height), layout="constrained")
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    axes[0].set_yticks(range(len(methods)), [Arm(method).name for method in methods])
-    for ax in axes:
-        ax.set_ylim(len(methods) - 0.5, -0.5)
+def ember_effect(effects: pd.DataFrame) -> Figure:
+    """What EMBER adds to each method: paired differences with intervals; columns method, metric, value, ci_low, …"""
+    figure, panels = _score_panels(effects.assign(ember=True), line=0.5, frame=1.6, aside=0.0)
+    for metric, ax in panels.items():
+        ax.axvline(0, color=PALETTE["base"], lw=1, ls="--")
+        ax.set(title=f"Δ {LABELS[metric]}", xlabel="after EMBER − alone")
     return figure
 
 
-def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def _score_panels(arms: pd.DataFrame, *, line: float, frame: float, aside: float) -> tuple[Figure, dict[str, Axes]]:
+    """A panel for each score that there is, with a line for each method: the point alone above, after EMBER below."""
+    metrics = [metric for metric in SCORE_STYLES if metric in set(arms.metric)]
+    methods = arms.method.unique().tolist()
+    figure, axes = new_panels(len(metrics), (11.5 / len(metrics), line * len(methods) + frame))
+    axes[0].set_yticks(range(len(methods)), [Arm(method).name for method in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    panels = dict(zip(metrics, axes, strict=True))
+    for metric, ax in panels.items():
+        for (method, ember), rows in arms[arms.metric == metric].groupby(["method", "ember"], sort=False):
+            arm, y = Arm(method, ember), methods.index(method) + (aside if ember else -aside)
+            dots(ax, rows, y=[y], color=arm.colour, mfc=marker_face(arm))
+    return figure, panels
+
+
+def arm_trade_off(arms: pd.DataFrame) -> Axes:
     """Efficacy against specificity on test; an arrow leads from each method alone to the method after EMBER."""
-    ax = new_axes(ax, 6.4, 4.8)
-    x, y = (
-        arms[arms.metric == metric].set_index(["method", "ember"]).sort_index()
-        for metric in ("specificity_cont", "efficacy_cont")
-    )
-    places = dict(zip(x.index, zip(x.value, y.value, strict=True), strict=True))
-    for k, (key, place) in enumerate(places.items()):
-        arm, xerr, yerr = Arm(*key), error_bars(x.loc[[key]]), error_bars(y.loc[[key]])
+    ax = new_axes(6.4, 4.8)
+    scores = arms.set_index(["metric", "method", "ember"]).sort_index()
+    x, y = scores.loc["specificity_cont"], scores.loc["efficacy_cont"]
+    for k, key in enumerate(x.index):
+        arm, place, bars = Arm(*key), (x.value[key], y.value[key]), (error_bars(y.loc[[key]]), error_bars(x.loc[[key]]))
         style: dict[str, Any] = {"color": arm.colour, "mfc": marker_face(arm), "capsize": 2, "lw": 0.8, "ms": 8}
-        ax.errorbar(place[0], place[1], yerr, xerr, fmt="o", **style)
+        ax.errorbar(*place, *bars, fmt="o", **style)
         if arm.ember:
-            arrow = {"arrowstyle": "->", "color": arm.colour, "lw": 1.3}
-            ax.annotate("", place, places[arm.method, False], arrowprops=arrow)
+            arrow, alone = {"arrowstyle": "->", "color": arm.colour, "lw": 1.3}, (arm.method, False)
+            ax.annotate("", place, (x.value[alone], y.value[alone]), arrowprops=arrow)
         else:
             # Controls lie beside EMBER; their names need room.
             shift = (9, 7 if k % 2 else -4) if "_" in arm.method else (8, -10) if arm.method == "ember" else (6, 6)
@@ -194,27 +208,11 @@ def arm_trade_off(arms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def ember_effect(effects: pd.DataFrame) -> Figure:
-    """What EMBER adds to each method: paired differences with intervals; columns method, metric, value, ci_low, …"""
-    metrics = [metric for metric in SCORE_STYLES if metric in set(effects.metric)]
-    methods = list(dict.fromkeys(effects.method))
-    figure = _score_panels(metrics, methods, 0.5 * len(methods) + 1.6)
-    for ax, metric in zip(figure.axes, metrics, strict=True):
-        for method, rows in effects[effects.metric == metric].groupby("method", sort=False):
-            y, colour = [methods.index(method)] * len(rows), Arm(str(method)).colour
-            ax.errorbar(rows.value, y, xerr=error_bars(rows), fmt="o", color=colour, capsize=3)
-        ax.axvline(0, color=PALETTE["base"], lw=1, ls="--")
-        ax.set(title=f"Δ {LABELS[metric]}", xlabel="after EMBER − alone")
-    return figure
-
-
-def interval_bars(rows: pd.DataFrame, *, title: str, xlabel: str, base: float, ax: Axes | None = None) -> Axes:
+def interval_bars(rows: pd.DataFrame, *, title: str, xlabel: str, base: float) -> Axes:
     """Horizontal points with intervals; ``rows`` has columns label, value, ci_low, ci_high and optionally set."""
-    ax = new_axes(ax, 6.8, 0.45 * len(rows) + 1.3)
-    sets = rows["set"] if "set" in rows else [""] * len(rows)
-    for k, name in enumerate(sets):
-        row, colour = rows.iloc[[k]], PALETTE.get(name, PALETTE["simdom"])
-        ax.errorbar(row.value, [k], xerr=error_bars(row), fmt="o", color=colour, capsize=3)
+    ax = new_axes(6.8, 0.45 * len(rows) + 1.3)
+    for k, name in enumerate(rows.get("set", [""] * len(rows))):
+        dots(ax, rows.iloc[[k]], y=[k], color=PALETTE.get(name, PALETTE["simdom"]))
     ax.axvline(base, color=PALETTE["base"], linewidth=1, linestyle="--", label="base model")
     ax.set_yticks(range(len(rows)), rows.label)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=title)
@@ -222,16 +220,16 @@ def interval_bars(rows: pd.DataFrame, *, title: str, xlabel: str, base: float, a
     return ax
 
 
-def text_panel(samples: pd.DataFrame, *, width: int = 58, ax: Axes | None = None) -> Axes:
+def text_panel(samples: pd.DataFrame) -> Axes:
     """Generations side by side; ``samples`` has columns prompt, base, edited."""
-    columns = (("prompt", 0.0, 34), ("base model", 0.26, width), ("edited model", 0.63, width))
+    columns = (("prompt", 0.0, 34), ("base model", 0.26, 58), ("edited model", 0.63, 58))
     cells = [
         [fill(str(value), wide) or "(nothing)" for value, (_, _, wide) in zip(row, columns, strict=True)]
         for row in samples.to_numpy()
     ]
     lines = [max(text.count("\n") + 1 for text in row) for row in cells]
     total = sum(lines) + 0.9 * len(lines) + 1.6
-    ax = new_axes(ax, 12, 0.165 * total)
+    ax = new_axes(12, 0.165 * total)
     ax.axis("off")
     for title, x, _ in columns:
         ax.text(x, 1.0, title, fontsize=9, fontweight="bold", va="top", transform=ax.transAxes)

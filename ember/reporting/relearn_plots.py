@@ -1,6 +1,7 @@
 """Figures of relearning: tidy frame in, matplotlib Axes or Figure out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ember.data.arms import UNEDITED, Arm
-from ember.reporting.format import error_bars, interval_texts
-from ember.reporting.plots import PALETTE, alone_and_after, marker_face, new_axes, new_panels
+from ember.reporting.format import interval_texts
+from ember.reporting.plots import PALETTE, alone_and_after, dots, marker_face, new_axes, new_panels
 from ember.reporting.relearn_tables import LIKELIHOOD_ENDS
 
 _UNEDITED_COLOUR = "#111111"
@@ -33,7 +34,7 @@ def relearning_curve(steps: pd.DataFrame, regained: pd.DataFrame) -> Sequence[Ax
     styles = {"all": ("concept", "o", 0.0), "stated": ("simdom", "^", -0.015), "not stated": ("general", "s", 0.015)}
     for questions, part in regained.groupby("questions", sort=False):
         colour, marker, shift = styles[str(questions)]
-        _line(right, part, PALETTE[colour], marker, f"{questions} (n = {part.n.iloc[0]})", shift=shift)
+        _line(right, part, PALETTE[colour], marker, label=f"{questions} (n = {part.n.iloc[0]})", shift=shift)
     gap = regained[regained.questions == "all"].gap.iloc[0]
     right.axhline(gap, color=PALETTE["base"], ls="--", lw=1, label="base model")
     right.axhline(0, color=PALETTE["base"], lw=0.8)
@@ -49,22 +50,23 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
     ``regained`` has columns method, ember and those of ``regained_table`` for all questions and one metric. Dashed
     lines show what the arm had erased; the unedited model under the same training is in every panel.
     """
-    methods = [method for method in dict.fromkeys(regained.method) if method != UNEDITED]
+    methods = [method for method in regained.method.unique() if method != UNEDITED]
     regained = regained.sort_values("tokens", kind="stable")
     unedited = regained[regained.method == UNEDITED]
-    figure, grid = new_panels(len(methods), 4, (3.5, 3.1), below=0.6)
-    for ax, method in zip(grid.flat, methods, strict=False):
+    figure, panels = new_panels(len(methods), (3.5, 3.1), most=4, below=0.6)
+    for ax, method in zip(panels, methods, strict=True):
         for ember, part in regained[regained.method == method].groupby("ember"):
-            arm, face = Arm(method, bool(ember)), marker_face(Arm(method, bool(ember)))
-            _line(ax, part, arm.colour, "o", None, face=face, shift=0.012 if ember else -0.012)
+            arm = Arm(method, bool(ember))
+            face = marker_face(arm)
+            _line(ax, part, arm.colour, "o", mfc=face, shift=0.012 if ember else -0.012)
             ax.axhline(part.gap.iloc[0], color=arm.colour, ls=":" if face == "white" else "--", lw=1.2)
         if len(unedited):
-            _line(ax, unedited, _UNEDITED_COLOUR, ".", None)
+            _line(ax, unedited, _UNEDITED_COLOUR, ".")
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set_title(Arm(method).name)
-    for ax in grid.flat[max(0, len(methods) - grid.shape[1]) : len(methods)]:
+    for ax in panels[-4:]:  # the lowest of every column
         ax.set_xlabel("training tokens")
-    for ax in grid[:, 0]:
+    for ax in panels[::4]:
         ax.set_ylabel(_CHANGE, fontsize=9)
     handles = [
         *alone_and_after(),
@@ -76,20 +78,20 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
     return figure
 
 
-def share_heatmap(regained: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def share_heatmap(regained: pd.DataFrame) -> Axes:
     """Share regained by attack (rows) and arm (columns); "–" where what was erased is too little to divide by.
 
     ``regained`` has columns method, attack, arm, share, ci_low, ci_high: one row each. The unedited model, from which
     nothing was erased, is left out.
     """
     regained = regained[regained.method != UNEDITED]
-    arms, attacks = list(dict.fromkeys(regained.arm)), list(dict.fromkeys(regained.attack))
-    ax = new_axes(ax, 1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks))
-    shares = regained.pivot(index="attack", columns="arm", values="share").loc[attacks, arms]
-    words = regained.assign(text=[text.replace(" ", "\n", 1) for text in interval_texts(regained, "share", form=".0%")])
-    text = words.pivot(index="attack", columns="arm", values="text").loc[attacks, arms].fillna("not run")
+    arms, attacks = regained.arm.unique(), regained.attack.unique()
+    ax = new_axes(1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks))
+    texts = [text.replace(" ", "\n", 1) for text in interval_texts(regained, "share", ".0%")]
+    wide = regained.assign(text=texts).pivot(index="attack", columns="arm").loc[attacks]
+    words = wide.text[arms].fillna("not run").to_numpy()
     sns.heatmap(
-        shares.astype(float), annot=text.to_numpy(), fmt="", cmap="vlag", center=0, vmin=-1, vmax=1, ax=ax,
+        wide.share[arms].astype(float), annot=words, fmt="", cmap="vlag", center=0, vmin=-1, vmax=1, ax=ax,
         annot_kws={"fontsize": 8}, cbar_kws={"label": "share regained"}, linewidths=1,
     )  # fmt: skip
     ax.grid(visible=False)
@@ -109,10 +111,8 @@ def precision_panel(table: pd.DataFrame) -> Figure:
     settings = list(dict.fromkeys(zip(table.lr, table.budget, table.precision, strict=True)))
     tokens = table.groupby(["lr", "budget"]).tokens.mean()
     labels = [f"{p.replace('_', ' ')}\nlr {lr:g}\n{tokens[lr, budget]:.0f} tokens" for lr, budget, p in settings]
-    arms = list(dict.fromkeys(table.arm))
-    colours = dict(
-        zip(arms, (PALETTE["concept"], _UNEDITED_COLOUR, PALETTE["simdom"], PALETTE["general"]), strict=False)
-    )
+    arms = table.arm.unique()
+    colours = (PALETTE["concept"], _UNEDITED_COLOUR, PALETTE["simdom"], PALETTE["general"])
     panels = (
         ("back", "Knowledge that comes back", _CHANGE),
         ("back_logprob", "… by likelihood", "log-likelihood of the right answer,\nchange (nats per character)"),
@@ -120,12 +120,14 @@ def precision_panel(table: pd.DataFrame) -> Figure:
         ("travelled", "Way back of the edited rows", "share of the edit undone"),
     )
     for ax, (column, title, name) in zip(grid.flat, panels, strict=True):
-        for a, arm in enumerate(arms):
+        for k, (arm, colour) in enumerate(zip(arms, colours, strict=False)):
             mine = table[table.arm == arm]
             places = [settings.index(key) for key in zip(mine.lr, mine.budget, mine.precision, strict=True)]
-            x = np.array(places) + 0.16 * (a - (len(arms) - 1) / 2)
-            bars = error_bars(mine, column, column) if column.startswith("back") else None
-            ax.errorbar(x, mine[column], bars, fmt="o", color=colours[arm], capsize=3, label=arm)
+            x = np.array(places) + 0.16 * (k - (len(arms) - 1) / 2)
+            if column.startswith("back"):
+                dots(ax, mine, column, x=x, color=colour, label=arm)
+            else:
+                ax.errorbar(x, mine[column], fmt="o", color=colour)
         ax.set_xticks(range(len(settings)), labels, fontsize=8)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set(title=title, ylabel=name, xlim=(-0.6, len(settings) - 0.4))
@@ -133,9 +135,7 @@ def precision_panel(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _line(
-    ax: Axes, part: pd.DataFrame, colour: str, marker: str, label: str | None, *, face: str = "", shift: float = 0.0
-) -> None:
+def _line(ax: Axes, part: pd.DataFrame, colour: str, marker: str, *, shift: float = 0.0, **style: Any) -> None:
     """What came back against tokens, moved aside by ``shift`` times the last point so that bars stay apart."""
-    x, bars, face = part.tokens + shift * part.tokens.max(), error_bars(part, "back", "back"), face or colour
-    ax.errorbar(x, part.back, bars, color=colour, marker=marker, mfc=face, capsize=2, lw=1.3, label=label)
+    x = part.tokens + shift * part.tokens.max()
+    dots(ax, part, "back", x=x, fmt=f"{marker}-", color=colour, capsize=2, lw=1.3, **style)

@@ -27,26 +27,21 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     for ``gold_prob`` and ``gold_logprob``; ``net_…`` are the same, net of what the attack does to the unedited model.
     """
     tables = []
+    keys = [*ATTACKED, "point", "questions"]
+    renamed = {name: f"net_{name}" for name in (*_BACK, "share")} | {
+        f"ci_{e}": f"net_share_{e}" for e in ("low", "high")
+    }
     for concept, part in each_concept(ember_first(items)):
         right = part[part.metric == "correct"]
         groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
-        accuracy = pd.concat(
-            group.groupby([*ATTACKED, "point"]).after.mean().rename("accuracy").reset_index().assign(questions=name)
-            for name, group in groups.items()
-        )
-        seeds = part.groupby(ATTACKED).agg(
+        accuracy = pd.concat(groups, names=["questions"]).groupby(keys).after.mean().rename("accuracy").reset_index()
+        seeds = part.groupby(ATTACKED, as_index=False).agg(
             seeds=("seed", "nunique"), runs=("run", "nunique"), diverged=("diverged", "any")
-        ).reset_index()  # fmt: skip
+        )
         net = net_of_reference(part, ["concept", "attack", *RECIPE])
-        keys = [*ATTACKED, "point", "questions"]
         for metric in ("gold_prob", "gold_logprob"):
-            table = regained_table(part, ATTACKED, metric=metric)
-            table = table.merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
+            table = regained_table(part, ATTACKED, metric=metric).merge(accuracy, on=keys).merge(seeds, on=ATTACKED)
             if len(net):
-                renamed = {
-                    "back": "net_back", "back_low": "net_back_low", "back_high": "net_back_high",
-                    "share": "net_share", "ci_low": "net_share_low", "ci_high": "net_share_high",
-                }  # fmt: skip
                 beside = regained_table(net, ATTACKED, metric=metric).rename(columns=renamed)
                 table = table.merge(beside[[*keys, *renamed.values()]], on=keys, how="left")
             tables.append(table.assign(concept=concept))
@@ -59,26 +54,25 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     return whole[front + [column for column in whole if column not in front]]
 
 
-def final_points(table: pd.DataFrame, *, metric: str = "gold_prob", questions: str = "all") -> pd.DataFrame:
-    """The last point of every attack on every arm, with the arm's name in column arm."""
-    rows = table[(table.metric == metric) & (table.questions == questions)]
+def final_points(table: pd.DataFrame, *, metric: str = "gold_prob") -> pd.DataFrame:
+    """The last point of every attack on every arm, on all questions, with the arm's name in column arm."""
+    rows = table[(table.metric == metric) & (table.questions == "all")]
     last = rows.loc[sorted(rows.groupby(["concept", *ATTACKED]).point.idxmax())]
     return last.assign(arm=arm_names(last))
 
 
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
     """The last points as a reader wants them: one row an attack and arm, with intervals."""
-    last = final_points(table)
-    likelihood = final_points(table, metric="gold_logprob")
+    last, likelihood = final_points(table), final_points(table, metric="gold_logprob")
     # What a run that diverged has shown ends early.
     tokens = last.tokens.round().astype(int).astype(str) + np.where(last.diverged, " (diverged)", "")
     return pd.DataFrame(
         {
             "concept": last.concept, "arm": last.arm, "attack": last.attack, "precision": last.precision,
             "lr": last.lr, "runs": last.runs, "tokens": tokens, "accuracy after": last.accuracy.round(3),
-            "erased (probability)": interval_texts(last, "gap", "gap", "+.3f"),
-            "came back": interval_texts(last, "back", "back", "+.3f"),
-            "share": interval_texts(last, "share", form=".0%"), "net share": _net_shares(last),
+            "erased (probability)": interval_texts(last, "gap", "+.3f"),
+            "came back": interval_texts(last, "back", "+.3f"),
+            "share": interval_texts(last, "share", ".0%"), "net share": _net_shares(last),
             "net share (log-likelihood)": _net_shares(likelihood),
         }
     ).reset_index(drop=True)  # fmt: skip
@@ -88,7 +82,7 @@ def _net_shares(rows: pd.DataFrame) -> list[str]:
     """In per cent; missing where the unedited model was not attacked."""
     if "net_share" not in rows:
         return [MISSING] * len(rows)
-    return interval_texts(rows, "net_share", "net_share", ".0%")
+    return interval_texts(rows, "net_share", ".0%")
 
 
 def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
@@ -96,7 +90,7 @@ def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
 
     Of several such the first: float32 before other precisions, then the lowest learning rate.
     """
-    counts = table.groupby(RECIPE)[most].agg(lambda column: len(set(column))).reset_index()
+    counts = table.groupby(RECIPE)[most].nunique().reset_index()
     counts["rounded"] = counts.precision != "fp32"
     best = counts.sort_values([most, "rounded", "lr", "budget"], ascending=[False, True, True, True]).iloc[0]
     return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
@@ -124,18 +118,18 @@ def left_with_ember(items: pd.DataFrame) -> pd.DataFrame:
 
 def _known_beside(first: pd.DataFrame, second: pd.DataFrame, also: Sequence[str]) -> pd.DataFrame:
     """What is known at the last point, first less second; paired by concept, seed, attack, question and ``also``."""
-    columns = ["concept", "method", "attack", *RECIPE, "metric", "runs", "value", "ci_low", "ci_high"]
-    keys = ["concept", "seed", "attack", *RECIPE, "metric", "item", *also]
+    attack = ["attack", *RECIPE, "metric"]
+    keys = ["concept", "seed", *attack, "item", *also]
     first, second = (part[part.point == part.groupby("run").point.transform("max")] for part in (first, second))
     both = first.merge(second[[*keys, "after"]], on=keys, suffixes=("", "_beside"))
     both = both.assign(gap=both.after - both.after_beside)
     rows = []
     for concept, part in each_concept(both):
-        for key, group in part.groupby(["method", "attack", *RECIPE, "metric"], sort=False):
+        for key, group in part.groupby(["method", *attack], sort=False):
             runs = {run: part.gap for run, part in group.groupby(["concept", "seed"], sort=False)}
             means = [(gap.mean(), gap.to_numpy()[draws(len(gap))].mean(1)) for gap in runs.values()]
             rows.append((concept, *key, len(runs), *pooled(means, groups=[name for name, _ in runs])))
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["concept", "method", *attack, "runs", "value", "ci_low", "ci_high"])
 
 
 def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
@@ -147,19 +141,17 @@ def precision_table(items: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
     undone) and, in probability and log-likelihood (nats per character) of the right answer, what came back with its
     95 % interval.
     """
-    columns = ["concept", "arm", *RECIPE, "runs", "tokens", "changed", "travelled", *_BACK]
-    columns += [f"{name}_logprob" for name in _BACK]
+    keys = ["concept", "arm", *RECIPE]
+    columns = [*keys, "runs", "tokens", "changed", "travelled", *_BACK, *(f"{name}_logprob" for name in _BACK)]
     items, moved = (_in_every_precision(frame[frame.attack == "all"]) for frame in (items, moved))
     if not len(items):
         return pd.DataFrame(columns=columns)
     table = relearning_table(items)
-    likelihood = final_points(table, metric="gold_logprob")[["concept", "arm", *RECIPE, *_BACK]]
-    last = final_points(table).merge(likelihood, on=["concept", "arm", *RECIPE], suffixes=("", "_logprob"))
-    movements = [mean_movement(moved, concept).assign(concept=concept) for concept in dict.fromkeys(last.concept)]
-    last = last.merge(pd.concat(movements), on=["concept", "arm", *RECIPE])
-    place = [list(PRECISIONS).index(precision) for precision in last.precision]
-    order = ["concept", "lr", "budget", "arm", "place"]
-    return last.assign(place=place).sort_values(order)[columns].reset_index(drop=True)
+    likelihood = final_points(table, metric="gold_logprob")[[*keys, *_BACK]]
+    movements = pd.concat(mean_movement(moved, concept).assign(concept=concept) for concept in table.concept.unique())
+    last = final_points(table).merge(likelihood, on=keys, suffixes=("", "_logprob")).merge(movements, on=keys)
+    last["place"] = last.precision.map(list(PRECISIONS).index)
+    return last.sort_values(["concept", "lr", "budget", "arm", "place"])[columns].reset_index(drop=True)
 
 
 def _in_every_precision(rows: pd.DataFrame) -> pd.DataFrame:
@@ -176,12 +168,9 @@ def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
     Means over the runs of a concept, or over all runs for ``ALL``.
     """
     mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
-    keys = ["arm", *RECIPE]
-    mine = mine.assign(arm=arm_names(mine))
     everything = mine.part == "all that is trained"
-    changed = mine[everything].groupby(keys).changed.mean()
-    travelled = mine[~everything].groupby(keys).travelled.mean()
-    return pd.concat([changed, travelled], axis=1).reset_index()
+    parts = {"changed": mine.changed.where(everything), "travelled": mine.travelled.where(~everything)}
+    return mine.assign(arm=arm_names(mine), **parts).groupby(["arm", *RECIPE])[list(parts)].mean().reset_index()
 
 
 def beside_the_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:

@@ -4,28 +4,26 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ember.reporting.format import error_bars
-from ember.reporting.plots import PALETTE, new_axes
+from ember.reporting.plots import PALETTE, dots, new_axes
 
 _ARMS = (("alone", False, PALETTE["simdom"], "o"), ("after EMBER", True, PALETTE["concept"], "s"))
 
 
-def arrival_points(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def arrival_points(table: pd.DataFrame) -> Axes:
     """Where erasure arrives between the taught model and the one that never learned, one row a setting.
 
     ``table`` holds label (method or setting), ember (whether after EMBER), share, ci_low, ci_high and note, as
     ``teaching.arrival_table`` gives them for one metric and half. A setting without a share is named as such.
     """
-    labels = list(dict.fromkeys(table.label))
-    ax = new_axes(ax, 7.4, 0.42 * len(labels) + 1.7)
+    labels = pd.Index(table.label.unique())
+    ax = new_axes(7.4, 0.42 * len(labels) + 1.7)
     for name, after, colour, marker in _ARMS:
         mine = table[table.ember == after]
         if mine.empty:
             continue
-        y = np.array([labels.index(label) for label in mine.label]) + (0.14 if after else -0.14)
-        known = np.isfinite(mine.share.to_numpy(float))
-        bars = error_bars(mine[known], "share")
-        ax.errorbar(mine.share[known], y[known], xerr=bars, fmt=marker, color=colour, capsize=3, label=name)
+        y = labels.get_indexer(mine.label) + (0.14 if after else -0.14)
+        known = np.isfinite(mine.share.astype(float))
+        dots(ax, mine[known], "share", y=y[known], fmt=marker, color=colour, label=name)
         for height in y[~known]:
             ax.annotate("no share: too little was taught", (0.02, height), color=colour, fontsize=8, va="center")
     ax.axvline(0, color=PALETTE["base"], lw=1.2)
