@@ -41,13 +41,15 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# One notebook, or all, as they stand, with the smoke profile's loop lengths and results in a scratch folder: the
-# checked cells must print what is committed. `make test` looks at the same cells of the smoke run.
-QUICK := TQDM_DISABLE=1 EMBER_SIZES=smoke EMBER_RESULTS=$(CURDIR)/.cache/results
+# One notebook, or all, as they stand, with the smoke profile in place of the laptop's and results in a scratch folder:
+# the checked cells must print what is committed. `make test` looks at the same cells of the smoke run.
 NOTEBOOKS ?= $(sort $(wildcard notebooks/*.ipynb))
+SCRATCH := $(CURDIR)/.cache
 
 nbval: $(READY)
-	$(QUICK) $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(NOTEBOOKS)
+	@mkdir -p $(SCRATCH)/profiles && cp notebooks/params/smoke.yaml $(SCRATCH)/profiles/laptop.yaml
+	TQDM_DISABLE=1 EMBER_PROFILES=$(SCRATCH)/profiles EMBER_RESULTS=$(SCRATCH)/results \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider --nbval-lax --nbval-cell-timeout=600 $(NOTEBOOKS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(if $(ONLY),--only $(ONLY))
@@ -55,9 +57,11 @@ bench: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
-# Renew the checked outputs in the committed notebooks.
+# Renew the checked outputs in the committed notebooks, from a run of the smoke profile.
+notebooks: export EMBER_RESULTS := $(SCRATCH)/results
 notebooks: $(READY)
-	$(QUICK) $(BIN)/python -m ember refresh-notebooks
+	TQDM_DISABLE=1 $(BIN)/python -m ember reproduce --profile smoke
+	$(BIN)/python notebooks/refresh.py
 
 # Write the measured tables into README.md.
 readme: $(READY)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.notebooks import cell, write_notebook
 
-from ember.batch import code
-from ember.batch.code import code_hash
-from ember.batch.notebooks import list_notebooks
+from ember.batch import notebooks
+from ember.batch.notebooks import code_hash, list_notebooks
 from ember.store.paths import REPOSITORY
 
 MARKDOWN = cell("# Words", "markdown")
@@ -32,7 +31,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def tree(folder, monkeypatch) -> Path:
     """A copy of the package that the code hash reads instead."""
     shutil.copytree(REPOSITORY / "ember", folder / "ember", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(code, "REPOSITORY", folder)
+    monkeypatch.setattr(notebooks, "REPOSITORY", folder)
     return folder / "ember"
 
 

@@ -44,7 +44,6 @@ GOOD = {
 def load(tmp_path, monkeypatch):
     """Write profiles into a folder of their own and read the first: GOOD with changes, or the text of a file."""
     monkeypatch.setenv("EMBER_PROFILES", str(tmp_path))
-    monkeypatch.delenv("EMBER_SIZES", raising=False)
 
     def written(content=None, file="mine", **changes) -> Profile:
         text = yaml.safe_dump(GOOD | changes, sort_keys=False) if content is None else content
@@ -67,10 +66,8 @@ def test_the_default_and_the_test_profile_are_there_and_share_one_factorization(
         assert getattr(smoke, key) == getattr(laptop, key)
 
 
-@pytest.mark.parametrize("sizes", ["", "smoke"])
 @pytest.mark.parametrize("name", PROFILES)
-def test_profile_names_what_exists_and_its_settings_are_accepted_where_they_go(name, sizes, monkeypatch):
-    monkeypatch.setenv("EMBER_SIZES", sizes)
+def test_profile_names_what_exists_and_its_settings_are_accepted_where_they_go(name):
     profile = load_profile(name)
     assert set(profile.concepts) <= set(list_concepts() if profile.source == "ours" else RELEASED)
     assert {*profile.methods, *profile.controls} <= profile.grids.keys() <= METHODS.keys()
@@ -143,23 +140,6 @@ def test_a_profile_is_read_to_the_letter(load):
     assert profile.localize.seeds is None and profile.relearn.sweeps[0].budgets == (1,)
     assert profile.model_dump(mode="json", exclude_unset=True) == GOOD
     assert load(dtype="bfloat16", needs="much").dtype == "bfloat16"
-
-
-def test_sizes_come_from_the_other_profile_and_nothing_else(load, monkeypatch):
-    short = {
-        "grids": {"x": {"lr": 1}, "ember": {"delta": [7]}}, "sizes": {"train": {"questions": 1}}, "judge": {},
-        "relearn": {"settings": {"points": [3]}, "sweeps": []}, "localize": {"arms": [], "texts": 1},
-        "trade": GOOD["trade"] | {"texts": 1}, "stability": GOOD["stability"] | {"seeds": []},
-        "teach": GOOD["teach"] | {"tokens": 99},
-    }  # fmt: skip
-    load()
-    rest = {"model": "big", "seeds": [9], "methods": ["x"], "controls": [], "fit": {"rank": 3, "sparsity": 0.5}}
-    monkeypatch.setenv("EMBER_SIZES", "other")
-    with pytest.raises(UnknownNameError, match="'other'; known: mine"):
-        load()
-    mixed = load(file="other", **short, **rest)
-    assert mixed.name == "mine" and mixed.model_dump(mode="json", exclude_unset=True) == GOOD | short
-    assert mixed.cells("x") == {"only cell": {"lr": 1}}
 
 
 # Cells

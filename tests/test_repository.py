@@ -76,7 +76,7 @@ def test_the_contracts_name_every_room():
         ("import ember", {"torch", "pandas", "numpy"}),
         ("from ember import Edit, sparse_mf", {"pandas", "matplotlib", "transformers", "papermill", "ember.batch"}),
         ("import ember.tokens, ember.features", {"matplotlib", "seaborn", "transformers", "papermill", "ember.batch"}),
-        ("import ember.batch.cli, ember.batch.planning, ember.batch.code", {"torch", "papermill", "matplotlib"}),
+        ("import ember.batch.cli, ember.batch.planning, ember.batch.notebooks", {"torch", "papermill", "matplotlib"}),
     ],
 )
 def test_what_is_asked_for_loads_no_more_than_it_needs(code, spared):

@@ -60,10 +60,11 @@ def test_checked_cells_print_what_is_committed(results, name):
         assert stdout(cell) in printed, "".join(cell["source"])
 
 
-def test_records_hold_provenance_and_no_zero_for_missing(results):
-    from ember.batch.records import RECORD_COLUMNS, read_records
+def test_records_hold_provenance_and_no_zero_for_missing(results, monkeypatch):
+    from ember.batch.records import RECORD_COLUMNS, read_runs
 
-    records = read_records((results / "records").glob("03_*/records.parquet"))
+    monkeypatch.setenv("EMBER_RESULTS", str(results.parent))
+    records = read_runs("smoke", "03_erase_concept", "records")
     assert list(records.columns[: len(RECORD_COLUMNS)]) == list(RECORD_COLUMNS)
     assert set(records.method) == {"base", "ember", "rmu", "random_direction"}
     test = records[records.split == "test"]

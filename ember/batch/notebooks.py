@@ -1,12 +1,22 @@
-"""The numbered notebooks as files: which there are, and the parameters that each takes."""
+"""The numbered notebooks as files: the parameters that each takes, and the code that its results depend on."""
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
+from ember import _EXPORTS
 from ember.errors import EmberError, UnknownNameError
-from ember.store.paths import notebooks_dir
+from ember.store.paths import REPOSITORY, notebooks_dir
+from ember.store.validated import Strict, validated
+
+# What a notebook opens and saves with. It computes nothing, but what it opens is computed by what it imports.
+_OPENS = "ember.batch.run"
 
 
 def list_notebooks() -> list[str]:
@@ -18,43 +28,86 @@ def read_notebook(name: str) -> dict[str, Any]:
     """The parsed notebook; an unknown name is an error that lists the known ones."""
     if name not in list_notebooks():
         raise UnknownNameError("notebook", name, list_notebooks())
-    notebook: dict[str, Any] = json.loads((notebooks_dir() / f"{name}.ipynb").read_text(encoding="utf-8"))
-    return notebook
+    return dict(json.loads((notebooks_dir() / f"{name}.ipynb").read_text(encoding="utf-8")))
 
 
 def default_parameters(name: str) -> dict[str, Any]:
-    """The literals of the notebook's ``parameters`` cell.
-
-    Raises
-    ------
-    EmberError
-        If there is not exactly one such cell, or it holds anything but assignments of literals.
-    """
+    """The notebook's one ``parameters`` cell; an ``EmberError`` if it does more than assign literals to names."""
     cells = [c for c in read_notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise EmberError(f"{name} needs exactly one cell tagged 'parameters', found {len(cells)}")
     values = {}
     for node in ast.parse("".join(cells[0]["source"])).body:
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise EmberError(f"{name}: the parameters cell may only assign literals, line {node.lineno} does not")
-        try:
-            values[node.targets[0].id] = ast.literal_eval(node.value)
-        except ValueError as error:
-            raise EmberError(f"{name}: parameter {node.targets[0].id!r} is not a literal") from error
+        match node:
+            case ast.Assign(targets=[ast.Name(id=key)], value=value) if _is_literal(value):
+                values[key] = ast.literal_eval(value)
+            case _:
+                raise EmberError(f"{name}: the parameters cell may only assign literals, not {ast.unparse(node)!r}")
     return values
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
 
 
 def check_parameters(name: str, given: Mapping[str, Any]) -> None:
     """Refuse names the notebook does not have and values of another type than its default's (None takes any)."""
-    defaults = default_parameters(name)
-    for key, value in given.items():
-        if key not in defaults:
-            raise UnknownNameError(f"parameter of {name}", key, defaults)
-        default = defaults[key]
-        accepted = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (
-            not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool)
-        ):
-            raise EmberError(
-                f"parameter {key!r} of {name} must be {type(default).__name__}, got {type(value).__name__} {value!r}"
-            )
+    kinds = {key: (Any if value is None else type(value), value) for key, value in default_parameters(name).items()}
+    model = create_model("Parameters", __base__=Strict, **kinds)  # type: ignore[call-overload]
+    validated(model, given, name, word="parameter", file=name)
+
+
+def code_hash(name: str) -> str:
+    """Hash of a notebook's code cells and of the ``ember`` modules they reach in the rooms left of ``reporting``.
+
+    A change of it makes the results stale, and nothing else does. Markdown, comments, docstrings and layout do not
+    count, nor does anything of ``batch``: another profile or page leaves results as they are. The report draws the
+    figures, so for it ``reporting`` counts too.
+    """
+    sources = ["".join(c["source"]) for c in read_notebook(name)["cells"] if c["cell_type"] == "code"]
+    skipped = ("ember.batch.",) if name.endswith("_report") else ("ember.batch.", "ember.reporting.")
+    pending = {module for source in sources for module in _imports(source)}
+    seen: dict[str, str] = {}
+    while pending:
+        module = pending.pop()
+        path = _module_path(module)
+        if module in seen or path is None or (module != _OPENS and f"{module}.".startswith(skipped)):
+            continue
+        text = path.read_text(encoding="utf-8")
+        seen[module] = "" if module == _OPENS else _canonical(text)
+        pending |= _imports(text)
+    parts = [*map(_canonical, sources), *(f"{k}\n{seen[k]}" for k in sorted(seen))]
+    return hashlib.sha256("".join(f"{part}\0" for part in parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _imports(source: str) -> frozenset[str]:
+    """Dotted names of ``ember`` modules that a source imports; names that load lazily stand for where they live."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    lazy = {_EXPORTS[name.removeprefix("ember.")] for name in names if name.removeprefix("ember.") in _EXPORTS}
+    return frozenset(name for name in names | lazy if name.split(".")[0] == "ember")
+
+
+def _module_path(module: str) -> Path | None:
+    # Without importing anything: what imports torch takes seconds, and every job on a cluster comes through here.
+    path = REPOSITORY.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+@cache
+def _canonical(source: str) -> str:
+    """The syntax tree without docstrings, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)

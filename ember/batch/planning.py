@@ -42,11 +42,6 @@ class Job:
     def name(self) -> str:
         return run_name(self.notebook, **self.parameters)
 
-    @property
-    def frames(self) -> tuple[str, ...]:
-        """The result frames it writes."""
-        return FRAMES.get(self.notebook, ())
-
 
 def arms(profile: Profile) -> list[Arm]:
     """Every arm: EMBER first, then each other method alone and after it, then controls."""
@@ -56,36 +51,21 @@ def arms(profile: Profile) -> list[Arm]:
 
 def plan(profile: Profile) -> list[Job]:
     """The notebook runs of a profile, in an order in which each finds what it needs."""
-    jobs = []
-    for concept in profile.concepts:
-        erased = ""
-        for seed in profile.seeds:
-            chosen = {"profile": profile.name, "model": profile.model, "concept_name": concept, "seed": seed}
-            first = Job(FACTORIZE, chosen | _fit(profile))
-            second = Job(SELECT, chosen | _fit(profile), (first.name,))
-            jobs += [first, second]
-            for method, ember in arms(profile):
-                alone = [run_name(ERASE, **chosen, method=m, ember=False) for m in ("ember", method)]
-                # After EMBER: its saved edit, and what the method alone has put into the cache (autoencoders).
-                needs = alone if ember else [second.name] if method in profile.factorizing else []
-                jobs.append(Job(ERASE, {**chosen, "method": method, "ember": ember}, tuple(needs)))
-                erased = erased or alone[0]
-        jobs.append(Job(TOUR, {"profile": profile.name, "model": profile.model, "concept_name": concept}, (erased,)))
-    further = (_relearnings, _localizations, _trades, _stabilities, _teachings)
-    jobs += {job.name: job for part in further for job in part(profile)}.values()
-    jobs.append(Job(REPORT, {"profile": profile.name}, tuple(job.name for job in jobs)))
-    return jobs
+    parts = (_erasures, _tours, _relearnings, _localizations, _trades, _stabilities, _teachings)
+    jobs = list({job.name: job for part in parts for job in part(profile)}.values())
+    return [*jobs, Job(REPORT, {"profile": profile.name}, tuple(job.name for job in jobs))]
+
+
+def _choices(profile: Profile, seeds: int | None = None) -> list[dict[str, Any]]:
+    """Parameters of the profile's concepts on the first seeds."""
+    return [
+        {"profile": profile.name, "model": profile.model, "concept_name": concept, "seed": seed}
+        for concept, seed in itertools.product(profile.concepts, profile.seeds[:seeds])
+    ]
 
 
 def _fit(profile: Profile) -> dict[str, int | float]:
     return {"rank": profile.fit["rank"], "sparsity": profile.fit["sparsity"]}
-
-
-def _choices(profile: Profile, seeds: int | None, concepts: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Parameters of the profile's concepts (or some of them) on the first seeds."""
-    common = {"profile": profile.name, "model": profile.model}
-    chosen = itertools.product(concepts or profile.concepts, profile.seeds[:seeds])
-    return [common | {"concept_name": concept, "seed": seed} for concept, seed in chosen]
 
 
 def _named(profile: Profile, names: Sequence[str], use: str, *unedited: Arm) -> list[Arm]:
@@ -97,13 +77,42 @@ def _named(profile: Profile, names: Sequence[str], use: str, *unedited: Arm) -> 
     return [known[name] for name in names]
 
 
+def _erasures(profile: Profile) -> Iterator[Job]:
+    """The features and every arm's erasure."""
+    for one in _choices(profile):
+        first = Job(FACTORIZE, one | _fit(profile))
+        second = Job(SELECT, one | _fit(profile), (first.name,))
+        yield from (first, second)
+        for method, ember in arms(profile):
+            # After EMBER: its saved edit, and what the method alone has put into the cache (autoencoders).
+            alone = tuple(run_name(ERASE, **one, method=m, ember=False) for m in ("ember", method))
+            needs = alone if ember else (second.name,) if method in profile.factorizing else ()
+            yield Job(ERASE, {**one, "method": method, "ember": ember}, needs)
+
+
+def _tours(profile: Profile) -> Iterator[Job]:
+    for one in _choices(profile, 1):
+        shown = {key: value for key, value in one.items() if key != "seed"}
+        yield Job(TOUR, shown, (run_name(ERASE, **one, method="ember", ember=False),))
+
+
+def _relearnings(profile: Profile) -> Iterator[Job]:
+    """Each attack of each sweep on each arm; sweeps may overlap."""
+    for sweep in profile.relearn.sweeps:
+        chosen = _named(profile, sweep.arms, "a relearning sweep", Arm(UNEDITED))
+        settings = itertools.product(sweep.attacks, sweep.precisions, sweep.lrs, sweep.budgets)
+        attacks = [dict(zip(("attack", "precision", "lr", "budget"), values, strict=True)) for values in settings]
+        for one, attack, arm in itertools.product(_choices(profile, sweep.seeds), attacks, chosen):
+            erased = one | arm._asdict()
+            yield Job(RELEARN, erased | attack, () if arm.method == UNEDITED else (run_name(ERASE, **erased),))
+
+
 def _localizations(profile: Profile) -> Iterator[Job]:
     chosen = _named(profile, profile.localize.arms, "localize")
-    for one, (method, ember) in itertools.product(_choices(profile, profile.localize.seeds), chosen):
+    for one, arm in itertools.product(_choices(profile, profile.localize.seeds), chosen):
         # Whatever the arm, EMBER's edit says which tokens to watch.
-        watched, own = ({**one, "method": m, "ember": e} for m, e in (("ember", False), (method, ember)))
-        needed = dict.fromkeys(run_name(ERASE, **arm) for arm in (watched, own))
-        yield Job(LOCALIZE, own, tuple(needed))
+        needed = dict.fromkeys(run_name(ERASE, **one, **needed._asdict()) for needed in (Arm("ember"), arm))
+        yield Job(LOCALIZE, one | arm._asdict(), tuple(needed))
 
 
 def _trades(profile: Profile) -> Iterator[Job]:
@@ -118,22 +127,8 @@ def _stabilities(profile: Profile) -> Iterator[Job]:
 
 def _teachings(profile: Profile) -> Iterator[Job]:
     """One run a seed: all arms erase from one taught copy."""
-    if _named(profile, profile.teach.arms, "teach"):
-        for seed in profile.seeds[: profile.teach.seeds]:
-            yield Job(TEACH, {"profile": profile.name, "model": profile.model, "seed": seed})
-
-
-def _relearnings(profile: Profile) -> Iterator[Job]:
-    """Each attack of each sweep on each arm; sweeps may overlap."""
-    for sweep in profile.relearn.sweeps:
-        chosen = _named(profile, sweep.arms, "a relearning sweep", Arm(UNEDITED))
-        settings = itertools.product(sweep.attacks, sweep.precisions, sweep.lrs, sweep.budgets)
-        attacks = [dict(zip(("attack", "precision", "lr", "budget"), values, strict=True)) for values in settings]
-        for concept, attack in itertools.product(profile.concepts, attacks):
-            for one, (method, ember) in itertools.product(_choices(profile, sweep.seeds, [concept]), chosen):
-                arm = {**one, "method": method, "ember": ember}
-                needs = () if method == UNEDITED else (run_name(ERASE, **arm),)
-                yield Job(RELEARN, arm | attack, needs)
+    for seed in profile.seeds[: profile.teach.seeds] if _named(profile, profile.teach.arms, "teach") else ():
+        yield Job(TEACH, {"profile": profile.name, "model": profile.model, "seed": seed})
 
 
 def run_name(notebook: str, **parameters: Any) -> str:
@@ -141,13 +136,10 @@ def run_name(notebook: str, **parameters: Any) -> str:
 
     ``concept_name`` is short for itself: ``concept=ancient-rome``.
     """
-    named = {key.removesuffix("_name"): _text(value) for key, value in parameters.items() if key != "profile"}
-    order = sorted(named, key=lambda key: (_ORDER.index(key) if key in _ORDER else len(_ORDER), key))
-    return "__".join([notebook, *(f"{key}={named[key]}" for key in order)])
-
-
-def _text(value: Any) -> str:
-    return slug(value) if isinstance(value, str) else str(value)
+    named = {key.removesuffix("_name"): value for key, value in parameters.items() if key != "profile"}
+    order = [key for key in _ORDER if key in named] + sorted(named.keys() - {*_ORDER})
+    values = {key: slug(value) if isinstance(value, str) else value for key, value in named.items()}
+    return "__".join([notebook, *(f"{key}={values[key]}" for key in order)])
 
 
 def manifest_path(profile: str, name: str) -> Path:

@@ -41,18 +41,11 @@ def preflight(profile: Profile) -> list[Finding]:
 
 
 def require_ready(profile: Profile) -> list[Finding]:
-    """The findings of ``preflight`` that are no obstacle.
-
-    Raises
-    ------
-    EmberError
-        If anything is; the message has a line for each obstacle, with what to do about it.
-    """
+    """The findings of ``preflight``; obstacles are an ``EmberError`` with a line for each and what to do about it."""
     found = preflight(profile)
-    obstacles = [finding for finding in found if finding.fatal]
+    obstacles = [f"\n  {finding}" for finding in found if finding.fatal]
     if obstacles:
-        listing = "\n".join(f"  {finding}" for finding in obstacles)
-        raise EmberError(f"profile {profile.name} cannot run here: {len(obstacles)} missing\n{listing}")
+        raise EmberError(f"profile {profile.name} cannot run here: {len(obstacles)} missing{''.join(obstacles)}")
     return found
 
 
@@ -64,43 +57,38 @@ def model_access(spec: ModelSpec) -> Iterator[Finding]:
     from huggingface_hub import auth_check, constants, get_token
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
+    away = f"{spec.location} is not in the Hub's cache, and"
     page = spec.licence or f"https://huggingface.co/{spec.location}"
-    what = f"{spec.location} is not in the Hub's cache"
     licence = f"Accept the licence at {page} with the account of your token"
     login = "set HF_TOKEN to a token of https://huggingface.co/settings/tokens, or run: hf auth login"
     if constants.HF_HUB_OFFLINE:
         advice = f"Fetch it where there is a network (python -m ember fetch-model {spec.name}), or unset HF_HUB_OFFLINE"
-        yield Finding(f"{what}, and HF_HUB_OFFLINE forbids to fetch it", advice)
-        return
-    if spec.licence and get_token() is None:
-        yield Finding(f"{what}, and fetching it takes a token", f"{licence}; {login}")
-        return
-    try:
-        auth_check(spec.location)
-    except HfHubHTTPError as error:
-        gated, code = isinstance(error, GatedRepoError), error.response.status_code
-        what = "is gated, and your token has no access" if gated else f"is refused by the Hub (HTTP {code})"
-        advice = f"{licence}; check the name, and {login}" if 400 <= code < 500 else "Try again later"
-        yield Finding(f"{spec.location} {what}", advice)
-    except (OSError, httpx.HTTPError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        yield Finding(f"{what}, and the Hub does not answer ({reason})", "Connect once to fetch it")
+        yield Finding(f"{away} HF_HUB_OFFLINE forbids to fetch it", advice)
+    elif spec.licence and get_token() is None:
+        yield Finding(f"{away} fetching it takes a token", f"{licence}; {login}")
+    else:
+        try:
+            auth_check(spec.location)
+        except HfHubHTTPError as error:
+            gated, code = isinstance(error, GatedRepoError), error.response.status_code
+            what = "is gated, and your token has no access" if gated else f"is refused by the Hub (HTTP {code})"
+            advice = f"{licence}; check the name, and {login}" if 400 <= code < 500 else "Try again later"
+            yield Finding(f"{spec.location} {what}", advice)
+        except (OSError, httpx.HTTPError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield Finding(f"{away} the Hub does not answer ({reason})", "Connect once to fetch it")
 
 
 def _cached(spec: ModelSpec) -> bool:
     """Whether the Hub's cache holds the model's config and its weights, all files that their index names."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        folder = Path(snapshot_download(
-            spec.location, revision=spec.revision, allow_patterns="config.json", local_files_only=True
-        ))  # fmt: skip
-    except LocalEntryNotFoundError:
+    config = try_to_load_from_cache(spec.location, "config.json", revision=spec.revision)
+    if not isinstance(config, str):
         return False
-    index = folder / "model.safetensors.index.json"
-    weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
-    return all((folder / file).exists() for file in ("config.json", *(weights or ["model.safetensors"])))
+    index = Path(config).with_name("model.safetensors.index.json")
+    parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+    return all(index.with_name(name).exists() for name in parts or ["model.safetensors"])
 
 
 def find_device(spec: ModelSpec) -> tuple[str, list[Finding]]:

@@ -41,7 +41,7 @@ class Sweep(Strict):
 
 
 class Relearn(Strict):
-    """The ``settings`` of every relearning (fields of ``RelearnConfig``), and the ``sweeps``, which may overlap."""
+    """The ``settings`` of every relearning (``RelearnConfig``), and the ``sweeps``, which may overlap."""
 
     settings: dict[str, Setting]
     sweeps: Listed[Sweep]
@@ -146,16 +146,13 @@ class Profile(Strict):
         cells = {}
         for values in itertools.product(*searched.values()):
             cell = dict(zip(searched, values, strict=True))
-            shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in cell.items()}
-            varied = [f"{key}={value}" for key, value in shown.items() if len(searched[key]) > 1]
-            label = " ".join(varied) or "only cell"
+            varied = [(key, value) for key, value in cell.items() if len(searched[key]) > 1]
+            shown = [f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in varied]
+            label = " ".join(shown) or "only cell"
             if label in cells:
                 raise DataError(f"profile {self.name}: two cells of {method} are both {label!r}")
             cells[label] = grid | cell
         return cells
-
-
-_LOOPS = ("grids", "sizes", "relearn", "localize", "trade", "stability", "teach", "judge")
 
 
 def profiles_dir() -> Path:
@@ -170,22 +167,7 @@ def list_profiles() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """Read a profile.
-
-    Where ``$EMBER_SIZES`` names another profile, what sets the length of loops (``grids``, ``sizes`` and the parts of
-    single notebooks) is taken from that one: so the tests run the notebooks as they stand with shorter loops.
-
-    Raises
-    ------
-    UnknownNameError, DataError
-        If there is no such profile, or a key is unknown, missing or of a wrong type (YAML reads ``1e-4`` as text).
-    """
-    profile, sizes = _read(name), os.environ.get("EMBER_SIZES")
-    shorter = {key: value for key, value in _read(sizes) if key in _LOOPS} if sizes else {}
-    return profile.model_copy(update=shorter)
-
-
-def _read(name: str) -> Profile:
+    """Read a profile; an ``UnknownNameError`` or ``DataError`` names what is unknown, missing or of a wrong type."""
     if name not in list_profiles():
         raise UnknownNameError("profile", name, list_profiles())
     path = profiles_dir() / f"{name}.yaml"

@@ -14,38 +14,32 @@ from typing import Any
 
 import pandas as pd
 
-from ember.batch.code import code_hash
-from ember.batch.planning import run_name
+from ember.batch.notebooks import code_hash
+from ember.batch.planning import ERASE, frame_path, run_name
 from ember.batch.profiles import load_profile
-from ember.batch.records import RECORD_COLUMNS, saved_edit, write_run
+from ember.batch.records import RECORD_COLUMNS
 from ember.data.arms import Arm
 from ember.data.ours import load_concept
 from ember.data.types import Concept
 from ember.editing import Edit
+from ember.errors import EmberError
 from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import Evaluation, evaluate
 from ember.evaluation.suite import Sizes, Suite, load_suite
 from ember.models.loading import LoadedModel, load_model
 from ember.reporting.plots import use_theme
 from ember.store.environment import device_name, git_commit, library_versions
-from ember.store.paths import results_root
+from ember.store.frames import write_frame
+from ember.store.paths import results_dir, results_root
 
-ERASE = "03_erase_concept"
 _LABELS = ("attack", "precision", "lr", "budget", "concept", "method", "ember", "seed")
 
 
 class Run:
-    """One run of a notebook: its name, its profile, and what the two of them decide, loaded when it is asked for.
+    """One run of a notebook: what its profile and its other parameters decide, loaded when it is asked for.
 
-    Parameters
-    ----------
-    notebook
-        Name of the notebook, such as ``"03_erase_concept"``.
-    profile
-        Name of the profile (``ember.batch.profiles``).
-    parameters
-        The notebook's other parameters; ``model``, ``concept_name``, ``method``, ``ember`` and ``seed`` say what is
-        loaded and labelled, all of them make up the run's ``name``.
+    ``model``, ``concept_name``, ``method``, ``ember`` and ``seed`` say what is loaded and labelled; all parameters make
+    up the run's ``name``.
     """
 
     def __init__(self, notebook: str, *, profile: str, **parameters: Any) -> None:
@@ -107,16 +101,12 @@ class Run:
         return self.cache.get_or_run(key, lambda: evaluate(self.loaded, self.suite, split, edit()))
 
     def saved_edit(self, arm: Arm | None = None) -> Edit:
-        """The edit that ``03_erase_concept`` saved for an arm (by default this run's), model, concept and seed.
-
-        Raises
-        ------
-        EmberError
-            If it has saved none.
-        """
-        method, ember = arm or self.arm
+        """The edit that ``03_erase_concept`` saved for an arm (by default this run's), model, concept and seed."""
         alike = {key: self.parameters[key] for key in ("model", "concept_name", "seed")}
-        return saved_edit(self.profile.name, run_name(ERASE, **alike, method=method, ember=ember))
+        run, results = run_name(ERASE, **alike, **(arm or self.arm)._asdict()), results_dir(self.profile.name)
+        if not (results / "edits" / run).exists():
+            raise EmberError(f"no edit of {run} in {results}; run {ERASE} with those parameters first")
+        return Edit.load(results / "edits" / run)
 
     def records(
         self,
@@ -159,9 +149,9 @@ class Run:
             known = {**self.parameters, **({"concept": self.concept.name} if "concept_name" in self.parameters else {})}
             labels = {key: known[key] for key in _LABELS if key in known}
         labelled = {name: f if name == "records" else f.assign(**labels) for name, f in frames.items()}
-        folder = write_run(self.profile.name, self.name, **labelled)
+        paths = [write_frame(frame_path(self.profile.name, self.name, name), f) for name, f in labelled.items()]
         print(self.summary())
-        return folder
+        return paths[0].parent
 
     def summary(self) -> str:
         """One line: minutes since the notebook began, and this process's peak memory."""

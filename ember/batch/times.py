@@ -14,7 +14,7 @@ from ember.store.paths import REPOSITORY, results_dir
 def describe(profile: Profile) -> str:
     """What a profile's run consists of, and how long each part took when it was last measured."""
     runs = measured_times(profile.name)
-    measured = dict(zip(runs.run, runs.wall_seconds, strict=True))
+    measured = runs.set_index("run").wall_seconds
     lines = [f"Profile {profile.name}: {profile.model}; {', '.join(profile.concepts)}; {', '.join(profile.methods)}"]
     total = 0.0
     for job in plan(profile):
