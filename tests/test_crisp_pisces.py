@@ -117,36 +117,19 @@ def test_turning_against_a_feature_by_hand(kind, second):
     torch.testing.assert_close(new, expected)
 
 
-def test_neurons_below_the_threshold_keep_their_bits():
-    W_out, sae = noise(64, 32), random_sae()
+def test_neurons_are_turned_for_their_own_features_from_the_threshold_on_in_the_input_scale():
+    W_enc, W_dec, W_out = noise(32, 40, seed=1), noise(40, 32, seed=2), noise(64, 32)
+    sae = SparseAutoencoder(Site("mlp_out", 0), W_enc, noise(40), W_dec, noise(32, seed=3), k=4, scale=4.0)
     for tau in (0.1, 0.5, 1.0):
-        projections = [(W_out @ sae.W_enc[:, f]).abs() for f in (3, 7)]
-        touched = torch.stack([p >= tau * p.max() for p in projections]).any(0)
-        new = turn_against(W_out, sae, [3, 7], tau, 5.0)
-        assert torch.equal((new != W_out).any(1), touched)
+        projections = (W_out @ W_enc[:, [3, 7]]).abs()
+        touched = (projections >= tau * projections.max(0).values).any(1)
+        assert torch.equal((turn_against(W_out, sae, [3, 7], tau, 5.0) != W_out).any(1), touched)
         assert tau < 1 or int(touched.sum()) == 2
-
-
-def test_each_feature_is_turned_on_its_own_neurons():
-    """Coefficients of two features add up, because a decoder is linear."""
-    W_out, sae = noise(64, 32), random_sae()
     both, *alone = (turn_against(W_out, sae, features, 0.3, 5.0) - W_out for features in ([3, 7], [3], [7]))
-    torch.testing.assert_close(both, sum(alone), atol=1e-3, rtol=1e-3)
-
-
-def random_sae(scale: float = 1.0) -> SparseAutoencoder:
-    W_enc, W_dec = noise(32, 40, seed=1), noise(40, 32, seed=2)
-    return SparseAutoencoder(Site("mlp_out", 0), W_enc, noise(40), W_dec, noise(32, seed=3), k=4, scale=scale)
-
-
-def test_an_input_scale_is_part_of_the_autoencoder():
-    """The same autoencoder with its scale inside its weights turns neurons the same way."""
-    scaled = random_sae(scale=4.0)
-    folded = replace(scaled, scale=1.0, W_enc=4 * scaled.W_enc, W_dec=scaled.W_dec / 4, b_dec=scaled.b_dec / 4)
-    W_out = noise(64, 32)
-    torch.testing.assert_close(folded.decode(folded.encode(W_out)), scaled.decode(scaled.encode(W_out)))
-    one, other = (turn_against(W_out, sae, [3, 7], 0.3, 5.0) for sae in (scaled, folded))
-    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(both, sum(alone), atol=1e-3, rtol=1e-3)  # because a decoder is linear
+    folded = replace(sae, scale=1.0, W_enc=4 * W_enc, W_dec=W_dec / 4, b_dec=sae.b_dec / 4)  # the same autoencoder
+    torch.testing.assert_close(folded.decode(folded.encode(W_out)), sae.decode(sae.encode(W_out)))
+    torch.testing.assert_close(turn_against(W_out, folded, [3, 7], 0.3, 5.0) - W_out, both, atol=1e-3, rtol=1e-4)
 
 
 def test_a_selection_in_the_cache_is_that_of_its_autoencoder_and_of_its_weights(tiny, cache):

@@ -60,8 +60,7 @@ def run(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int
 
     ``other`` options of ``edit_from_features`` make it a control edit. Errors are those of ``fit`` and of that.
     """
-    features = fit(loaded, concept, config, seed=seed)
-    return edit_from_features(loaded, features, config, seed=seed, **other)
+    return edit_from_features(loaded, fit(loaded, concept, config, seed=seed), config, seed=seed, **other)
 
 
 def fit(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42) -> ConceptFeatures:

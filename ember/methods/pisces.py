@@ -38,10 +38,6 @@ class PiscesConfig(SaeConfig):
             raise ValueError(f"tau must be in (0, 1], got {self.tau}")
         require_at_least(self, 0, "mu")
 
-    def mu_at(self, layer: int) -> float:
-        """μ at a layer."""
-        return self.mu * min(1.0, 0.1 + 0.9 * layer / max(1, self.ramp - 1)) if self.ramp else self.mu
-
 
 def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: int = 42) -> Edit:
     """Edit the MLP output vectors that carry the concept's features; the model is left bit-identical.
@@ -52,11 +48,13 @@ def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: in
     chosen = select_features(loaded, concept, saes, config)
     values = {}
     for sae in saes:
-        features = chosen[chosen.layer == sae.site.layer].feature.tolist()
+        layer = sae.site.layer
+        features = chosen[chosen.layer == layer].feature.tolist()
         if features:
-            name = f"{layer_name(loaded, sae.site.layer, loaded.architecture.mlp_down)}.weight"
+            name = f"{layer_name(loaded, layer, loaded.architecture.mlp_down)}.weight"
             W_out = loaded.model.get_parameter(name).detach().T.float()
-            values[name] = turn_against(W_out, sae, features, config.tau, config.mu_at(sae.site.layer)).T
+            grown = min(1.0, 0.1 + 0.9 * layer / max(1, config.ramp - 1)) if config.ramp else 1.0
+            values[name] = turn_against(W_out, sae, features, config.tau, config.mu * grown).T
     return weights_edit(loaded, concept, "pisces", config, values, seed=seed, **on_record(chosen, saes))
 
 

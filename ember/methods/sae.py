@@ -127,8 +127,8 @@ def load_saes(
     for site in sites:
         key = digest(loaded.base_hash, loaded.dtype, site, texts, training)
         kept, about = cached_tensors("sae", f"{site.kind}-{site.layer}-{key}", partial(compute, site))
-        tensors = {name: tensor.to(loaded.device) for name, tensor in kept.items()}
-        saes.append(SparseAutoencoder(site, **tensors, k=training.k, **about))
+        parts: dict[str, Any] = {name: tensor.to(loaded.device) for name, tensor in kept.items()}
+        saes.append(SparseAutoencoder(site, **parts, k=training.k, **about))
     return saes
 
 

@@ -57,17 +57,15 @@ class SnmfConfig:
 def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int = 42) -> Edit:
     """Project the selected features out of the MLP matrices of a band of layers; the model is left bit-identical.
 
-    Output side: with W the output matrix and F[:, k] a feature over neurons, f = W F[:, k] normalized is what the
-    feature writes; the columns of the neurons that carry it lose their component along f. Input side: the same on the
-    rows of the up-projection with f = W_upᵀ F[:, k]. Where a neuron carries several features, their span is projected
-    out at once, so that δ = 1 leaves nothing of any of them. That no feature of the band carries the concept is a
-    ``NothingFoundError``.
+    Output side: what a feature F[:, k] over neurons writes is f = W_out F[:, k], normalized; the columns of the neurons
+    that carry it lose their component along f. Input side: the same on the rows of W_up with f = W_upᵀ F[:, k]. The
+    span of all features that a neuron carries is projected out at once, so that δ = 1 leaves nothing of any of them.
+    That no feature of the band carries the concept is a ``NothingFoundError``.
     """
     fits, table = factorize(loaded, concept, config, seed=seed)
     carrying = table[table.keyness >= config.min_keyness].groupby("layer")
-    best = [features.nlargest(config.features, "keyness") for _, features in carrying]
-    chosen = require_some(best, concept, "SNMF")
-    values: dict[str, torch.Tensor] = {}
+    chosen = require_some([rows.nlargest(config.features, "keyness") for _, rows in carrying], concept, "SNMF")
+    values = {}
     for layer, rows in chosen.groupby("layer"):
         F = fits[int(layer)][:, rows.feature.tolist()]
         masks = torch.stack([carriers(column, config.mass) for column in F.T])
@@ -90,8 +88,7 @@ def factorize(
 
     Kept in the user cache: every strength shares it.
     """
-    depth = n_layers(loaded)
-    third = BANDS.index(config.band)
+    depth, third = n_layers(loaded), BANDS.index(config.band)
     first = third * depth // 3
     layers = range(first, max(first + 1, (third + 1) * depth // 3))  # at least one, however shallow the model
     settings = (config.rank, config.sparsity, config.tokens, config.max_iter, config.patience, config.tol, seed)
@@ -102,7 +99,7 @@ def factorize(
         sites = [Site("neurons", layer) for layer in layers]
         generator = torch.Generator().manual_seed(seed)
         samples = [sampled(loaded, part, config.tokens, generator) for part in texts]
-        read = [collect(loaded, part, sites) for part in samples]
+        read = [collect(loaded, sample, sites) for sample in samples]
         picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in read]
         ids = [ids[pick] for (_, ids), pick in zip(read, picks, strict=True)]
         text = ContrastText(*ids, keyness_bits(loaded, concept))
