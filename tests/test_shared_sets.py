@@ -11,9 +11,9 @@ from helpers.released import PAPER_DATA, released_files, write_released
 from helpers.tiny import make_concept, make_loaded
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-from ember.data.mmlu_alpaca import SETS, fetch_shared_sets, index_file, load_shared_sets
+from ember.data.mmlu_alpaca import SETS, fetch_shared_sets, load_shared_sets
 from ember.data.ours import load_concept, load_shared
-from ember.data.released import INDICES
+from ember.data.released import INDICES, index_file
 from ember.data.types import SPLITS
 from ember.editing import Edit
 from ember.errors import DamagedFileError, DataError, DownloadError

@@ -1,17 +1,18 @@
 """The invented subject of ``data/invented``, which no model knows until it is taught."""
 
 from dataclasses import replace
-from typing import Any
-
-from pydantic import create_model
+from typing import Any, Literal
 
 from ember.data.ours import concept_from_sentences
-from ember.data.reading import checked_rows, question_row, read_json, read_lines
+from ember.data.reading import QuestionRow, checked_rows, read_json, read_lines
 from ember.data.types import SPLITS, Concept, Question
 from ember.store.paths import data_dir
 from ember.store.validated import Loose, Text, validated
 
-_SUBJECT: Any = create_model("Subject", __base__=Loose, name=Text, facts=list[dict[str, Any]])
+
+class _Subject(Loose):
+    name: Text
+    facts: list[dict[str, Any]]
 
 
 def load_invented() -> Concept:
@@ -22,11 +23,11 @@ def load_invented() -> Concept:
     """
     root = data_dir() / "invented"
     path = root / "facts.json"
-    subject = validated(_SUBJECT, read_json(path), str(path))
+    subject = validated(_Subject, read_json(path), str(path))
     facts = [
         (f"{path}, fact {k + 1}", {"set": "concept", "split": SPLITS[k % 2], "aliases": [], **fact})
         for k, fact in enumerate(subject.facts)
     ]
-    questions = tuple(Question(**dict(row)) for row in checked_rows(question_row("concept"), facts))
+    questions = tuple(Question(**dict(row)) for row in checked_rows(QuestionRow[Literal["concept"]], facts))
     contrasted = concept_from_sentences(subject.name, read_lines(root / "sentences.txt"))
     return replace(contrasted, questions=questions, paragraphs=read_lines(root / "paragraphs.txt"))

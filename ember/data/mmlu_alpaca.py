@@ -6,6 +6,7 @@ commit once and recorded. Row numbers mean something only within one commit.
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, create_model
 
 from ember.data.reading import Some, read_json
-from ember.data.released import fetch_released
+from ember.data.released import fetch_released, index_file
 from ember.data.types import SPLITS, Instruction, Question, SharedData
 from ember.errors import DamagedFileError, DataError, DownloadError
 from ember.store.files import read_sealed, sealed_dir, sha256_of
@@ -31,25 +32,13 @@ _MMLU: Any = create_model("Mmlu", __base__=Loose, question=Text, choices=_Choice
 _ALPACA: Any = create_model("Alpaca", __base__=Loose, instruction=Text, output=Text)
 
 
-def index_file(name: str, split: str) -> str:
-    """Name of the released file with a data set's row numbers."""
-    return f"{name}_{split}_indices.json"
-
-
 def load_shared_sets(folder: str | Path | None = None) -> SharedData:
     """The rows that the released numbers choose, in their order; no neutral sentences.
 
     ``folder`` holds the files of ``index_file`` and the last parts of the names in ``SETS``; by default those that
-    ``fetch_released`` and ``fetch_shared_sets`` cache. Ids are the rows' places: ``mmlu[8153]``, ``alpaca[748]``.
-    Nothing is left out or repaired, so that the rows are the paper's: an option may occur twice in a question.
-    Revisions are commits, or the hashes of the folder's files.
-
-    Raises
-    ------
-    DataError
-        If a file is missing, is not of its form, or has no such row; the message names file, entry and field.
-    DownloadError, DamagedFileError
-        As in ``fetch_shared_sets``.
+    ``fetch_released`` and ``fetch_shared_sets`` cache, with their errors. Ids are the rows' places: ``mmlu[8153]``,
+    ``alpaca[748]``. Nothing is left out or repaired, so that the rows are the paper's: an option may occur twice in a
+    question. Revisions are commits, or the hashes of the folder's files. A ``DataError`` names file, entry and field.
     """
     if folder is None:
         root, (places, revisions) = fetch_released(), fetch_shared_sets()
@@ -60,39 +49,40 @@ def load_shared_sets(folder: str | Path | None = None) -> SharedData:
             if not path.exists():
                 raise DataError(f"{path}: the file is missing")
         revisions = {name: f"sha256 {sha256_of(path)}" for name, path in places.items()}
-    questions = [
-        Question(id_, "general", split, row.question, row.choices[row.answer], _wrong(row.choices, row.answer))
+    questions = tuple(
+        Question(
+            id_,
+            "general",
+            split,
+            row.question,
+            row.choices[row.answer],
+            (*row.choices[: row.answer], *row.choices[row.answer + 1 :]),
+        )
         for id_, split, row in _chosen(root, "mmlu", places["mmlu"], _MMLU)
-    ]
-    instructions = [
+    )
+    instructions = tuple(
         Instruction(id_, split, row.instruction, row.output)
         for id_, split, row in _chosen(root, "alpaca", places["alpaca"], _ALPACA)
-    ]
-    return SharedData(tuple(questions), {}, tuple(instructions), (), tuple(revisions.items()))
+    )
+    return SharedData(questions, {}, instructions, (), tuple(revisions.items()))
 
 
 def fetch_shared_sets(revisions: Mapping[str, str] | None = None) -> tuple[dict[str, Path], dict[str, str]]:
     """The data sets' files, and the commits they are of; downloaded on first use.
 
     ``revisions`` says, by data set, which branch, tag or commit to take. What is not named is, on first use, ``main``
-    as it then is; afterwards it is whatever commit the cache holds, and a file that is not the one recorded is an
-    error.
-
-    Raises
-    ------
-    DownloadError
-        If a file is not in the cache and cannot be fetched.
-    DamagedFileError
-        If a cached file is not what was written, or is of another revision than the one asked for.
+    as it then is; afterwards it is whatever commit the cache holds. A file that can not be fetched is a
+    ``DownloadError``; one that is not as written, or of another revision than the one asked for, a
+    ``DamagedFileError``.
     """
-    for name in sorted((revisions or {}).keys() - SETS.keys()):
+    revisions = revisions or {}
+    for name in sorted(revisions.keys() - SETS.keys()):
         raise DataError(f"revisions must name {', '.join(SETS)}, got {name!r}")
-    held = {name: _fetched(name, (revisions or {}).get(name)) for name in SETS}
+    held = {name: _fetched(*where, revisions.get(name)) for name, where in SETS.items()}
     return {name: path for name, (path, _) in held.items()}, {name: commit for name, (_, commit) in held.items()}
 
 
-def _fetched(name: str, revision: str | None) -> tuple[Path, str]:
-    repository, file = SETS[name]
+def _fetched(repository: str, file: str, revision: str | None) -> tuple[Path, str]:
     folder = cache_dir() / "shared_sets" / slug(repository)
     path = folder / Path(file).name
     if not folder.exists():
@@ -120,34 +110,28 @@ def _download(repository: str, file: str, revision: str) -> tuple[Path, str]:
             f"{repository} is not in the cache ({cache_dir()}) and could not be fetched at {revision}: {said} "
             "Fetch it once where there is a connection: python -m ember fetch-data --shared"
         ) from error
-    # The Hub's cache keeps each commit in a folder of its own: snapshots/COMMIT/file.
-    commit = path.parents[len(Path(file).parts) - 1].name
-    if not re.fullmatch("[0-9a-f]{40}", commit):
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+    if not commit:
         raise DownloadError(f"{path}: the Hub's cache does not tell which commit of {repository} this is")
-    return path, commit
+    return path, commit[1]
 
 
 def _chosen(root: Path, name: str, path: Path, kind: Any) -> Iterator[tuple[str, str, Any]]:
     """Id, split and content of the rows of a data set that the released numbers name."""
-    numbers = {split: _numbers(root / index_file(name, split)) for split in SPLITS}
-    both = sorted(set(numbers["train"]) & set(numbers["test"]))
-    if both:
-        raise DataError(f"{root / index_file(name, 'test')}: rows {both[:5]} are train rows too")
     rows = _table(path, kind) if path.suffix == ".parquet" else validated(Some, read_json(path), str(path))
+    train: list[int] = []
     for split in SPLITS:
-        for k, number in enumerate(numbers[split]):
+        index = root / index_file(name, split)
+        numbers = validated(_Numbers, read_json(index), str(index), word="entry")
+        for number in (number for number, count in Counter(numbers).items() if count > 1):
+            raise DataError(f"{index}: row {number} occurs twice")
+        if both := sorted({*numbers} & {*train})[:5]:
+            raise DataError(f"{index}: rows {both} are train rows too")
+        train = numbers
+        for k, number in enumerate(numbers):
             if number >= len(rows):
-                where = f"{root / index_file(name, split)}, entry {k}"
-                raise DataError(f"{where}: row {number}, but the data set has {len(rows)} rows")
+                raise DataError(f"{index}, entry {k}: row {number}, but the data set has {len(rows)} rows")
             yield f"{name}[{number}]", split, validated(kind, rows[number], f"{path}, row {number}")
-
-
-def _numbers(path: Path) -> list[int]:
-    numbers: list[int] = validated(_Numbers, read_json(path), str(path), word="entry")
-    if len(set(numbers)) < len(numbers):
-        twice = next(number for k, number in enumerate(numbers) if number in numbers[:k])
-        raise DataError(f"{path}: row {twice} occurs twice")
-    return numbers
 
 
 def _table(path: Path, kind: Any) -> list[Any]:
@@ -161,7 +145,3 @@ def _table(path: Path, kind: Any) -> list[Any]:
         if column not in table.column_names:
             raise DataError(f"{path}: no column {column!r}; it holds {', '.join(table.column_names)}")
     return list(table.to_pylist())
-
-
-def _wrong(choices: tuple[str, ...], right: int) -> tuple[str, ...]:
-    return choices[:right] + choices[right + 1 :]

@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationInfo, create_model
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from ember.errors import DataError
 from ember.store.files import read_utf8
@@ -20,17 +19,20 @@ def _three_wrong(distractors: tuple[str, ...], info: ValidationInfo) -> tuple[st
 
 
 Some = Annotated[list[Any], Field(min_length=1)]
-Texts = Annotated[Listed[Text], Field(min_length=1)]
 Split = Literal["train", "test"]
-Wrong = Annotated[Listed[Text], AfterValidator(_three_wrong)]
+Sets = TypeVar("Sets")
 
 
-@cache
-def question_row(*sets: str) -> Any:
-    """The model of a question as our files hold it, in one of these sets."""
-    fields: dict[str, Any] = dict.fromkeys(("id", "question", "answer"), Text)
-    fields |= {"set": Literal[sets], "split": Split, "distractors": Wrong, "aliases": Listed[Text]}
-    return create_model("Question", __base__=Strict, **fields)
+class QuestionRow(Strict, Generic[Sets]):
+    """A question as our files hold it, in one of the ``Sets``."""
+
+    id: Text
+    question: Text
+    answer: Text
+    set: Sets
+    split: Split
+    distractors: Annotated[Listed[Text], AfterValidator(_three_wrong)]
+    aliases: Listed[Text]
 
 
 def read_json(path: Path) -> Any:
@@ -54,15 +56,15 @@ def read_rows(path: Path, kind: Any) -> list[Any]:
 
 
 def checked_rows(kind: Any, rows: Iterable[tuple[str, object]]) -> list[Any]:
-    """Objects of a kind, with ids that differ if they have one, from pairs of place and content."""
-    checked, ids = [], set()
-    for where, raw in rows:
+    """Objects of a kind from pairs of place and content; no id occurs twice."""
+    checked: dict[object, Any] = {}
+    for number, (where, raw) in enumerate(rows):
         row = validated(kind, raw, where)
-        if getattr(row, "id", None) in ids:
-            raise DataError(f"{where}, field 'id': {row.id!r} occurs twice")
-        ids |= {row.id} if hasattr(row, "id") else set()
-        checked.append(row)
-    return checked
+        id_ = getattr(row, "id", number)
+        if id_ in checked:
+            raise DataError(f"{where}, field 'id': {id_!r} occurs twice")
+        checked[id_] = row
+    return list(checked.values())
 
 
 def _parsed(text: str, path: Path, first_line: int) -> Any:

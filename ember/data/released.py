@@ -5,17 +5,16 @@ Nothing of it is part of this project (MIT licence; sentences and paragraphs der
 
 import json
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ValidationInfo, create_model
+from pydantic import AfterValidator, Field, ValidationInfo, create_model
 
-from ember.data.reading import Some, Texts, read_json
-from ember.data.types import Concept, Question, by_name
+from ember.data.reading import Some, read_json
+from ember.data.types import SPLITS, Concept, Question, by_name
 from ember.errors import DamagedFileError, DataError, DownloadError
 from ember.store.files import read_sealed, read_utf8, sealed_dir
 from ember.store.paths import cache_dir
@@ -24,20 +23,21 @@ from ember.store.validated import Listed, Strict, Text, validated
 REPOSITORY = "https://github.com/ClarSu/EMBER-Embedding-Erasure.git"
 # The whole id: git checks that the content it receives hashes to it.
 COMMIT = "14d6f6dc594cb74a0c9d70e567b3162561d2d10b"
-SENTENCES, NEUTRAL, CHOICE, OPEN, PARAGRAPHS = FILES = (
-    "concept_sentences.json",
-    "neutral_sentences.json",
-    "mc_questions.json",
-    "open_questions.json",
-    "relearn_paragraphs.json",
+SENTENCES, NEUTRAL, CHOICE, OPEN, PARAGRAPHS = FILES = tuple(
+    f"{name}.json"
+    for name in ("concept_sentences", "neutral_sentences", "mc_questions", "open_questions", "relearn_paragraphs")
 )
-INDICES = tuple(f"{name}_{split}_indices.json" for name in ("mmlu", "alpaca") for split in ("train", "test"))
+
+
+def index_file(name: str, split: str) -> str:
+    """Name of the file with the row numbers of a data set, ``mmlu`` or ``alpaca``."""
+    return f"{name}_{split}_indices.json"
+
+
+INDICES = tuple(index_file(name, split) for name in ("mmlu", "alpaca") for split in SPLITS)
 FETCHED = (*FILES, *INDICES)
 _SETS = {
-    "QA_train": ("concept", "train"),
-    "QA_test": ("concept", "test"),
-    "SimdomQA_train": ("simdom", "train"),
-    "SimdomQA_test": ("simdom", "test"),
+    f"{key}_{split}": (set_, split) for key, set_ in (("QA", "concept"), ("SimdomQA", "simdom")) for split in SPLITS
 }
 
 
@@ -48,12 +48,14 @@ def _four(options: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     return options
 
 
+_Line = Annotated[Text, AfterValidator(lambda text: " ".join(text.split()))]
+_Lines = Annotated[Listed[_Line], Field(min_length=1)]
 _Options = Annotated[Listed[Text], AfterValidator(_four)]
 _parts: dict[str, Any] = dict.fromkeys(_SETS, Some)
 _LISTED: Any = create_model("Listed", __base__=Strict, concept=Text, sentences=Some)
-_SENTENCES: Any = create_model("Sentences", __base__=Strict, concept=Text, sentences=Texts)
-_NEUTRAL: Any = create_model("Neutral", __base__=Strict, url=Text, title=Text, sentence=Text)
-_PARAGRAPHS: Any = create_model("Paragraphs", __base__=Strict, RelearnParagraphs=Texts)
+_SENTENCES: Any = create_model("Sentences", __base__=Strict, concept=Text, sentences=_Lines)
+_NEUTRAL: Any = create_model("Neutral", __base__=Strict, url=Text, title=Text, sentence=_Line)
+_PARAGRAPHS: Any = create_model("Paragraphs", __base__=Strict, RelearnParagraphs=_Lines)
 _ASKED: Any = create_model("Asked", __base__=Strict, **_parts)
 _CHOICE: Any = create_model("Choice", __base__=Strict, q=Text, correct_answer=Text, options=_Options)
 _OPEN: Any = create_model("Open", __base__=Strict, q=Text, a=Text)
@@ -61,35 +63,25 @@ _OPEN: Any = create_model("Open", __base__=Strict, q=Text, a=Text)
 
 def list_released(folder: str | Path | None = None) -> list[str]:
     """Names of the concepts in the released files."""
-    return sorted(row.concept for row in _rows(_root(folder) / SENTENCES, _LISTED))
+    return sorted(_listed(_root(folder)))
 
 
 def load_released(name: str, folder: str | Path | None = None) -> Concept:
     """One concept of the released files in ``folder``, by default of those that ``fetch_released`` caches.
 
     A question's id is its place in the file, such as ``QA_test[3]``; the open form's answer is an alias. The files name
-    no similar domain and hold no texts that use the concept's words in another sense.
-
-    Raises
-    ------
-    UnknownNameError
-        If the files hold no such concept.
-    DataError
-        If a file breaks the format; the message names file, line and field.
-    DownloadError, DamagedFileError
-        As in ``fetch_released``.
+    no similar domain and hold no texts that use the concept's words in another sense. An ``UnknownNameError`` lists the
+    concepts; a ``DataError`` names file, line and field; other errors are those of ``fetch_released``.
     """
     root = _root(folder)
-    listed = {row.concept: row.model_dump() for row in _rows(root / SENTENCES, _LISTED)}
-    row = _checked(root / SENTENCES, _SENTENCES, by_name(name, listed, "released concept"), name)
-    paragraphs = _of_concept(root / PARAGRAPHS, _PARAGRAPHS, row.concept).RelearnParagraphs
+    row = _checked(root / SENTENCES, _SENTENCES, by_name(name, _listed(root), "released concept"), name)
     return Concept(
         name=row.concept,
         simdom=f"the similar domain of {row.concept}",
-        sentences=_one_line(*row.sentences),
-        neutral=_one_line(*(neutral.sentence for neutral in _rows(root / NEUTRAL, _NEUTRAL))),
+        sentences=row.sentences,
+        neutral=tuple(neutral.sentence for neutral in _rows(root / NEUTRAL, _NEUTRAL)),
         questions=tuple(_questions(root, row.concept)),
-        paragraphs=_one_line(*paragraphs),
+        paragraphs=_of_concept(root / PARAGRAPHS, _PARAGRAPHS, row.concept).RelearnParagraphs,
         other_sense=(),
         source="released",
     )
@@ -100,30 +92,18 @@ def _questions(root: Path, concept: str) -> Iterator[Question]:
     for key, (set_, split) in _SETS.items():
         told = [_checked(root / OPEN, _OPEN, row, f"{concept}, {key}[{k}]") for k, row in enumerate(openly[key])]
         answers = {row.q: row.a for row in told}
-        for number, raw in enumerate(closed[key]):
-            row = _checked(root / CHOICE, _CHOICE, raw, f"{concept}, {key}[{number}]")
+        for k, raw in enumerate(closed[key]):
+            row = _checked(root / CHOICE, _CHOICE, raw, f"{concept}, {key}[{k}]")
             gold = row.correct_answer
             wrong = tuple(option for option in row.options if option != gold)
-            aliases = tuple({answers.get(row.q, gold)} - {gold})
-            yield Question(f"{key}[{number}]", set_, split, row.q, gold, wrong, aliases)
-
-
-def _root(folder: str | Path | None) -> Path:
-    return fetch_released() if folder is None else Path(folder)
+            yield Question(f"{key}[{k}]", set_, split, row.q, gold, wrong, tuple({answers.get(row.q, gold)} - {gold}))
 
 
 def fetch_released(*, repository: str = REPOSITORY, commit: str = COMMIT) -> Path:
     """Folder of the released files; fetched with git on first use, at a pinned commit.
 
     Git verifies that what arrives hashes to the commit's id; the hash of each file is recorded and checked on every
-    call.
-
-    Raises
-    ------
-    DownloadError
-        If the files are not in the cache and cannot be fetched.
-    DamagedFileError
-        If a cached file is not what was written.
+    call: what is not as written is a ``DamagedFileError``, what can not be fetched a ``DownloadError``.
     """
     folder = cache_dir() / "released" / commit[:12]
     if not folder.exists():
@@ -141,14 +121,21 @@ def _git(folder: str, *command: str) -> bytes:
     # Inside a git hook these would name another repository, and a login prompt would wait for ever.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, check=True, env=environment)
+        return subprocess.run(["git", *command], cwd=folder, capture_output=True, check=True, env=environment).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
         raise DownloadError(
             f"the released data is not in the cache ({cache_dir()}) and git could not fetch it: "
             f"{said.splitlines()[-1]}. Where you have it already: folder=… or --folder"
         ) from error
-    return done.stdout
+
+
+def _root(folder: str | Path | None) -> Path:
+    return fetch_released() if folder is None else Path(folder)
+
+
+def _listed(root: Path) -> dict[str, dict[str, Any]]:
+    return {row.concept: row.model_dump() for row in _rows(root / SENTENCES, _LISTED)}
 
 
 def _rows(path: Path, kind: Any) -> list[Any]:
@@ -166,23 +153,13 @@ def _of_concept(path: Path, kind: Any, concept: str) -> Any:
 
 
 def _checked(path: Path, kind: Any, raw: object, place: str) -> Any:
+    """``raw`` as a ``kind``; an error names the line, or lines, on which its first text stands, "?" if it has none."""
     try:
         return validated(kind, raw, place)
     except DataError as error:
-        raise DataError(f"{path}, line {_line(path, raw)}, {error}") from None
-
-
-def _line(path: Path, row: object) -> str:
-    """Line, or lines, on which the first text of an entry stands in its file; "?" if it has none."""
-    values = row.values() if isinstance(row, dict) else [row]
-    text = next((value for value in values if isinstance(value, str) and value), None)
-    if text is None:
-        return "?"
-    content = read_utf8(path)
-    forms = {json.dumps(text, ensure_ascii=ascii_) for ascii_ in (True, False)}
-    starts = sorted(match.start() for form in forms for match in re.finditer(re.escape(form), content))
-    return " or ".join(dict.fromkeys(str(1 + content.count("\n", 0, start)) for start in starts)) or "?"
-
-
-def _one_line(*texts: str) -> tuple[str, ...]:
-    return tuple(" ".join(text.split()) for text in texts)
+        values = raw.values() if isinstance(raw, dict) else [raw]
+        text = next((value for value in values if isinstance(value, str) and value), None)
+        forms = [json.dumps(text), json.dumps(text, ensure_ascii=False)] if text else []
+        content = enumerate(read_utf8(path).split("\n"), 1)
+        lines = [str(number) for number, line in content if any(form in line for form in forms)]
+        raise DataError(f"{path}, line {' or '.join(lines) or '?'}, {error}") from None
