@@ -1,7 +1,7 @@
 """Robust concept erasure by precise editing of token embeddings (EMBER, arXiv 2606.03695).
 
-The root of the package is the core: ``tokens``, ``factorization``, ``features`` and ``editing``. Everything else is in a
-room with one charter, which its ``__init__`` states; each imports only from those before it: ``store``, ``data``,
+The root of the package is the core: ``tokens``, ``factorization``, ``features`` and ``editing``. All else is in a room
+with one charter, which its ``__init__`` states; each imports only from those before it: ``store``, ``data``,
 ``models``, the core, ``methods``, ``evaluation``, ``relearning``, ``judging``, ``reporting``, ``batch``.
 
 The names below load lazily, so that ``import ember`` and the command line stay fast.

@@ -107,10 +107,7 @@ class Edit:
     def then(self, later: "Edit") -> "Edit":
         """The edit that equals this one followed by ``later``, which was made with this one applied.
 
-        Raises
-        ------
-        WrongWeightsError
-            If ``later`` expects other values in a row that this edit sets.
+        If ``later`` expects other values in a row that this edit sets, that is a ``WrongWeightsError``.
         """
         tensors = dict(self.tensors)
         for name, change in later.tensors.items():
@@ -192,18 +189,16 @@ class Edit:
         names = _names_by_address(module, {data.data_ptr() for data, _ in targets})
         for name, (data, change) in zip(self.tensors, targets, strict=True):
             if len(shared := names[data.data_ptr()]) > 1:
-                raise EmberError(
-                    f"{' and '.join(shared)} share storage; untie them before an edit (ember.models.loading.untie)"
-                )
+                advice = "untie them before an edit (ember.models.loading.untie)"
+                raise EmberError(f"{' and '.join(shared)} share storage; {advice}")
             if not change.fits(data):
                 raise self._refusal(f"{name} holds other values than when the edit was made")
         return module
 
     def _refusal(self, reason: str) -> WrongWeightsError:
         made = self.provenance
-        return WrongWeightsError(
-            f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]}); {reason}"
-        )
+        made_for = f"this {made.method} edit was made for {made.base_model} ({made.base_hash[:12]})"
+        return WrongWeightsError(f"{made_for}; {reason}")
 
 
 def applying(loaded: LoadedModel, edit: Edit | None) -> AbstractContextManager[None]:

@@ -63,27 +63,12 @@ def sparse_mf(
     Minimizes ‖X − G Fᵀ‖² with at most ``ceil(sparsity · n)`` non-zeros in each column of G. One iteration solves F
     by ridge regression, moves the scale of G's columns into F, solves G, and keeps each column's largest magnitudes.
 
-    Parameters
-    ----------
-    X
-        [n, d] rows to factorize, floating point.
-    rank
-        K, the number of features; below min(n, d), where the solve for G becomes singular.
-    sparsity
-        Share of rows on which a feature may be active, in (0, 1].
-    ridge
-        λ of both regressions.
-    max_iter, patience, tol
-        Stop after ``max_iter`` iterations, or ``patience`` of them without lowering the best loss by ``tol``. It also
-        stops where no feature changed its rows, and the loss stood still to a millionth, for ten iterations: from such
-        a fixed point nothing follows.
-    seed, init
-        ``init`` is G₀ [n, K]; by default standard normal from ``seed``, drawn on the CPU.
-
-    Raises
-    ------
-    ValueError
-        For arguments outside these ranges, and for X that is not finite.
+    ``X`` [n, d] is floating point; ``rank`` K is below min(n, d), where the solve for G becomes singular; ``sparsity``
+    in (0, 1] is the share of rows on which a feature may be active; ``ridge`` is λ of both regressions. It stops after
+    ``max_iter`` iterations, or ``patience`` of them without lowering the best loss by ``tol``, or where no feature
+    changed its rows, and the loss stood still to a millionth, for ten iterations: from such a fixed point nothing
+    follows. ``init`` is G₀ [n, K]; by default standard normal from ``seed``, drawn on the CPU. Arguments outside these
+    ranges, and X that is not finite, are a ``ValueError``.
     """
     _check(X, rank, sparsity, ridge, max_iter, patience)
     kept = math.ceil(sparsity * X.shape[0])

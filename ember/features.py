@@ -1,6 +1,6 @@
 """Scoring a factorization's features, selecting the concept's, and keeping both in portable files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -52,12 +52,7 @@ class ConceptFeatures:
 
         ``rule="keyness"`` takes those whose score is at least ``threshold`` (default 0.6 bits); ``rule="paper"`` those
         with ratio_abs ≥ 2, the candidates of the paper, which an LLM judge then thins out. A list of ``features``
-        overrides both.
-
-        Raises
-        ------
-        EmberError
-            If nothing is selected; the message names the best features.
+        overrides both. If nothing is selected, a ``NothingFoundError`` names the best features.
         """
         if features is not None:
             if not features or len(set(features)) < len(features) or set(features) - set(self.scores.feature):
@@ -66,9 +61,8 @@ class ConceptFeatures:
             return list(features)
         if rule not in RULES:
             raise EmberError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
-        column = "score" if rule == "keyness" else "ratio_abs"
-        bound: float = KEYNESS_THRESHOLD if rule == "keyness" else PAPER_RATIO
-        bound = bound if threshold is None else threshold
+        column, default = {"keyness": ("score", KEYNESS_THRESHOLD), "paper": ("ratio_abs", PAPER_RATIO)}[rule]
+        bound = default if threshold is None else threshold
         ranked = self.scores.sort_values(column, ascending=False)
         chosen = ranked[ranked[column] >= bound].feature.tolist()
         if not chosen:
@@ -214,11 +208,9 @@ def score_features(table: pd.DataFrame, G: torch.Tensor, *, top: int = 10) -> pd
             "ordinary_share": A[ordinary].sum(0) / np.maximum(A[concept].sum(0), np.finfo(float).tiny),
             "ratio_abs": ratio,
             "rows": (A[concept] > 0).sum(0),
-            "top_tokens": [_distinct(labels[i] for i in order[:, k] if A[i, k] > 0) for k in range(A.shape[1])],
+            "top_tokens": [
+                " ".join(dict.fromkeys(labels[i] for i in order[:, k] if A[i, k] > 0)) for k in range(A.shape[1])
+            ],
         }
     )
     return scores.sort_values("score", ascending=False, ignore_index=True)
-
-
-def _distinct(labels: Iterable[str]) -> str:
-    return " ".join(dict.fromkeys(labels))

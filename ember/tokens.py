@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -43,10 +42,7 @@ def token_table(
     ordinary
         Whether the token is frequent in general English (zipf ≥ 4) and not key.
 
-    Raises
-    ------
-    ValueError
-        If either list of sentences is empty or holds an empty sentence.
+    A list of sentences that is empty or holds an empty one is a ``ValueError``.
     """
     counts = {}
     for name, sentences in (("concept", concept), ("neutral", neutral)):
@@ -76,14 +72,6 @@ def _add_keyness(table: pd.DataFrame, background: dict[int, float], words: int) 
     return table
 
 
-@cache
-def _word_list() -> tuple[list[str], list[float]]:
-    from wordfreq import get_frequency_dict
-
-    frequencies = get_frequency_dict("en", wordlist="small")
-    return list(frequencies), list(frequencies.values())
-
-
 _BACKGROUNDS: dict[str, dict[int, float]] = {}
 
 
@@ -94,13 +82,15 @@ def background_frequency(loaded: LoadedModel) -> dict[int, float]:
     space, and capitalized at the start of a text; each form gets the word's whole frequency, since the list does not
     tell them apart. So a token's value is an upper bound, and keyness is never overstated.
     """
+    from wordfreq import get_frequency_dict
+
     key = loaded.tokenizer.name_or_path
     if key not in _BACKGROUNDS:
-        words, frequencies = _word_list()
+        words = get_frequency_dict("en", wordlist="small")
         totals: defaultdict[int, float] = defaultdict(float)
         for form in (lambda w: " " + w, lambda w: " " + w.capitalize(), str.capitalize):
             encoded = loaded.tokenizer([form(word) for word in words], add_special_tokens=False)["input_ids"]
-            for ids, frequency in zip(encoded, frequencies, strict=True):
+            for ids, frequency in zip(encoded, words.values(), strict=True):
                 for i in ids:
                     totals[i] += frequency
         _BACKGROUNDS[key] = dict(totals)
