@@ -9,7 +9,7 @@ import pytest
 from ember.data.arms import UNEDITED, Arm
 from ember.evaluation.metrics import Comparison, compare
 from ember.reporting.format import error_bars, interval_text, interval_texts, markdown
-from ember.reporting.report import figure_name, first_seeds, verdicts
+from ember.reporting.report import figure_name, first_seeds
 from ember.reporting.tables import (
     ALL,
     ARM_COLUMNS,
@@ -23,7 +23,7 @@ from ember.reporting.tables import (
     grid_table,
     headline,
     main_table,
-    verdict_table,
+    verdicts,
 )
 
 DRAWS = 400

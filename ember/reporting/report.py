@@ -20,7 +20,8 @@ from ember.reporting.teaching_plots import arrival_points
 from ember.store.paths import slug
 
 Tables = dict[str, pd.DataFrame]
-Figures = Iterator[tuple[str, Figure | SubFigure]]
+Figures = Iterator[tuple[str, Figure | SubFigure | None]]
+Drawing = Callable[[pd.DataFrame], Axes | Figure]
 ASKED = ["accuracy", "gold_prob", "letter_correct", "letter_valid", "open_correct"]
 
 
@@ -37,22 +38,20 @@ def figure_name(kind: str, frame: pd.DataFrame) -> str:
     return "__".join([kind, slug(row.concept), *arm, f"seed{row.seed}"])
 
 
-def _by_concept(kind: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame], Axes | Figure]) -> Figures:
+def _by_concept(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
     for concept, part in frame.groupby("concept", sort=False):
-        yield f"{kind}__{slug(str(concept))}", _whole(draw(part))
+        for kind, draw in drawings.items():
+            yield f"{kind}__{slug(str(concept))}", draw(part).figure
 
 
-def _by_run(kind: str, frame: pd.DataFrame, draw: Callable[[pd.DataFrame], Axes]) -> Figures:
+def _by_run(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
     for _, part in frame.groupby("run"):
-        yield figure_name(kind, part), _whole(draw(part))
-
-
-def _whole(drawn: Axes | Figure) -> Figure | SubFigure:
-    return drawn.figure if isinstance(drawn, Axes) else drawn
+        for kind, draw in drawings.items():
+            yield figure_name(kind, part), draw(part).figure
 
 
 def erasure_tables(
-    records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, *, controls: Collection[str] = ()
+    records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, *, controls: Collection[str]
 ) -> Tables:
     """What each method erases, from the frames of notebook 03; with ``controls``, each beside EMBER."""
     test, train = (records[records.split == split] for split in ("test", "train"))
@@ -71,9 +70,8 @@ def erasure_tables(
 
 def arm_figures(main: pd.DataFrame, effects: pd.DataFrame) -> Figures:
     """The arms of each concept, and what EMBER adds."""
-    yield from _by_concept("methods", main, plots.arm_scores)
-    yield from _by_concept("trade_off", main, plots.arm_trade_off)
-    yield from _by_concept("ember_effect", effects, plots.ember_effect)
+    yield from _by_concept(main, methods=plots.arm_scores, trade_off=plots.arm_trade_off)
+    yield from _by_concept(effects, ember_effect=plots.ember_effect)
 
 
 def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
@@ -84,22 +82,19 @@ def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
 def feature_figures(loss: pd.DataFrame, scores: pd.DataFrame, preview: pd.DataFrame) -> Figures:
     """Each run's fit, features and rows, from the frames of notebooks 01 and 02."""
 
-    def selected(run: pd.DataFrame) -> list[int]:
-        return run.feature[run.selected].tolist()
-
-    def keyness(run: pd.DataFrame) -> Axes:
-        return feature_plots.feature_scores(run, threshold=run.threshold.iloc[0], selected=selected(run))
-
-    def ratios(run: pd.DataFrame) -> Axes:
-        return feature_plots.role_composition(run, selected=selected(run))
-
     def unexplained(run: pd.DataFrame) -> Axes:
         return feature_plots.loss_curve(run.loss.tolist(), total=run.total.iloc[0])
 
-    yield from _by_run("factorization_loss", loss, unexplained)
-    yield from _by_run("selected_features", scores, keyness)
-    yield from _by_run("keyness_and_ratio", scores, ratios)
-    yield from _by_run("token_preview", preview, feature_plots.token_preview)
+    def keyness(run: pd.DataFrame) -> Axes:
+        chosen = run.feature[run.selected].tolist()
+        return feature_plots.feature_scores(run, threshold=run.threshold.iloc[0], selected=chosen)
+
+    def ratios(run: pd.DataFrame) -> Axes:
+        return feature_plots.role_composition(run, selected=run.feature[run.selected].tolist())
+
+    yield from _by_run(loss, factorization_loss=unexplained)
+    yield from _by_run(scores, selected_features=keyness, keyness_and_ratio=ratios)
+    yield from _by_run(preview, token_preview=feature_plots.token_preview)
 
 
 def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, samples: pd.DataFrame) -> Figures:
@@ -109,9 +104,9 @@ def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFr
         chosen = cells[cells.chosen & (cells.concept == concept) & (cells.seed == seed)]
         yield f"grids__{slug(concept)}__seed{seed}", plots.grid_panels(grids, chosen)
     alone = items[(items.method == "ember") & ~items.ember & (items.metric == "gold_logprob")]
-    yield from _by_run("item_changes", alone.assign(change=alone.edited - alone.base), feature_plots.item_changes)
+    yield from _by_run(alone.assign(change=alone.edited - alone.base), item_changes=feature_plots.item_changes)
     written = samples[samples.method == "ember"]
-    yield from _by_run("generations", written, lambda run: plots.text_panel(run[["prompt", "base", "edited"]]))
+    yield from _by_run(written, generations=lambda run: plots.text_panel(run[["prompt", "base", "edited"]]))
     titles = {**plots.LABELS, "instruction": "reference responses"}
     texts = records.set.isin(["neutral", "instruction", "other_sense", "paragraph"]) & (records.metric == "delta_loss")
     damage = records[texts & (records.split == "test") & (records.method == "ember")]
@@ -120,11 +115,11 @@ def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFr
         title, unit = "Rise in loss on the test texts (EMBER alone)", "nats per token (95 % interval)"
         return plots.interval_bars(run.sort_values("value"), title=title, xlabel=unit, base=0.0)
 
-    yield from _by_run("text_damage", damage.assign(label=damage.set.map(titles)), rises)
+    yield from _by_run(damage.assign(label=damage.set.map(titles)), text_damage=rises)
 
 
 def relearning_tables(
-    items: pd.DataFrame, moved: pd.DataFrame, curve: pd.DataFrame, *, controls: Collection[str] = ()
+    items: pd.DataFrame, moved: pd.DataFrame, curve: pd.DataFrame, *, controls: Collection[str]
 ) -> Tables:
     """What comes back, from the frames of notebook 04; with ``controls``, what is left of each beside EMBER."""
     table, moved = relearned.relearning_table(items), moved.drop(columns="run")
@@ -145,13 +140,14 @@ def relearning_figures(table: pd.DataFrame, precisions: pd.DataFrame) -> Figures
         widest = relearned.recipe(part[part.attack == "all"], most="method")
         return relearn_plots.regained_panels(widest[(widest.metric == "gold_prob") & (widest.questions == "all")])
 
+    def heatmap(part: pd.DataFrame) -> Axes:
+        return relearn_plots.share_heatmap(relearned.recipe(part, most="attack"))
+
     last = relearned.final_points(table)
     several = last[last.groupby("concept").attack.transform(lambda attacks: set(attacks) != {"all"})]
-    yield from _by_concept("relearning", table, panels)
-    yield from _by_concept(
-        "attacks", several, lambda part: relearn_plots.share_heatmap(relearned.recipe(part, most="attack"))
-    )
-    yield from _by_concept("precision", precisions, relearn_plots.precision_panel)
+    yield from _by_concept(table, relearning=panels)
+    yield from _by_concept(several, attacks=heatmap)
+    yield from _by_concept(precisions, precision=relearn_plots.precision_panel)
 
 
 def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.Series) -> Tables:
@@ -167,11 +163,11 @@ def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.
 
 def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
     """KL before and after an edited token by arm, and by the number of them for EMBER alone."""
-    yield from _by_concept("localization", table, localization_plots.arm_exposure)
+    yield from _by_concept(table, localization=localization_plots.arm_exposure)
     alone = tokens[(tokens.method == "ember") & ~tokens.ember]
     alone = alone.assign(text=alone.seed.astype(str) + " " + alone.text.astype(str))
     yield from _by_concept(
-        "exposure", alone, lambda part: localization_plots.exposure_bars(localization.by_exposure(part))
+        alone, exposure=lambda part: localization_plots.exposure_bars(localization.by_exposure(part))
     )
 
 
@@ -200,41 +196,30 @@ def trade_tables(runs: Runs, rows: pd.DataFrame) -> Tables:
 
 def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
     """The areas of every concept, and the curves of one seed each."""
-    yield from _by_concept("trade_areas", areas, control_plots.area_differences)
+    yield from _by_concept(areas, trade_areas=control_plots.area_differences)
     for (concept, seed), run in runs.items():
         if seed == seeds[concept]:
             yield f"trade__{slug(concept)}", control_plots.trade_curves(trade.point_table(run))
 
 
-def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """``verdict_table`` over all concepts, of those tables of this module that there are."""
-    concept = tables["main"].concept.iloc[-1]  # all concepts, where there are several
-    needed = (tables.get(name) for name in ("controls", "strengths", "trade", "controls_relearned", "spared_tokens"))
-    parts = [pd.DataFrame() if table is None else table[table.concept == concept] for table in needed]
-    return erased.verdict_table(*parts, concept=concept)
-
-
 def stability_tables(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Tables:
     """Whether the same feature comes back, from the frames of notebook 08."""
-    varied = [
-        stability.variation_table(part).assign(concept=name)
-        for name, part in erased.each_concept(_varied_pairs(fits, pairs))
-    ]
+    parts = erased.each_concept(_varied_pairs(fits, pairs))
     return {
         "stability_fits": fits.drop(columns="run"), "stability_outcomes": outcomes.drop(columns="run"),
-        "stability": pd.concat(varied),
+        "stability": pd.concat(stability.variation_table(part).assign(concept=name) for name, part in parts),
     }  # fmt: skip
-
-
-def _varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    parts = pairs.drop(columns="run").groupby("concept", sort=False)
-    return pd.concat([stability.varied_pairs(fits[fits.concept == concept], part) for concept, part in parts])
 
 
 def stability_figures(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Figures:
     """What came of each concept's feature, and of its edits."""
-    yield from _by_concept("stability", _varied_pairs(fits, pairs), stability_plots.variation_points)
-    yield from _by_concept("stability_outcomes", outcomes, stability_plots.outcome_points)
+    yield from _by_concept(_varied_pairs(fits, pairs), stability=stability_plots.variation_points)
+    yield from _by_concept(outcomes, stability_outcomes=stability_plots.outcome_points)
+
+
+def _varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    parts = pairs.drop(columns="run").groupby("concept", sort=False)
+    return pd.concat(stability.varied_pairs(fits[fits.concept == concept], part) for concept, part in parts)
 
 
 def teaching_tables(cells: pd.DataFrame, **frames: pd.DataFrame) -> Tables:

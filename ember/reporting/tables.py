@@ -1,14 +1,14 @@
 """Records of erasing → its tables."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 
 from ember.data.arms import Arm
 from ember.evaluation.metrics import Comparison, compare
 from ember.evaluation.resampling import pooled
-from ember.reporting.format import MISSING, interval_text, interval_texts
+from ember.reporting.format import MISSING, interval_texts
 
 ARM_COLUMNS = ["concept", "method", "ember"]
 RUN_COLUMNS = [*ARM_COLUMNS, "seed"]
@@ -46,7 +46,19 @@ PLAIN = {
 
 ALL = "all concepts"
 Comparisons = Mapping[tuple[str, str, bool, int], Comparison]  # by concept, method, ember and seed
-_Runs = dict[tuple[str, int], Comparison]  # of one arm, by concept and seed
+_Runs = dict[tuple[str, int], dict[str, np.ndarray]]  # of one arm, by concept and seed: each score, then its draws
+# By table: the question it answers, with which rows, in which measure, and whether more (1) or less (-1) than EMBER's
+# is better.
+_QUESTIONS = {
+    "controls": ("scores before relearning", "metric in @SHOWN", "{shown}", 1),
+    "controls_relearned": (
+        "left after relearning", "metric == 'gold_prob' and attack == 'all'",
+        "probability of the right answer ({precision}, lr {lr:g})", -1,
+    ),
+    "strengths": ("taken at delta=1", "edit != 'EMBER' and delta == 1", "probability of the right answer", 1),
+    "trade": ("area under the trade", "edit != 'EMBER'", "probability taken, against {cost} cost", 1),
+    "spared_tokens": ("cost at equal erasure", "edit != 'EMBER'", "{cost} cost", -1),
+}  # fmt: skip
 
 
 def each_concept(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -57,8 +69,7 @@ def each_concept(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def ember_first(items: pd.DataFrame) -> pd.DataFrame:
     """Rows in the order of the tables: the unedited model, EMBER, methods alone and after EMBER, controls."""
-    paired = set(items.method[items.ember])
-    place = {"none": 0, "ember": 1} | dict.fromkeys(paired, 2)
+    place = {"none": 0, "ember": 1} | dict.fromkeys(items.method[items.ember], 2)
     order = items.assign(place=[place.get(method, 3) for method in items.method])
     return order.sort_values(["concept", "place", "method", "ember", "seed"]).drop(columns="place")
 
@@ -85,18 +96,9 @@ def main_table(compared: Comparisons, cells: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for arm, runs in _arms(compared).items():
         mine = cells[cells.chosen & (cells[ARM_COLUMNS] == list(arm)).all(axis=1)]
-        chosen = "; ".join(dict.fromkeys(mine.sort_values("seed").cell))
-        for metric in measured(runs.values()):
-            parts = [(run.value(metric), run.draws[metric]) for run in runs.values()]
-            interval = pooled(parts, groups=[concept for concept, _ in runs])
-            rows.append((*arm, len(runs), chosen, metric, *interval))
+        chosen = "; ".join(mine.sort_values("seed").cell.unique())
+        rows += [(*arm, len(runs), chosen, *score) for score in _pooled(runs)]
     return pd.DataFrame(rows, columns=[*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
-
-
-def measured(compared: Iterable[Comparison]) -> list[str]:
-    """The scores that all of the comparisons have: ``SCORES``, and what of ``FURTHER`` was measured in each."""
-    runs = list(compared)
-    return SCORES + [metric for metric in FURTHER if all(metric in run.draws for run in runs)]
 
 
 def effect_table(compared: Comparisons) -> pd.DataFrame:
@@ -116,27 +118,33 @@ def control_table(compared: Comparisons, controls: Collection[str]) -> pd.DataFr
     return _differences({key: (runs, arms.get((key[0], "ember", False), {})) for key, runs in beside.items()})
 
 
-def _differences(pairs: Mapping[tuple[str, str], tuple[_Runs, _Runs]]) -> pd.DataFrame:
-    """Of each (concept, method): every score of the first arm less that of the second, over their common runs."""
-    rows = []
-    for (concept, method), (first, second) in pairs.items():
-        both = {run: (first[run], second[run]) for run in second if run in first}
-        if not both:
-            continue
-        for metric in measured(one for pair in both.values() for one in pair):
-            parts = [(a.value(metric) - b.value(metric), a.draws[metric] - b.draws[metric]) for a, b in both.values()]
-            interval = pooled(parts, groups=[name for name, _ in both])
-            rows.append((concept, method, len(both), metric, *interval))
-    return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
-
-
 def _arms(compared: Comparisons) -> dict[tuple[str, str, bool], _Runs]:
     """The runs of each arm of each concept and, if there are several concepts, of each arm on all of them."""
     arms: dict[tuple[str, str, bool], _Runs] = {}
     for own in (True, False) if len({concept for concept, *_ in compared}) > 1 else (True,):
-        for (concept, method, ember, seed), comparison in compared.items():
-            arms.setdefault((concept if own else ALL, method, ember), {})[concept, seed] = comparison
+        for (concept, method, ember, seed), run in compared.items():
+            scores = {
+                name: np.append(run.value(name), run.draws[name]) for name in SCORES + FURTHER if name in run.draws
+            }
+            arms.setdefault((concept if own else ALL, method, ember), {})[concept, seed] = scores
     return arms
+
+
+def _differences(pairs: Mapping[tuple[str, str], tuple[_Runs, _Runs]]) -> pd.DataFrame:
+    """Of each (concept, method): every score of the first arm less that of the second, over their common runs."""
+    rows = []
+    for key, (first, second) in pairs.items():
+        both = {run: (first[run], scores) for run, scores in second.items() if run in first}
+        less = {run: {name: a[name] - b[name] for name in a if name in b} for run, (a, b) in both.items()}
+        rows += [(*key, len(less), *score) for score in _pooled(less)]
+    return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
+
+
+def _pooled(runs: _Runs) -> list[tuple[str, float, float, float]]:
+    """The scores that all of the runs have, each with its mean and interval."""
+    shared = [name for name in SCORES + FURTHER if runs and all(name in scores for scores in runs.values())]
+    concepts = [concept for concept, _ in runs]
+    return [(name, *pooled([(s[name][0], s[name][1:]) for s in runs.values()], groups=concepts)) for name in shared]
 
 
 def change_table(edited: pd.DataFrame) -> pd.DataFrame:
@@ -163,73 +171,48 @@ def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
     shown = SHOWN | {metric: title for metric, title in SHOWN_FURTHER.items() if (main.metric == metric).any()}
     for (concept, method, ember), arm in main.groupby(ARM_COLUMNS, sort=False):
         texts = dict(zip(arm.metric, interval_texts(arm, form=".2f"), strict=True))
-        about = {"concept": concept, "method": Arm(method, ember).name}
-        about |= {"chosen on train": arm.cell.iloc[0], "runs": arm.runs.iloc[0]}
-        rows.append(about | {title: texts.get(metric, MISSING) for metric, title in shown.items()})
-    return pd.DataFrame(rows)
+        about = (concept, Arm(method, ember).name, arm.cell.iloc[0], arm.runs.iloc[0])
+        rows.append((*about, *(texts.get(metric, MISSING) for metric in shown)))
+    return pd.DataFrame(rows, columns=["concept", "method", "chosen on train", "runs", *shown.values()])
 
 
-def verdict_table(
-    scores: pd.DataFrame,
-    strengths: pd.DataFrame,
-    areas: pd.DataFrame,
-    left: pd.DataFrame,
-    spared: pd.DataFrame,
-    *,
-    concept: str,
-) -> pd.DataFrame:
+def verdicts(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Does EMBER beat its controls, and what does the frequency rule save: one row an answer.
 
-    The frames are ``control_table``'s, ``trade_curves.strength_table``'s, ``trade_curves.area_table``'s,
-    ``relearn_tables.left_beside_ember``'s and ``trade_curves.equal_gain_table``'s; any may be empty.
-
-    Columns: question, beside (the control), measure, runs, difference from EMBER and its 95 % interval over items,
-    seeds and concepts, better (EMBER, the control, or "not shown").
+    ``tables`` are the report's by name, those of ``_QUESTIONS`` that there are and main; the answers are over all of
+    its concepts. Columns: concept, question, beside (the control), measure, runs, difference from EMBER and its 95 %
+    interval over items, seeds and concepts, better (EMBER, the control, or "not shown").
     """
+    concept = tables["main"].concept.iloc[-1]  # all concepts, where there are several
     answers = []
-
-    def answer(question: str, beside: str, measure: str, row: Any, sign: int, *names: str) -> None:
-        value, low, high = (getattr(row, name) for name in names or ("value", "ci_low", "ci_high"))
-        better = {True: beside, False: "EMBER"}[sign * value > 0] if low * high > 0 else "not shown"
-        answers.append((concept, question, beside, measure, row.runs, value, low, high, better))
-
-    for row in scores.itertuples():
-        if row.metric in SHOWN:
-            answer("scores before relearning", Arm(row.method).name, SHOWN[row.metric], row, 1)
-    for row in left.itertuples():
-        if row.metric == "gold_prob" and row.attack == "all":
-            measure = f"probability of the right answer ({row.precision}, lr {float(row.lr):g})"
-            answer("left after relearning", Arm(row.method).name, measure, row, -1)
-    difference = ("difference", "difference_low", "difference_high")
-    same = strengths[strengths.delta == 1] if len(strengths) else strengths
-    for question, table, sign, measure in (
-        ("taken at delta=1", same, 1, "probability of the right answer"),
-        ("area under the trade", areas, 1, "probability taken, against {cost} cost"),
-        ("cost at equal erasure", spared, -1, "{cost} cost"),
-    ):
-        for row in table.itertuples():
-            if row.edit != "EMBER":
-                answer(question, row.edit, measure.format(**row._asdict()), row, sign, *difference)
+    for name, (question, asked, measure, sign) in _QUESTIONS.items():
+        if name not in tables:
+            continue
+        rows = tables[name][tables[name].concept == concept].query(asked)
+        if "edit" not in rows:
+            ends = {"difference": rows.value, "difference_low": rows.ci_low, "difference_high": rows.ci_high}
+            rows = rows.assign(edit=[Arm(m).name for m in rows.method], shown=rows.metric.map(SHOWN), **ends)
+        for row in rows.itertuples():
+            better = row.edit if sign * row.difference > 0 else "EMBER"
+            sure = row.difference_low * row.difference_high > 0
+            values = (row.runs, row.difference, row.difference_low, row.difference_high)
+            about = (concept, question, row.edit, measure.format(**row._asdict()))
+            answers.append((*about, *values, better if sure else "not shown"))
     columns = ["concept", "question", "beside", "measure", "runs", "difference", "ci_low", "ci_high", "better"]
     return pd.DataFrame(answers, columns=columns)
 
 
 def headline(base: pd.DataFrame, edited: pd.DataFrame) -> pd.DataFrame:
-    """A few lines for a busy reader on EMBER alone: base model, edited model, change with its 95 % interval.
-
-    One line for each concept and measure, the first seed only.
-    """
+    """EMBER alone, for a busy reader: base model, edited model and change with its 95 % interval, of the first seed."""
     lines = []
     alone = edited[(edited.method == "ember") & ~edited.ember]
     for concept, arm in alone.groupby("concept", sort=False):
         after = arm[arm.seed == arm.seed.min()].set_index(["set", "metric"])
         before = base[base.concept == concept].set_index(["set", "metric"]).value
         for (name, metric), label in PLAIN.items():
-            if name not in after.index:
-                continue  # released concepts have no texts in another sense
-            change = after.loc[(name, f"delta_{metric}")]
-            values = (f"{before[name, metric]:.3f}", f"{after.value[name, metric]:.3f}")
-            text = interval_text(change.value, change.ci_low, change.ci_high, "+.3f")
-            lines.append((concept, after.cell.iloc[0], label, *values, text))
+            if name in after.index:  # released concepts have no texts in another sense
+                (text,) = interval_texts(after.loc[[(name, f"delta_{metric}")]], form="+.3f")
+                values = (f"{before[name, metric]:.3f}", f"{after.value[name, metric]:.3f}")
+                lines.append((concept, after.cell.iloc[0], label, *values, text))
     columns = ["concept", "cell", "measure (test split)", "base model", "edited", "change [95 % interval]"]
     return pd.DataFrame(lines, columns=columns)
