@@ -7,6 +7,7 @@ import torch
 from helpers.edits import snapshot, state_with
 from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded, noise
 
+from ember.editing import Edit
 from ember.methods import rmu, snmf
 from ember.methods.rmu import RmuConfig
 from ember.methods.selection import keyness_bits
@@ -98,7 +99,7 @@ PLANTED = {"band": "late", "rank": 3, "sparsity": 3 / 64, "features": 1, "min_ke
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
-def test_a_planted_feature_is_found_and_projected_out(tiny, planted, side):
+def test_a_planted_feature_is_found_and_projected_out(tiny, planted, tmp_path, side):
     deltas = {f"delta_{name}": float(name == side) for name in ("out", "in")}
     edit = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, **deltas))
     (about,) = edit.provenance.config["selected"]
@@ -114,7 +115,8 @@ def test_a_planted_feature_is_found_and_projected_out(tiny, planted, side):
     direction = torch.nn.functional.normalize(old.T @ F, dim=0)
     assert (old[changed] @ direction).abs().min() > 1e-2
     assert (new[changed] @ direction).abs().max() < 1e-5
-    assert snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, delta_out=0.0)).changed().empty  # no strength
+    nothing = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, delta_out=0.0))
+    assert Edit.load(nothing.save(tmp_path / "edit")).changed().empty
 
 
 def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache):
