@@ -32,17 +32,11 @@ def set_background(monkeypatch, loaded: LoadedModel, **frequencies: float) -> No
 @pytest.mark.parametrize(
     ("token", "role", "concept_count", "neutral_count"),
     [
-        (" Roman", "concept", 3, 0),
-        (" Rome", "concept", 3, 0),
-        (" Romans", "concept", 2, 0),
-        ("Rome", "concept", 1, 0),
-        (" the", "shared", 5, 7),
-        (" ships", "shared", 1, 1),
-        (".", "shared", 4, 4),
-        (" train", "neutral", 0, 1),
-        (" was", "neutral", 0, 2),
+        (" Roman", "concept", 3, 0), (" Rome", "concept", 3, 0), (" Romans", "concept", 2, 0),
+        ("Rome", "concept", 1, 0), (" the", "shared", 5, 7), (" ships", "shared", 1, 1), (".", "shared", 4, 4),
+        (" train", "neutral", 0, 1), (" was", "neutral", 0, 2),
     ],
-)
+)  # fmt: skip
 def test_roles_and_counts_by_hand(loaded, tiny_concept, token, role, concept_count, neutral_count):
     row = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral).loc[token]
     assert (row.role, row.concept_count, row.neutral_count) == (role, concept_count, neutral_count)
@@ -64,6 +58,7 @@ def test_every_token_is_there_once_and_counted(loaded, tiny_concept):
         assert table[column].tolist() == [ids.count(i) for i in table.token_id]
         assert set(ids) <= set(table.token_id)
     assert table.token_id.is_unique
+    assert table.key.any() and table.ordinary.any() and not (table.key & table.ordinary).any()
     assert table.token.tolist() == [loaded.tokenizer.decode([i]) for i in table.token_id]
 
 
@@ -111,6 +106,7 @@ def test_keyness_by_hand(keyness, token, count, expected, key, ordinary):
     g2 = 2 * (count * math.log(count / expected) - (count - expected))
     assert (bool(row.key), bool(row.ordinary)) == (key, ordinary) and (g2 > KEY_G2) == (token in (" train", " Rome"))
     assert keyness.zipf[" Rome"] == pytest.approx(3)
+    assert keyness.zipf[" long"] == pytest.approx(0), "an unlisted word has the floor frequency"
 
 
 @pytest.mark.parametrize(("count", "key"), [(1, False), (2, True)])
@@ -122,21 +118,12 @@ def test_key_begins_at_the_threshold(loaded, monkeypatch, count, key):
     assert row.key == key
 
 
-def test_an_unlisted_word_has_the_floor_frequency(keyness):
-    assert keyness.zipf[" long"] == pytest.approx(0)
-
-
 @pytest.mark.parametrize("mark", [".", ",", "1", "!", "&"])
 def test_tokens_without_letters_are_never_key(loaded, mark):
     row = table_of(loaded, [mark] * 50, ["The train."]).loc[mark]
     assert row.concept_count == 50
     assert row.keyness == 0 and math.isnan(row.zipf) and math.isnan(row.expected)
     assert not row.key and not row.ordinary
-
-
-def test_key_and_ordinary_exclude_each_other(loaded, tiny_concept):
-    table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral)
-    assert table.key.any() and table.ordinary.any() and not (table.key & table.ordinary).any()
 
 
 # Background
@@ -154,16 +141,12 @@ def test_background_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
     monkeypatch.setattr("wordfreq.get_frequency_dict", lambda *_, **__: listed)
     monkeypatch.setattr(tokens, "_BACKGROUNDS", {})
     background = background_frequency(loaded)
-    assert background[loaded.encode(" Roman")[0]] == pytest.approx(0.01)
-    assert background[loaded.encode(" Romans")[0]] == pytest.approx(0.02)
-    assert background[loaded.encode(" train")[0]] == pytest.approx(0.04)
+    for word, frequency in ((" Roman", 0.01), (" Romans", 0.02), (" train", 0.04)):
+        assert background[loaded.encode(word)[0]] == pytest.approx(frequency)
     piece = loaded.encode("Romans")[-1]
-    expected = sum(
-        frequency
-        * sum(loaded.encode(form).count(piece) for form in (f" {word}", f" {word.capitalize()}", word.title()))
-        for word, frequency in listed.items()
-    )
-    assert background[piece] == pytest.approx(expected)
+    forms = {word: (f" {word}", f" {word.capitalize()}", word.title()) for word in listed}
+    counts = {word: sum(loaded.encode(form).count(piece) for form in forms[word]) for word in listed}
+    assert background[piece] == pytest.approx(sum(listed[word] * counts[word] for word in listed))
 
 
 # Preview
