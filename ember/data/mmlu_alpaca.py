@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, create_model
 
 from ember.data.reading import Some, read_json
-from ember.data.released import fetch_released, index_file
+from ember.data.released import INDICES, fetch_released
 from ember.data.types import SPLITS, Instruction, Question, SharedData
 from ember.errors import DamagedFileError, DataError, DownloadError
 from ember.store.files import read_sealed, sealed_dir, sha256_of
@@ -35,7 +35,7 @@ _ALPACA: Any = create_model("Alpaca", __base__=Loose, instruction=Text, output=T
 def load_shared_sets(folder: str | Path | None = None) -> SharedData:
     """The rows that the released numbers choose, in their order; no neutral sentences.
 
-    ``folder`` holds the files of ``index_file`` and the last parts of the names in ``SETS``; by default those that
+    ``folder`` holds the files of ``INDICES`` and the last parts of the names in ``SETS``; by default those that
     ``fetch_released`` and ``fetch_shared_sets`` cache, with their errors. Ids are the rows' places: ``mmlu[8153]``,
     ``alpaca[748]``. Nothing is left out or repaired, so that the rows are the paper's: an option may occur twice in a
     question. Revisions are commits, or the hashes of the folder's files. A ``DataError`` names file, entry and field.
@@ -49,22 +49,16 @@ def load_shared_sets(folder: str | Path | None = None) -> SharedData:
             if not path.exists():
                 raise DataError(f"{path}: the file is missing")
         revisions = {name: f"sha256 {sha256_of(path)}" for name, path in places.items()}
-    questions = tuple(
-        Question(
-            id_,
-            "general",
-            split,
-            row.question,
-            row.choices[row.answer],
-            (*row.choices[: row.answer], *row.choices[row.answer + 1 :]),
-        )
-        for id_, split, row in _chosen(root, "mmlu", places["mmlu"], _MMLU)
-    )
+    questions = []
+    for id_, split, row in _chosen(root, "mmlu", places["mmlu"], _MMLU):
+        wrong = list(row.choices)
+        gold = wrong.pop(row.answer)
+        questions.append(Question(id_, "general", split, row.question, gold, tuple(wrong)))
     instructions = tuple(
         Instruction(id_, split, row.instruction, row.output)
         for id_, split, row in _chosen(root, "alpaca", places["alpaca"], _ALPACA)
     )
-    return SharedData(questions, {}, instructions, (), tuple(revisions.items()))
+    return SharedData(tuple(questions), {}, instructions, (), tuple(revisions.items()))
 
 
 def fetch_shared_sets(revisions: Mapping[str, str] | None = None) -> tuple[dict[str, Path], dict[str, str]]:
@@ -121,7 +115,7 @@ def _chosen(root: Path, name: str, path: Path, kind: Any) -> Iterator[tuple[str,
     rows = _table(path, kind) if path.suffix == ".parquet" else validated(Some, read_json(path), str(path))
     train: list[int] = []
     for split in SPLITS:
-        index = root / index_file(name, split)
+        index = root / INDICES[name, split]
         numbers = validated(_Numbers, read_json(index), str(index), word="entry")
         for number in (number for number, count in Counter(numbers).items() if count > 1):
             raise DataError(f"{index}: row {number} occurs twice")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import create_model
+
 from ember.data.mmlu_alpaca import load_shared_sets
 from ember.data.reading import QuestionRow, Split, read_json, read_lines, read_rows
 from ember.data.released import load_released
@@ -19,26 +21,12 @@ from ember.store.validated import Loose, Strict, Text, validated
 NEUTRAL_IN_FIT = 300  # as many as in the paper
 
 
-class _Neutral(Strict):
-    text: Text
-    subject: Text
-
-
-class _HeldOut(_Neutral):
-    split: Split
-
-
-class _Instruction(Strict):
-    split: Split
-    id: Text
-    instruction: Text
-    response: Text
-    kind: Text
-
-
-class _About(Loose):
-    name: Text
-    simdom: Text
+_NEUTRAL: Any = create_model("Neutral", __base__=Strict, text=Text, subject=Text)
+_HELD_OUT: Any = create_model("HeldOut", __base__=_NEUTRAL, split=Split)
+_ABOUT: Any = create_model("About", __base__=Loose, name=Text, simdom=Text)
+_INSTRUCTION: Any = create_model(
+    "Instruction", __base__=Strict, split=Split, id=Text, instruction=Text, response=Text, kind=Text
+)
 
 
 def list_concepts() -> list[str]:
@@ -52,9 +40,7 @@ def concept_from_sentences(name: str, sentences: Iterable[str]) -> Concept:
     Enough to make an edit; evaluating it needs questions and texts too (``load_concept`` with ``folder``).
     """
     neutral = _neutral_fit()
-    return Concept(
-        name, "", tuple(sentences), neutral[:NEUTRAL_IN_FIT], (), (), (), further_neutral=neutral[NEUTRAL_IN_FIT:]
-    )
+    return Concept(name, "", tuple(sentences), neutral[:NEUTRAL_IN_FIT], (), (), (), neutral[NEUTRAL_IN_FIT:])
 
 
 def load_concept(name: str = "", *, folder: str | Path | None = None, source: str = "ours") -> Concept:
@@ -66,10 +52,8 @@ def load_concept(name: str = "", *, folder: str | Path | None = None, source: st
     """
     if _is_released(source):
         return load_released(name, folder)
-    if folder is None:
-        root = by_name(name, _folders(), "concept", "Your own: load_concept(name, folder=...).")
-    else:
-        root = Path(folder)
+    hint = "Your own: load_concept(name, folder=...)."
+    root = by_name(name, _folders(), "concept", hint) if folder is None else Path(folder)
     about = _about(root)
     return replace(
         concept_from_sentences(about.name, read_lines(root / "sentences.txt")),
@@ -88,11 +72,11 @@ def load_shared(source: str = "ours", *, folder: str | Path | None = None) -> Sh
     beside those of the fit.
     """
     released, root = _is_released(source), data_dir() / "shared"
-    held_out = read_rows(root / "neutral_heldout.jsonl", _HeldOut)
+    held_out = read_rows(root / "neutral_heldout.jsonl", _HELD_OUT)
     neutral = {split: tuple(row.text for row in held_out if row.split == split) for split in SPLITS}
     if released:
         return replace(load_shared_sets(folder), neutral=neutral, neutral_fit=_neutral_fit())
-    rows = read_rows(root / "instructions.jsonl", _Instruction)
+    rows = read_rows(root / "instructions.jsonl", _INSTRUCTION)
     instructions = tuple(Instruction(row.id, row.split, row.instruction, row.response) for row in rows)
     return SharedData(_questions(root / "general.jsonl", Literal["general"]), neutral, instructions, _neutral_fit())
 
@@ -112,10 +96,10 @@ def _folders() -> dict[str, Path]:
     return {_about(path.parent).name: path.parent for path in data_dir().glob("*/concept.json")}
 
 
-def _about(root: Path) -> _About:
-    return validated(_About, read_json(root / "concept.json"), str(root / "concept.json"))
+def _about(root: Path) -> Any:
+    return validated(_ABOUT, read_json(root / "concept.json"), str(root / "concept.json"))
 
 
 def _neutral_fit() -> tuple[str, ...]:
     """Neutral sentences of the fit, then further ones: more of them in the fit drown the concept's features."""
-    return tuple(row.text for row in read_rows(data_dir() / "shared" / "neutral_fit.jsonl", _Neutral))
+    return tuple(row.text for row in read_rows(data_dir() / "shared" / "neutral_fit.jsonl", _NEUTRAL))

@@ -27,15 +27,9 @@ SENTENCES, NEUTRAL, CHOICE, OPEN, PARAGRAPHS = FILES = tuple(
     f"{name}.json"
     for name in ("concept_sentences", "neutral_sentences", "mc_questions", "open_questions", "relearn_paragraphs")
 )
-
-
-def index_file(name: str, split: str) -> str:
-    """Name of the file with the row numbers of a data set, ``mmlu`` or ``alpaca``."""
-    return f"{name}_{split}_indices.json"
-
-
-INDICES = tuple(index_file(name, split) for name in ("mmlu", "alpaca") for split in SPLITS)
-FETCHED = (*FILES, *INDICES)
+# Data set and split → the file with the numbers of its rows.
+INDICES = {(name, split): f"{name}_{split}_indices.json" for name in ("mmlu", "alpaca") for split in SPLITS}
+FETCHED = (*FILES, *INDICES.values())
 _SETS = {
     f"{key}_{split}": (set_, split) for key, set_ in (("QA", "concept"), ("SimdomQA", "simdom")) for split in SPLITS
 }

@@ -4,6 +4,7 @@ Replies are kept on disk, requests are counted against a budget, and failures th
 """
 
 import os
+import random
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from threading import Lock
 from typing import Any
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from ember.errors import EmberError
-from ember.judging.replies import Entry, Read, Verdict, content, json_or_none, used
+from ember.judging.replies import Entry, Read, Verdict, content, used
 from ember.judging.settings import JudgeConfig
 from ember.store.progress import bar
 from ember.store.validated import validated
@@ -35,13 +36,7 @@ _ADVICE = {
 
 
 class Judge:
-    """Asks prompts, some at a time, at temperature 0.
-
-    Raises
-    ------
-    EmberError
-        On construction, if the environment variable of the key is empty or cannot be a key.
-    """
+    """Asks prompts, some at a time, at temperature 0. An ``EmberError`` if the key is missing or cannot be one."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
@@ -76,15 +71,9 @@ class Judge:
         """One verdict a prompt, from the cache or the endpoint.
 
         ``read`` makes values of a reply, or raises ``ValueError`` with the reason; then the model is told and asked
-        again, at most ``rereads`` times. Only replies that could be read are kept.
-
-        Raises
-        ------
-        EmberError
-            If the next request could exceed the budget (replies so far are kept), the endpoint refuses a request, or
-            failures last.
-        DamagedFileError
-            If an entry of the cache is not what was written; the message names it.
+        again, at most ``rereads`` times. Only replies that could be read are kept. An ``EmberError`` if the next
+        request could exceed the budget (replies so far are kept), the endpoint refuses a request, or failures last; a
+        ``DamagedFileError`` names an entry of the cache that is not what was written.
         """
         different = list(dict.fromkeys(prompts))
         with self._client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
@@ -92,15 +81,13 @@ class Judge:
             asked = pool.map(partial(self._ask, client, read), different)
             shown = bar(asked, total=len(different), desc=f"judge {self.config.model}")
             verdicts = dict(zip(different, shown, strict=True))
+        self.hits += sum(verdict.cached for verdict in verdicts.values())
         return [verdicts[prompt] for prompt in prompts]
 
     def _ask(self, client: httpx.Client, read: Read, prompt: str) -> Verdict:
         entry = Entry(self._settings | {"prompt": prompt})
         if entry.path.exists():
-            verdict = entry.verdict(read)
-            with self._lock:
-                self.hits += 1
-            return verdict
+            return entry.verdict(read)
         question = {"role": "user", "content": prompt}
         messages, reply, reason = [question], "", ""
         for _ in range(1 + self.config.rereads):
@@ -114,10 +101,10 @@ class Judge:
                 again = f"That reply could not be read: {reason}. Reply again, with the JSON object alone."
                 said = [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
                 messages = [question, *said] if reply else [question]
-                continue
-            served_by = self._scrubbed(str(body.get("model", "")))
-            entry.write(reply, served_by)
-            return Verdict(values, reply, served_by=served_by)
+            else:
+                served_by = self._scrubbed(str(body.get("model", "")))
+                entry.write(reply, served_by)
+                return Verdict(values, reply, served_by=served_by)
         return Verdict({}, reply, reason=f"not readable in {1 + self.config.rereads} attempts: {reason}")
 
     def _client(self) -> httpx.Client:
@@ -132,9 +119,8 @@ class Judge:
     def _send(self, client: httpx.Client, messages: list[dict[str, str]]) -> Any:
         """The endpoint's answer to one conversation, after as many attempts as it takes."""
         config, count = self.config, 1 + self.config.retries
-        attempts = Retrying(
-            retry=retry_if_exception(_passes), stop=stop_after_attempt(count), wait=self._wait, reraise=True
-        )
+        stop = stop_after_attempt(count)
+        attempts = Retrying(retry=retry_if_exception(_passes), stop=stop, wait=self._wait, reraise=True)
         try:
             return attempts(self._attempt, client, messages)
         except httpx.HTTPError as error:
@@ -159,21 +145,22 @@ class Judge:
         if error and asked > config.max_wait:
             limit = f"max_wait is {config.max_wait:g} s"
             raise EmberError(f"{config.url} asks to wait {asked:.0f} s, and {limit}: {self._said(error)}")
+        wait = max(asked, wait_exponential(config.backoff, config.max_wait)(state))
         # Jitter, so that requests side by side do not all come back at once.
-        return max(asked, wait_exponential(config.backoff, config.max_wait)(state)) + wait_random(0, config.backoff)(
-            state
-        )
+        return wait + random.uniform(0, config.backoff)
 
     def _attempt(self, client: httpx.Client, messages: list[dict[str, str]]) -> Any:
-        config = self.config
+        """The body of a success; None, which holds no reply, if it is no JSON."""
+        config, body, spent = self.config, None, 0
         sent = {"model": config.model, "messages": messages, "temperature": TEMPERATURE}
         # Two characters a token is more tokens than nearly any text has.
         expected = sum(len(message["content"]) for message in messages) // 2 + config.reply_tokens
         self._reserve(expected)
-        spent = 0
         try:
             response = client.post(config.url, json={**sent, "max_tokens": config.reply_tokens, **config.options})
-            body = json_or_none(response.raise_for_status())
+            response.raise_for_status()
+            with suppress(ValueError):
+                body = response.json()
             spent = used(body, expected)
             return body
         except httpx.ReadTimeout:
@@ -217,15 +204,9 @@ def _retry_after(response: httpx.Response) -> float:
 def open_judge(settings: Mapping[str, Any]) -> Judge | None:
     """The judge of a profile; None if it names none (``{}``), or no key is in the environment.
 
-    In the latter case a warning says so once, and judged scores are missing. With ``required: true`` the judge is also
-    asked one short question, so that a wrong key or address shows before any work is done.
-
-    Raises
-    ------
-    DataError, UnknownNameError
-        If a setting is missing, unknown or has a wrong value.
-    EmberError
-        If the judge is required and there is no key, or it does not answer.
+    In the latter case a warning says so once, and judged scores are missing. With ``required: true`` that is an
+    ``EmberError``, and the judge is also asked one short question, so that a wrong key or address shows before any work
+    is done. A ``DataError`` or ``UnknownNameError`` names a setting that is missing, wrong or unknown.
     """
     if not settings:
         return None

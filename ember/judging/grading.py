@@ -21,9 +21,6 @@ from ember.judging.replies import Verdict
 from ember.models.loading import LoadedModel
 from ember.models.scoring import generate_greedy
 
-SHOWN_TOKENS = 20
-OPEN_SETS = ("concept", "simdom")
-OPEN_SUFFIX = "_open"  # set "concept_open": not every question of "concept" is asked openly
 OPEN_PROMPT = "{question}\nAnswer in a few words."
 VERDICT_COLUMNS = (
     "set", "item", "judge", "values", "reason", "prompt", "reply", "endpoint", "model", "settings",
@@ -58,17 +55,12 @@ def judged_scores(
     answer through the chat template. With ``judge``, in the set ``generation``: ``judge_instruction`` and
     ``judge_fluency`` (0-2) of the responses to the split's instructions: those of ``responses`` (the ``samples`` of an
     evaluation of the same model) or, without it, greedy ones. NaN where the judge's reply could not be read; the
-    verdict says why. The model is left as it was.
-
-    Raises
-    ------
-    EmberError, DamagedFileError
-        As in ``Judge.ask_all``.
+    verdict says why. The model is left as it was. Errors are those of ``Judge.ask_all``.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     size = suite.sizes[split]
-    questions = [q for name in OPEN_SETS for q in suite.questions[name][split][: size.open_answers]]
+    questions = [q for name in ("concept", "simdom") for q in suite.questions[name][split][: size.open_answers]]
     instructions = suite.instructions[split][: size.generations] if size.judge else ()
     if responses is not None and size.judge and set(responses.item) != {i.id for i in instructions}:
         raise ValueError("responses are not those to the instructions of this split and size")
@@ -95,12 +87,11 @@ def no_verdicts() -> pd.DataFrame:
 
 def judge_open_answers(judge: Judge, questions: Sequence[Question], answers: Sequence[str]) -> Judged:
     """``open_correct`` of one answer a question, graded against the reference and its other accepted forms."""
-    asked = {
-        (f"{q.set}{OPEN_SUFFIX}", q.id): {
-            "question": q.question, "reference": " / ".join((q.answer, *q.aliases)), "answer": answer.strip()
-        }
-        for q, answer in zip(questions, answers, strict=True)
-    }  # fmt: skip
+    asked = {}
+    for q, answer in zip(questions, answers, strict=True):
+        reference = " / ".join((q.answer, *q.aliases))
+        # In sets of their own: not every question of "concept" is asked openly.
+        asked[f"{q.set}_open", q.id] = {"question": q.question, "reference": reference, "answer": answer.strip()}
     return _judged(judge, "open", asked, {"open_correct": "correct"})
 
 
@@ -124,11 +115,10 @@ def judge_features(judge: Judge, concept: str, features: ConceptFeatures, candid
     """
     asked = {("feature", str(k)): {"tokens": "\n".join(map(repr, top_tokens(features, k)))} for k in candidates}
     described = _judged(judge, "describe", asked, {})
-    values = zip(asked, map(json.loads, described.verdicts["values"]), strict=True)
-    readable = {key: {**value, "concept": concept} for key, value in values if value}
+    values = map(json.loads, described.verdicts["values"])
+    descriptions = {key: value and {**value, "concept": concept} for key, value in zip(asked, values, strict=True)}
     metrics = {name: name for name in ("about", "confidence", "accepted")}
-    unasked = [key for key in asked if key not in readable]
-    return _joined([described, _judged(judge, "about", readable, metrics, unasked)])
+    return _joined([described, _judged(judge, "about", descriptions, metrics)])
 
 
 def accepted_features(judged: Judged) -> list[int]:
@@ -144,7 +134,7 @@ def feature_verdicts(judged: Judged) -> pd.DataFrame:
     return wide.astype({"feature": int})
 
 
-def top_tokens(features: ConceptFeatures, feature: int, count: int = SHOWN_TOKENS) -> list[str]:
+def top_tokens(features: ConceptFeatures, feature: int, count: int = 20) -> list[str]:
     """The tokens of V' on which a feature is most active, by |G|; none on which it is silent."""
     activation = features.factorization.G[:, feature].abs()
     order = activation.argsort(descending=True, stable=True)[:count]
@@ -152,24 +142,20 @@ def top_tokens(features: ConceptFeatures, feature: int, count: int = SHOWN_TOKEN
 
 
 def _judged(
-    judge: Judge,
-    kind: str,
-    asked: Mapping[tuple[str, str], Mapping[str, str]],
-    metrics: Mapping[str, str],
-    unasked: Sequence[tuple[str, str]] = (),
+    judge: Judge, kind: str, asked: Mapping[tuple[str, str], Mapping[str, str]], metrics: Mapping[str, str]
 ) -> Judged:
-    """Verdicts of a kind, of what set and item are ``asked``, which ``metrics`` name; NaN for what is ``unasked``."""
-    prompts = [PROMPTS[kind].format(**texts) for texts in asked.values()]
-    verdicts = judge.ask_all(prompts, partial(read_reply, kind))
+    """Verdicts of a kind by set and item ``asked``; the metrics are named values. NaN where there is nothing to ask."""
+    prompts = {key: PROMPTS[kind].format(**texts) for key, texts in asked.items() if texts}
+    verdicts = dict(zip(prompts, judge.ask_all(list(prompts.values()), partial(read_reply, kind)), strict=True))
     about = judge.about() | {"prompts": dict(PROMPTS)}
     settings = json.dumps({name: about[name] for name in ("temperature", "reply_tokens", "options")}, sort_keys=True)
+    given = [about["endpoint"], about["model"], settings]
     rows = [
-        (*key, kind, json.dumps(dict(v.values)), v.reason, prompt, v.reply, about["endpoint"], about["model"], settings,
-         v.served_by, v.cached)
-        for key, prompt, v in zip(asked, prompts, verdicts, strict=True)
-    ]  # fmt: skip
-    given = [*zip(asked, verdicts, strict=True), *((key, Verdict({}, "")) for key in unasked)]
-    scores = [(*key, metric, v.value(name)) for key, v in given for metric, name in metrics.items()]
+        (*key, kind, json.dumps(dict(v.values)), v.reason, prompts[key], v.reply, *given, v.served_by, v.cached)
+        for key, v in verdicts.items()
+    ]
+    nothing = Verdict({}, "")
+    scores = [(*key, m, verdicts.get(key, nothing).value(name)) for key in asked for m, name in metrics.items()]
     items = pd.DataFrame(scores, columns=["set", "item", "metric", "value"]).astype({"value": float})
     return Judged(items, pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)), about)
 

@@ -3,10 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, computed_field
+from pydantic import Field, StringConstraints, computed_field, create_model
 
 from ember.errors import DataError
 from ember.store.validated import Loose, validated
@@ -72,11 +71,8 @@ fluency: 0 = unreadable, garbled or endlessly repeating, 1 = understandable with
 Reply with a JSON object and nothing else: {{"instruction": 0, 1 or 2, "fluency": 0, 1 or 2}}""",
 }
 
-Grade = Annotated[float, Field(ge=0, le=2, multiple_of=1)]
-
-
-class _Described(Loose):
-    description: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Sentence = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_Grade = Annotated[float, Field(ge=0, le=2, multiple_of=1)]
 
 
 class _About(Loose):
@@ -89,30 +85,27 @@ class _About(Loose):
         return self.about and self.confidence >= ACCEPTED_CONFIDENCE
 
 
-class _Right(Loose):
-    correct: bool
-
-
-class _Coherent(Loose):
-    instruction: Grade
-    fluency: Grade
-
-
-_REPLIES: Mapping[str, type[Loose]] = {"describe": _Described, "about": _About, "open": _Right, "coherence": _Coherent}
+_REPLIES: Mapping[str, Any] = {
+    "describe": create_model("Described", __base__=Loose, description=_Sentence),
+    "about": _About,
+    "open": create_model("Right", __base__=Loose, correct=bool),
+    "coherence": create_model("Coherent", __base__=Loose, instruction=_Grade, fluency=_Grade),
+}
 
 
 def read_reply(kind: str, reply: str) -> dict[str, Any]:
-    """The values in a reply to the prompt of a kind; a ``ValueError`` says why there are none."""
-    try:
-        return validated(_REPLIES[kind], _object(reply), "the JSON object").model_dump()
-    except DataError as error:
-        raise ValueError(str(error)) from None
+    """The values in a reply to the prompt of a kind; a ``ValueError`` says why there are none.
 
-
-def _object(reply: str) -> dict[str, Any]:
-    """The first JSON object of a reply that may hold other text, a code fence or a chain of thought around it."""
+    They are those of the first JSON object: other text, a code fence or a chain of thought may be around it.
+    """
     text = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL)
-    for start in (match.start() for match in re.finditer(r"\{", text)):
-        with suppress(ValueError):
-            return dict(json.JSONDecoder().raw_decode(text, start)[0])
+    for start in re.finditer(r"\{", text):
+        try:
+            values, _ = json.JSONDecoder().raw_decode(text, start.start())
+        except ValueError:
+            continue
+        try:
+            return dict(validated(_REPLIES[kind], values, "the JSON object").model_dump())
+        except DataError as error:
+            raise ValueError(str(error)) from None
     raise ValueError("it holds no JSON object")

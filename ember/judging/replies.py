@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-import httpx
-
 from ember.errors import DamagedFileError
 from ember.store.files import write_text
 from ember.store.paths import cache_dir
@@ -67,14 +65,6 @@ def content(body: Any, reply_tokens: int) -> str:
         ended = f"finish_reason {choice.get('finish_reason')!r}; reply_tokens is {reply_tokens}"
         raise ValueError(f"the reply is empty ({ended})")
     return text
-
-
-def json_or_none(response: httpx.Response) -> Any:
-    """The body of a success; None, which holds no reply, if it is no JSON."""
-    try:
-        return response.json()
-    except ValueError:
-        return None
 
 
 def used(body: Any, expected: int) -> int:

@@ -3,14 +3,36 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ember.store.validated import Strict, Text
 
 _OURS = ("model", "messages", "temperature", "max_tokens", "stream", "n")
+
+
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must hold no user, password or query: the key goes into an environment variable")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"must start with http:// or https:// and a host, got {url!r}")
+    return url
+
+
+def _variable(name: str) -> str:
+    if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        # The value is not shown: a key that was pasted here must not reach a log.
+        raise ValueError("must be the name of an environment variable, not the key itself")
+    return name
+
+
+def _others(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    if options.keys() & set(_OURS):
+        raise ValueError(f"must be a mapping without {', '.join(_OURS)}, got {options!r}")
+    return options
 
 
 class JudgeConfig(Strict):
@@ -25,9 +47,9 @@ class JudgeConfig(Strict):
     request, such as ``reasoning_effort``.
     """
 
-    base_url: str
+    base_url: Annotated[str, AfterValidator(_address)]
     model: Text
-    key_variable: str = ""
+    key_variable: Annotated[str, AfterValidator(_variable)] = ""
     required: bool = False
     timeout: PositiveFloat = 60.0
     retries: NonNegativeInt = 5
@@ -38,32 +60,7 @@ class JudgeConfig(Strict):
     max_tokens: PositiveInt | None = None
     concurrency: PositiveInt = 4
     reply_tokens: PositiveInt = 300
-    options: Mapping[str, Any] = Field(default_factory=dict)
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password or query: the key goes into an environment variable")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"must start with http:// or https:// and a host, got {url!r}")
-        return url
-
-    @field_validator("key_variable")
-    @classmethod
-    def _is_name(cls, name: str) -> str:
-        if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            # The value is not shown: a key that was pasted here must not reach a log.
-            raise ValueError("must be the name of an environment variable, not the key itself")
-        return name
-
-    @field_validator("options")
-    @classmethod
-    def _are_others(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        if options.keys() & set(_OURS):
-            raise ValueError(f"must be a mapping without {', '.join(_OURS)}, got {options!r}")
-        return options
+    options: Annotated[Mapping[str, Any], AfterValidator(_others)] = Field(default_factory=dict)
 
     @property
     def url(self) -> str:
