@@ -12,9 +12,9 @@ from json import dumps
 from pydantic_core import to_jsonable_python
 
 from ember.batch import planning
+from ember.batch.notebooks import code_hash
 from ember.batch.planning import frame_path, manifest_path, plan
 from ember.batch.profiles import load_profile
-from ember.batch.runner import code_hash
 from ember.judging.settings import deciding
 from ember.models.specs import find_spec
 from ember.store.files import digest, sha256_of

@@ -45,7 +45,6 @@ def machine(monkeypatch):
 
     def without(*, gpu=True, missing=(), key=True):
         monkeypatch.delenv("EMBER_DEVICE", raising=False)
-        monkeypatch.setattr(module, "_GPU_NODES", ("/",) if gpu else ())
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
         monkeypatch.setattr("torch.cuda.device_count", lambda: int(gpu))
         monkeypatch.setattr(module, "find_module", lambda name: None if name in missing else name)
@@ -139,12 +138,6 @@ def test_a_device_that_is_not_there(machine, monkeypatch, name):
     monkeypatch.setenv("EMBER_DEVICE", name)
     _, (found,) = find_device(GEMMA)
     assert found.fatal and name in found.what and "EMBER_DEVICE" in found.what
-
-
-def test_a_machine_without_a_gpu_is_not_asked_through_pytorch(machine, monkeypatch):
-    machine(gpu=False)
-    monkeypatch.setattr(module, "choose_device", lambda: pytest.fail("PyTorch was asked"))
-    assert find_device(MODELS["smollm2-135m"]) == ("cpu", [])
 
 
 def test_packages_outside_the_installation(machine):

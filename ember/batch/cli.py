@@ -12,17 +12,16 @@ import ember
 from ember.errors import EmberError
 from ember.store.paths import results_dir
 
-Argument = tuple[str, dict[str, Any]]
 Command = Callable[[argparse.Namespace], int | None]
 _PARSER = argparse.ArgumentParser(prog="python -m ember", description="Erase a concept from a language model.")
 _COMMANDS = _PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
-def _argument(name: str, help: str | None = None, **options: Any) -> Argument:
+def _argument(name: str, help: str | None = None, **options: Any) -> tuple[str, dict[str, Any]]:
     return name, {"help": help, **options}
 
 
-def _command(*arguments: Argument) -> Callable[[Command], Command]:
+def _command(*arguments: tuple[str, dict[str, Any]]) -> Callable[[Command], Command]:
     """Make a function the command of its name; its docstring is the help, what it returns the exit status."""
 
     def add(run: Command) -> Command:
@@ -44,11 +43,8 @@ def _profile(name: str) -> Any:
 _PROFILE = _argument("--profile", type=_profile, default="laptop")
 
 
-@_command(
-    _PROFILE,
-    _argument("--dry-run", "only list what would run", action="store_true"),
-    _argument("--no-preflight", "where the notebooks run on other machines", action="store_true"),
-)
+@_command(_PROFILE, _argument("--dry-run", "only list what would run", action="store_true"),
+          _argument("--no-preflight", "where the notebooks run on other machines", action="store_true"))  # fmt: skip
 def reproduce(options: argparse.Namespace) -> int:
     """Run a profile's notebooks and write its tables and figures."""
     from ember.batch import runner
@@ -77,7 +73,8 @@ def preflight(options: argparse.Namespace) -> int:
     from ember.batch import preflight as checks
 
     found = checks.preflight(options.profile)
-    print(*found, sep="\n", end="\n" if found else "")
+    for finding in found:
+        print(finding)
     obstacles = sum(finding.fatal for finding in found)
     print(f"{obstacles} missing (marked !)" if obstacles else f"profile {options.profile.name}: ready to run here")
     return int(obstacles > 0)
@@ -142,18 +139,14 @@ def _role(pair: str) -> list[str]:
     return pair.split("=", 1)
 
 
-@_command(
-    _argument("file"),
-    _argument("--model", required=True),
-    _argument("--concept", required=True),
-    _argument("--source", "whose texts of the concept: released (default) or ours", default="released"),
-    _argument("--folder", "where these texts are, if not fetched"),
-    _argument("--field", "which field is F, G or tokens (repeatable)", metavar="ROLE=NAME", type=_role,
-              action="append", default=[]),
-    _argument("--class", "full name of a class whose attributes may be read (repeatable); it is not imported",
-              metavar="NAME", dest="classes", action="append", default=[]),
-    _argument("--output", "folder for features.safetensors and features.json", required=True),
-)  # fmt: skip
+@_command(_argument("file"), _argument("--model", required=True), _argument("--concept", required=True),
+          _argument("--source", "whose texts of the concept: released (default) or ours", default="released"),
+          _argument("--folder", "where these texts are, if not fetched"),
+          _argument("--field", "which field is F, G or tokens (repeatable)", metavar="ROLE=NAME", type=_role,
+                    action="append", default=[]),
+          _argument("--class", "full name of a class whose attributes may be read (repeatable); it is not imported",
+                    metavar="NAME", dest="classes", action="append", default=[]),
+          _argument("--output", "folder for features.safetensors and features.json", required=True))  # fmt: skip
 def import_features(options: argparse.Namespace) -> None:
     """Turn a published factorization (a pickle) into safetensors."""
     from ember.methods.published import CLASSES, import_published
@@ -168,13 +161,11 @@ def import_features(options: argparse.Namespace) -> None:
     print(f"they explain {imported['explained']:.0%} of the rows; {len(imported['unseen'])} tokens not in the texts")
 
 
-@_command(
-    _argument("folder", "a folder with your own concept", nargs="?"),
-    _argument("--released", "the authors' data instead (in the folder, or fetched)", action="store_true"),
-    _argument("--model", "for the guesses after an empty question", default="smollm2-135m"),
-    _argument("--no-model", "leave out the checks that need a model", action="store_true"),
-    _argument("--all", "print every finding", action="store_true"),
-)
+@_command(_argument("folder", "a folder with your own concept", nargs="?"),
+          _argument("--released", "the authors' data instead (in the folder, or fetched)", action="store_true"),
+          _argument("--model", "for the guesses after an empty question", default="smollm2-135m"),
+          _argument("--no-model", "leave out the checks that need a model", action="store_true"),
+          _argument("--all", "print every finding", action="store_true"))  # fmt: skip
 def check_data(options: argparse.Namespace) -> int:
     """Check all concepts, or one folder, for leaks, sizes and format."""
     from ember.evaluation import data_checks
@@ -194,11 +185,9 @@ def check_data(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-@_command(
-    _argument("--shared", "and MMLU and AlpacaEval, which they choose rows from", action="store_true"),
-    _argument("--mmlu", "branch, tag or commit of cais/mmlu (default main)", metavar="REVISION"),
-    _argument("--alpaca", "the same of tatsu-lab/alpaca_eval", metavar="REVISION"),
-)
+@_command(_argument("--shared", "and MMLU and AlpacaEval, which they choose rows from", action="store_true"),
+          _argument("--mmlu", "branch, tag or commit of cais/mmlu (default main)", metavar="REVISION"),
+          _argument("--alpaca", "the same of tatsu-lab/alpaca_eval", metavar="REVISION"))  # fmt: skip
 def fetch_data(options: argparse.Namespace) -> None:
     """Download the data that the paper's authors released."""
     from ember.data.mmlu_alpaca import fetch_shared_sets
@@ -211,10 +200,8 @@ def fetch_data(options: argparse.Namespace) -> None:
         print("; ".join(f"{name} at {commit}" for name, commit in commits.items()))
 
 
-@_command(
-    _argument("model", nargs="?", default="smollm2-135m"),
-    _argument("--force", "discard what is cached", action="store_true"),
-)
+@_command(_argument("model", nargs="?", default="smollm2-135m"),
+          _argument("--force", "discard what is cached", action="store_true"))  # fmt: skip
 def fetch_model(options: argparse.Namespace) -> None:
     """Download and convert a model."""
     from ember.models import weights

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import create_model
@@ -37,21 +36,16 @@ def default_parameters(name: str) -> dict[str, Any]:
     if len(cells) != 1:
         raise EmberError(f"{name} needs exactly one cell tagged 'parameters', found {len(cells)}")
     values = {}
-    for node in ast.parse("".join(cells[0]["source"])).body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=key)], value=value) if _is_literal(value):
-                values[key] = ast.literal_eval(value)
-            case _:
-                raise EmberError(f"{name}: the parameters cell may only assign literals, not {ast.unparse(node)!r}")
+    body: Any = ast.parse("".join(cells[0]["source"])).body
+    for node in body:
+        try:
+            (target,) = node.targets
+            values[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):  # no assignment, not to one name, or no literal
+            raise EmberError(
+                f"{name}: the parameters cell may only assign literals, not {ast.unparse(node)!r}"
+            ) from None
     return values
-
-
-def _is_literal(node: ast.expr) -> bool:
-    try:
-        ast.literal_eval(node)
-    except ValueError:
-        return False
-    return True
 
 
 def check_parameters(name: str, given: Mapping[str, Any]) -> None:
@@ -74,7 +68,9 @@ def code_hash(name: str) -> str:
     seen: dict[str, str] = {}
     while pending:
         module = pending.pop()
-        path = _module_path(module)
+        # Without importing anything: what imports torch takes seconds, and every job on a cluster comes through here.
+        place = REPOSITORY.joinpath(*module.split("."))
+        path = next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
         if module in seen or path is None or (module != _OPENS and f"{module}.".startswith(skipped)):
             continue
         text = path.read_text(encoding="utf-8")
@@ -95,12 +91,6 @@ def _imports(source: str) -> frozenset[str]:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     lazy = {_EXPORTS[name.removeprefix("ember.")] for name in names if name.removeprefix("ember.") in _EXPORTS}
     return frozenset(name for name in names | lazy if name.split(".")[0] == "ember")
-
-
-def _module_path(module: str) -> Path | None:
-    # Without importing anything: what imports torch takes seconds, and every job on a cluster comes through here.
-    path = REPOSITORY.joinpath(*module.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 @cache

@@ -13,9 +13,6 @@ from ember.errors import EmberError
 from ember.models.specs import ModelSpec, find_spec
 from ember.store.devices import asked_device, choose_device
 
-# Where the system shows a GPU of NVIDIA's; without one PyTorch need not be asked, which takes seconds.
-_GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -93,13 +90,11 @@ def _cached(spec: ModelSpec) -> bool:
 
 def find_device(spec: ModelSpec) -> tuple[str, list[Finding]]:
     """Kind of device that the model would go to. A large Hub model wants a GPU, unless the CPU is asked for by name."""
-    asked, device = asked_device(), "cpu"
-    if asked != "cpu" and (asked != "auto" or any(Path(node).exists() for node in _GPU_NODES)):
-        try:
-            device = choose_device().type
-        except EmberError as error:
-            return device, [Finding(str(error).rstrip("."))]
-    if device == "cpu" and asked != "cpu" and spec.origin == "hub" and spec.dtype == "bfloat16":
+    try:
+        device = choose_device().type
+    except EmberError as error:
+        return "cpu", [Finding(str(error).rstrip("."))]
+    if device == "cpu" and asked_device() != "cpu" and spec.origin == "hub" and spec.dtype == "bfloat16":
         advice = "Run it on a machine with one, or set EMBER_DEVICE=cpu to do without (slow)"
         return device, [Finding(f"{spec.name} wants a GPU, and PyTorch finds none", advice)]
     return device, []

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,18 +126,16 @@ class Run:
         Missing values are NaN, never 0. ``cell`` is the label of ``config`` in its grid; ``seconds`` what it took, by
         default the time since the notebook began. The rest is this run's unless it is given.
         """
-        settings = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
         model, (method, ember) = loaded or self.loaded, arm or self.arm
         provenance = {
             "model": model.name, "revision": model.spec.revision, "weights_hash": model.weights_hash,
             "profile": self.profile.name, "concept": concept or self.concept.name, "method": method, "ember": ember,
-            "config": json.dumps(settings, sort_keys=True), "cell": cell,
+            "config": json.dumps(config, default=asdict, sort_keys=True), "cell": cell,
             "seed": self.parameters["seed"] if seed is None else seed, "split": split, "git_commit": git_commit(),
             "versions": json.dumps(library_versions()), "device": device_name(model.device), "dtype": model.dtype,
             "wall_seconds": time.time() - self.started if seconds is None else seconds,
         }  # fmt: skip
-        unknown = dict.fromkeys({"effect_size", "ci_low", "ci_high"} - set(summary.columns), float("nan"))
-        return summary.assign(**unknown, **provenance)[list(RECORD_COLUMNS)]
+        return summary.assign(**provenance).reindex(columns=list(RECORD_COLUMNS))
 
     def save(self, *, labels: Mapping[str, Any] | None = None, **frames: pd.DataFrame) -> Path:
         """Write the run's frames and say what it took; the folder they are in.

@@ -48,14 +48,10 @@ def run_notebook(name: str, parameters: Mapping[str, Any]) -> Path:
         failed.replace(copy)
     for frame in FRAMES.get(name, ()) if reason else ():
         write_text(frame_path(profile, stem, frame), "")
-    about = {
-        "notebook": name,
-        "parameters": dict(parameters),
-        "code_hash": code_hash(name),
-        "started": round(started, 1),
-        "wall_seconds": round(time.time() - started, 1),
-    }
-    write_text(manifest, json.dumps(about | ({"nothing_found": reason} if reason else {}), indent=1) + "\n")
+    about: dict[str, Any] = {"notebook": name, "parameters": dict(parameters), "code_hash": code_hash(name)}
+    about |= {"started": round(started, 1), "wall_seconds": round(time.time() - started, 1)}
+    about |= {"nothing_found": reason} if reason else {}
+    write_text(manifest, json.dumps(about, indent=1) + "\n")
     return manifest
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ember.batch.planning import Job, manifest_path, plan
+from ember.batch.planning import manifest_path, plan
 from ember.batch.profiles import Profile
 from ember.store.frames import write_frame
 from ember.store.paths import REPOSITORY, results_dir
+
+_COLUMNS = ["run", "notebook", "start", "wall_seconds", "peak_memory_mb"]
 
 
 def describe(profile: Profile) -> str:
@@ -42,8 +44,7 @@ def measured_times(profile: str) -> pd.DataFrame:
     """A profile's ``run_times.csv``: its own, or the committed one; empty if there is neither."""
     paths = (root / "tables" / "run_times.csv" for root in (results_dir(profile), REPOSITORY / "results" / profile))
     path = next((path for path in paths if path.exists()), None)
-    columns = ["run", "notebook", "start", "wall_seconds", "peak_memory_mb"]
-    return pd.read_csv(path) if path else pd.DataFrame({column: [] for column in columns})
+    return pd.read_csv(path) if path else pd.DataFrame(columns=_COLUMNS)
 
 
 def write_run_times(profile: Profile) -> Path:
@@ -51,18 +52,14 @@ def write_run_times(profile: Profile) -> Path:
 
     ``start`` counts seconds from the start of the first run.
     """
-    rows = pd.DataFrame([_run_time(profile, job) for job in plan(profile)])
-    rows["start"] = (rows.start - rows.start.min()).round(1)
-    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", rows)
-
-
-def _run_time(profile: Profile, job: Job) -> dict[str, object]:
-    """What Snakemake's benchmark of a run says, or of one that it did not make, the manifest."""
-    manifest = manifest_path(profile.name, job.name)
-    about = json.loads(manifest.read_text(encoding="utf-8"))
-    row = {"run": job.name, "notebook": job.notebook, "start": about["started"], "wall_seconds": about["wall_seconds"]}
-    benchmark = manifest.with_suffix(".tsv")
-    if not benchmark.exists():
-        return {**row, "peak_memory_mb": float("nan")}
-    (measured,) = pd.read_csv(benchmark, sep="\t", na_values="-").itertuples()
-    return {**row, "wall_seconds": measured.s, "peak_memory_mb": measured.max_rss}
+    rows = []
+    for job in plan(profile):
+        manifest = manifest_path(profile.name, job.name)
+        about, benchmark = json.loads(manifest.read_text(encoding="utf-8")), manifest.with_suffix(".tsv")
+        # A run that Snakemake did not make has no benchmark.
+        measured = pd.read_csv(benchmark, sep="\t", na_values="-").iloc[0] if benchmark.exists() else {}
+        seconds, memory = measured.get("s", about["wall_seconds"]), measured.get("max_rss", float("nan"))
+        rows.append((job.name, job.notebook, about["started"], seconds, memory))
+    table = pd.DataFrame(rows, columns=_COLUMNS)
+    table["start"] = (table.start - table.start.min()).round(1)
+    return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", table)
