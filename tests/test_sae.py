@@ -18,7 +18,7 @@ from ember.models.activations import Site, collect
 SITE = Site("residual", 0)
 PARTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 KINDS = {"topk": {"k": 3}, "every": {"k": 12}, "jumprelu": {"threshold": torch.linspace(0, 2, 12)}, "relu": {}}
-load_saes = partial(module.load_saes, training=SMALL_SAES)
+load_saes = partial(module.load_saes, source="trained", training=SMALL_SAES)
 
 
 def random_sae(**options) -> SparseAutoencoder:

@@ -15,8 +15,6 @@ from ember.methods.training import adapted, batches, linear_modules, minimize, s
 from ember.models.activations import Site, n_layers
 from ember.models.loading import LoadedModel
 
-COHERENCE_TEXTS = 20
-
 
 @dataclass(frozen=True)
 class CrispConfig(SaeConfig):
@@ -65,7 +63,7 @@ def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int
     chosen = select_features(loaded, concept, saes, config)
     read = {sae.site: (sae, chosen[chosen.layer == sae.site.layer].feature.tolist()) for sae in saes}
     sites, last = list(read), [Site("residual", n_layers(loaded) - 1)]
-    instructions = [i.instruction for i in load_shared().instructions if i.split == "train"][:COHERENCE_TEXTS]
+    instructions = [i.instruction for i in load_shared().instructions if i.split == "train"][:20]
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (batches(loaded, texts, config.batch_size, generator) for texts in contrast_texts(concept))
     coherence = batches(loaded, instructions, 1, generator)

@@ -98,8 +98,7 @@ def load_saes(
     concept: Concept,
     kind: str,
     layers: Sequence[int],
-    *,
-    source: str = "trained",
+    source: str,
     training: SaeTraining = TRAINING,
 ) -> list[SparseAutoencoder]:
     """Autoencoders for a kind of site (``residual`` or ``mlp_out``) at some layers.
@@ -144,7 +143,7 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
     return (*sentences, *shared.neutral_fit, *shared.neutral["train"], *instructions)
 
 
-def train_sae(states: torch.Tensor, site: Site, training: SaeTraining = TRAINING) -> SparseAutoencoder:
+def train_sae(states: torch.Tensor, site: Site, training: SaeTraining) -> SparseAutoencoder:
     """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
 
     Minimizes the squared error. The decoder starts as random unit directions, the encoder its transpose, and returns

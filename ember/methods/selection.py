@@ -115,7 +115,7 @@ def prepare(loaded: LoadedModel, concept: Concept, config: SaeConfig) -> list[Sp
     depth = n_layers(loaded)
     if not 0 <= min(config.layers) <= max(config.layers) < depth:
         raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
-    return load_saes(loaded, concept, config.site, config.layers, source=config.sae, training=config.sae_training)
+    return load_saes(loaded, concept, config.site, config.layers, config.sae, config.sae_training)
 
 
 def select_features(
