@@ -324,6 +324,9 @@ def test_nesting_takes_no_memory_beyond_the_file(tmp_path):
     for _ in range(18):
         item = [item, item]
     assert unpickle(written(tmp_path, item)) == {".".join("0" * 18) + ".x": [1, "a"]}
+    shared = THING + b")\x81h\x00b"  # objects of one state
+    objects = b"}q\x00" + text("a") + b"]" + text("x") + b"as0(" + shared * 50 + b"l."
+    assert unpickle(written(tmp_path, b"\x80\x04" + objects), classes=["a.Thing"]) == {"0.a": ["x"]}
     assert "deep" in refusal(written(tmp_path, b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b"."))
 
 
@@ -338,8 +341,7 @@ def loaded(request):
 @pytest.fixture
 def fit(loaded):
     """F, G, and the ids of G's rows, fitted to the scaled rows as the published files are."""
-    concept = make_concept()
-    ids = token_table(loaded, concept.sentences, concept.neutral).token_id.tolist()
+    ids = token_table(loaded, make_concept().sentences, make_concept().neutral).token_id.tolist()
     X = loaded.embedding.detach()[ids] * loaded.embedding_scale
     found = sparse_mf(X, 8, sparsity=0.1, max_iter=30, seed=0)
     return found.F, found.G, ids
@@ -365,9 +367,8 @@ def test_the_published_layout_becomes_features_of_ours(tmp_path, loaded, fit, th
     path = written(tmp_path, {"nmf": theirs(F, G), "vprime_token_ids": ids})
     found = taken(path, loaded)
     assert torch.equal(found.factorization.F, F) and torch.equal(found.factorization.G, G)
-    own = concept_features(
-        loaded, make_concept(), rank=8, sparsity=0.1, max_iter=30, seed=0, precision="float32", cache=False
-    )
+    settings = {"rank": 8, "sparsity": 0.1, "max_iter": 30, "seed": 0, "precision": "float32"}
+    own = concept_features(loaded, make_concept(), cache=False, **settings)
     assert found.table.equals(own.table[found.table.columns]) and found.scores.equals(own.scores)
     assert found.factorization.loss == pytest.approx(own.factorization.loss, rel=1e-4)
     about = found.settings["imported"]
@@ -407,20 +408,32 @@ def test_the_caller_may_name_the_fields(tmp_path, loaded, fit):
     assert "; 5 more" in not_taken(written(tmp_path, {f"k{k}": k for k in range(35)}), loaded)
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        (lambda ids: [ids[1], *ids[1:]], "twice"), (lambda ids: [10**6, *ids[1:]], "1000000"),
-        (lambda ids: [-1, *ids[1:]], "-1"), (lambda ids: [1, *ids[1:]], "content tokens"),
-        (lambda ids: ids[1:], "number of tokens"), (lambda ids: ["a", *ids[1:]], "the token ids of G's rows"),
-        (lambda ids: [True, *ids[1:]], "the token ids of G's rows"), (lambda ids: 5, "G's rows, got int"),
-        (lambda ids: torch.ones(len(ids)), "G's rows, got .* float32"), (lambda ids: [], "no field 'vprime_token_ids'"),
-    ],
-)  # fmt: skip
-def test_tokens_that_do_not_fit(tmp_path, loaded, fit, change, word):
-    F, G, ids = fit
-    with pytest.raises(DataError, match=word):
-        taken(written(tmp_path, table(F, G, change(ids))), loaded)
+MISFITS = [
+    (lambda F, G, ids: (F, G, [ids[1], *ids[1:]]), "twice"), (lambda F, G, ids: (F, G, [10**6, *ids[1:]]), "1000000"),
+    (lambda F, G, ids: (F, G, [-1, *ids[1:]]), "-1"), (lambda F, G, ids: (F, G, [1, *ids[1:]]), "content tokens"),
+    (lambda F, G, ids: (F, G, ids[1:]), "G_'.* number of tokens"), (lambda F, G, ids: (F, G, 5), "G's rows, got int"),
+    (lambda F, G, ids: (F, G, ["a", *ids[1:]]), "the token ids of G's rows"),
+    (lambda F, G, ids: (F, G, []), "no field 'vprime_token_ids'"),
+    (lambda F, G, ids: (F, G, [True, *ids[1:]]), "the token ids of G's rows"),
+    (lambda F, G, ids: (F, G, torch.ones(len(ids))), "G's rows, got .* float32"),
+    (lambda F, G, ids: (torch.cat([F, F]), G, ids), r"F_'.*\[64, 8\].*d_model is 32"),
+    (lambda F, G, ids: (F.T, G, ids), r"F_'.*\[8, 32\]"),
+    (lambda F, G, ids: (F[:, :7], G, ids), "F has 7 features.*G 8"),
+    (lambda F, G, ids: (F[:, 0], G, ids), "F_'.*matrix"), (lambda F, G, ids: (F.long(), G, ids), "F_'.*int64"),
+    (lambda F, G, ids: (F, G.log(), ids), "G_'.*finite"), (lambda F, G, ids: ([1.0, 2.0], G, ids), "F_'.*2 entries"),
+    *((change, "no approximation") for change in (
+        lambda F, G, ids: (F, G.roll(1, dims=0), ids), lambda F, G, ids: (F.flip(0), G, ids),
+        lambda F, G, ids: (-F, G, ids), lambda F, G, ids: (F * 3, G, ids), lambda F, G, ids: (F / 3, G, ids),
+        lambda F, G, ids: (F * 0, G, ids),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), MISFITS)
+def test_what_does_not_fit_the_model_s_rows(tmp_path, loaded, fit, change, words):
+    """The control is ``test_rows_are_matched_by_id_not_by_place``, where the same factors are taken."""
+    with pytest.raises(DataError, match=words):
+        taken(written(tmp_path, table(*change(*fit))), loaded)
 
 
 def test_tokens_of_other_texts(tmp_path, loaded, fit):
@@ -438,44 +451,9 @@ def test_tokens_of_other_texts(tmp_path, loaded, fit):
     assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(with_others(len(ids) // 20 + 1), loaded)
 
 
-# Shapes and scale
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda F, G: (torch.cat([F, F]), G), ["F_'", "[64, 8]", "d_model is 32"]),
-        (lambda F, G: (F[:, :7], G), ["F has 7 features", "G 8"]),
-        (lambda F, G: (F[:, 0], G), ["F_'", "matrix"]),
-        (lambda F, G: (F.long(), G), ["F_'", "int64"]),
-        (lambda F, G: (F, G.log()), ["G_'", "finite"]),
-        (lambda F, G: ([1.0, 2.0], G), ["F_'", "2 entries"]),
-    ],
-)
-def test_shapes_that_do_not_fit(tmp_path, loaded, fit, change, words):
-    F, G = change(*fit[:2])
-    said = not_taken(written(tmp_path, table(F, G, fit[2])), loaded)
-    assert all(word in said for word in words), said
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda F, G: (F, G.roll(1, dims=0)), lambda F, G: (F.flip(0), G), lambda F, G: (-F, G),
-        lambda F, G: (F * 3, G), lambda F, G: (F / 3, G), lambda F, G: (F * 0, G),
-    ],
-    ids=["rows", "directions", "sign", "larger", "smaller", "zero"],
-)  # fmt: skip
-def test_factors_that_are_none_of_these_rows(tmp_path, loaded, fit, change):
-    """The control is ``test_rows_are_matched_by_id_not_by_place``, where the same factors are taken."""
-    F, G = change(*fit[:2])
-    assert "no approximation" in not_taken(written(tmp_path, table(F, G, fit[2])), loaded)
-
-
 def test_gemma_features_are_those_of_scaled_rows(tmp_path):
     loaded = make_loaded("gemma2")
-    concept = make_concept()
-    ids = token_table(loaded, concept.sentences, concept.neutral).token_id.tolist()
+    ids = token_table(loaded, make_concept().sentences, make_concept().neutral).token_id.tolist()
     unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
     said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), loaded)
     assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said

@@ -99,13 +99,12 @@ def _leaves(item: Any, path: tuple[str, ...], opened: set[int]) -> Iterator[tupl
     """What is no container, or is a list of scalars, under its dotted path."""
     _require(len(path) <= DEPTH, f"it is nested more than {DEPTH} deep")
     value = _made(item)
-    if isinstance(value, list | tuple) and not (value and all(isinstance(part, str | int | float) for part in value)):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
+    whole = isinstance(value, list | tuple) and value and all(isinstance(part, str | int | float) for part in value)
+    if whole or not isinstance(value, list | tuple | dict):
         yield ".".join(path) or "value", value
-    elif id(item) not in opened:
-        opened.add(id(item))
-        for key, member in value.items():
+    elif id(value) not in opened:
+        opened.add(id(value))
+        for key, member in value.items() if isinstance(value, dict) else enumerate(value):
             _require(isinstance(key, str | int), "a dict has keys that are neither text nor whole numbers")
             yield from _leaves(member, (*path, str(key)), opened)
 
