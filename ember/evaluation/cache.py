@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ember.editing import Edit
@@ -14,14 +15,14 @@ from ember.store.frames import read_frame, write_frame
 KEPT_EDITS = 2e9  # bytes
 
 
+@dataclass(frozen=True)
 class EvaluationCache:
     """Evaluations on disk, so that an interrupted grid resumes at the last finished cell.
 
     The key must name everything a value depends on; build it with ``key``, which puts the weights' hash first.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     @staticmethod
     def key(loaded: LoadedModel, *parts: object) -> str:

@@ -11,14 +11,16 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ember.data.types import SPLITS, Instruction, Question
+from ember.data.types import SPLITS, Question
 from ember.editing import Edit, applying
 from ember.evaluation.letters import letter_scores
 from ember.evaluation.suite import TEXT_SETS, Suite
 from ember.models.loading import LoadedModel
-from ember.models.scoring import generate_greedy, option_logprobs, sequence_losses, sequence_scores
+from ember.models.scoring import TokenScores, generate_greedy, option_logprobs, sequence_losses, sequence_scores
 
 PROMPT = "Question: {question}\nAnswer:"
+_COLUMNS = ["item", "metric", "value"]
+_Scored = tuple[list[str], list[list[int]], list[int]]  # names of texts, their token ids, the first token scored
 
 
 @dataclass(frozen=True)
@@ -40,37 +42,32 @@ def evaluate(loaded: LoadedModel, suite: Suite, split: str, edit: Edit | None = 
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    size = suite.sizes[split]
-    sequences = _sequences(loaded, suite, split)
+    size, sequences = suite.sizes[split], _sequences(loaded, suite, split)
+    questions = [q for chosen in suite.questions.values() for q in chosen[split]]
     prompts = suite.instructions[split][: size.generations]
     asked = [loaded.encode_chat(i.instruction) for i in prompts]
     # Applied once for everything that needs the edited model alone: an edit of whole matrices is not cheap to apply.
     with applying(loaded, edit):
-        questions = [q for chosen in suite.questions.values() for q in chosen[split]]
-        scored = question_scores(loaded, questions)
-        frames = [scored.assign(set=np.repeat([q.set for q in questions], len(scored) // len(questions)))]
+        frames = [question_scores(loaded, questions)]
         if size.letters:
-            lettered = letter_scores(loaded, questions)
-            frames.append(lettered.assign(set=np.repeat([q.set for q in questions], 2)))
+            frames.append(letter_scores(loaded, questions))
+        frames = [f.assign(set=np.repeat([q.set for q in questions], len(f) // len(questions))) for f in frames]
         if not size.divergence:
-            frames += [
-                _loss_rows(names, sequence_losses(loaded, texts, starts)).assign(set=name)
-                for name, (names, texts, starts) in sequences.items()
-            ]
+            for name, (names, ids, starts) in sequences.items():
+                losses = sequence_scores(loaded, ids, starts, batch_size=16)
+                frames.append(_token_means(names, losses, "loss").assign(set=name))
         outputs = generate_greedy(loaded, asked, max_new_tokens=size.new_tokens)
     if size.divergence:
-        for name, (names, texts, starts) in sequences.items():
-            frames.append(_divergence_rows(loaded, names, texts, starts, edit).assign(set=name))
-    generated, samples = _generation_scores(loaded, prompts, asked, outputs)
-    frames.append(generated.assign(set="generation"))
-    items = pd.concat([f for f in frames if len(f)], ignore_index=True)[["set", "item", "metric", "value"]]
+        frames += [_divergence_rows(loaded, texts, edit).assign(set=name) for name, texts in sequences.items()]
+    samples = pd.DataFrame({"item": [i.id for i in prompts], "prompt": [i.instruction for i in prompts]})
+    samples["text"] = [loaded.decode(output) for output in outputs]
+    frames.append(_generation_rows(loaded, samples, asked, outputs).assign(set="generation"))
+    items = pd.concat([f for f in frames if len(f)], ignore_index=True)[["set", *_COLUMNS]]
     return Evaluation(items, samples)
 
 
-def _sequences(
-    loaded: LoadedModel, suite: Suite, split: str
-) -> dict[str, tuple[list[str], list[list[int]], list[int]]]:
-    """What is scored token by token, by set: names, token ids, and from which token on."""
+def _sequences(loaded: LoadedModel, suite: Suite, split: str) -> dict[str, _Scored]:
+    """What is scored token by token, by set."""
     texts = {name: [loaded.encode(text) for text in suite.texts[name][split]] for name in TEXT_SETS}
     sets = {name: ([str(i) for i in range(len(ids))], ids, [1] * len(ids)) for name, ids in texts.items() if ids}
     instructions = suite.instructions[split][: suite.sizes[split].instructions]
@@ -91,24 +88,21 @@ def question_scores(
     prompts = [prompt.format(question=q.question) for q in questions]
     options = [[f" {option}" for option in q.options] for q in questions]
     with applying(loaded, edit):
-        totals = option_logprobs(loaded, prompts, options)
-    return _question_rows(questions, totals)
+        return _question_rows(questions, option_logprobs(loaded, prompts, options))
 
 
 def _question_rows(questions: Sequence[Question], totals: Sequence[np.ndarray]) -> pd.DataFrame:
     """Scores of the right options from the log-likelihoods of each question's four [4], summed over tokens."""
     rows = []
     for question, total in zip(questions, totals, strict=True):
-        lengths = np.array([len(option) for option in question.options])
+        lengths, gold = np.array([len(option) for option in question.options]), question.gold
         per_char = total / lengths
         scaled = per_char * lengths.mean()
         weights = np.exp(scaled - scaled.max())
-        rows += [
-            (question.id, "correct", float(per_char.argmax() == question.gold)),
-            (question.id, "gold_prob", float(weights[question.gold] / weights.sum())),
-            (question.id, "gold_logprob", float(per_char[question.gold])),
-        ]
-    return pd.DataFrame(rows, columns=["item", "metric", "value"])
+        rows.append((question.id, "correct", float(per_char.argmax() == gold)))
+        rows.append((question.id, "gold_prob", float(weights[gold] / weights.sum())))
+        rows.append((question.id, "gold_logprob", float(per_char[gold])))
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def blind_scores(loaded: LoadedModel, questions: Sequence[Question], *, prompt: str = PROMPT) -> pd.DataFrame:
@@ -123,48 +117,41 @@ def blind_scores(loaded: LoadedModel, questions: Sequence[Question], *, prompt: 
 
 def text_scores(loaded: LoadedModel, texts: Sequence[str], edit: Edit | None = None) -> pd.DataFrame:
     """``loss`` and ``kl`` (nats per token, the first token is not scored) of raw texts; items are their positions."""
-    names, sequences = [str(i) for i in range(len(texts))], [loaded.encode(text) for text in texts]
-    return _divergence_rows(loaded, names, sequences, [1] * len(texts), edit)
+    names, ids = [str(i) for i in range(len(texts))], [loaded.encode(text) for text in texts]
+    return _divergence_rows(loaded, (names, ids, [1] * len(texts)), edit)
 
 
-def _divergence_rows(
-    loaded: LoadedModel,
-    names: Sequence[str],
-    sequences: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    edit: Edit | None,
+def _divergence_rows(loaded: LoadedModel, texts: _Scored, edit: Edit | None) -> pd.DataFrame:
+    names, ids, starts = texts
+    scores = sequence_scores(loaded, ids, starts, partial(edit.applied, loaded) if edit else None)
+    return _token_means(names, scores, "loss", "kl")
+
+
+def _token_means(names: Sequence[str], scores: Sequence[TokenScores], *metrics: str) -> pd.DataFrame:
+    pairs = list(zip(names, scores, strict=True))
+    rows = [(name, metric, float(getattr(score, metric).mean())) for metric in metrics for name, score in pairs]
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _generation_rows(
+    loaded: LoadedModel, samples: pd.DataFrame, prompts: list[list[int]], outputs: list[list[int]]
 ) -> pd.DataFrame:
-    edited = partial(edit.applied, loaded) if edit else None
-    scores = sequence_scores(loaded, sequences, starts, edited)
-    return _loss_rows(names, [score.loss for score in scores], [score.kl for score in scores])
-
-
-def _loss_rows(
-    names: Sequence[str], losses: Sequence[np.ndarray], divergences: Sequence[np.ndarray] = ()
-) -> pd.DataFrame:
-    rows = [(name, "loss", float(loss.mean())) for name, loss in zip(names, losses, strict=True)]
-    rows += [(name, "kl", float(kl.mean())) for name, kl in zip(names, divergences, strict=False)]
-    return pd.DataFrame(rows, columns=["item", "metric", "value"])
-
-
-def _generation_scores(
-    loaded: LoadedModel, instructions: Sequence[Instruction], prompts: list[list[int]], outputs: list[list[int]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of generated token ids under the model as it is now, and the texts."""
+    """Scores of generated token ids under the model as it is now; an empty text has no loss."""
     filled = [k for k, output in enumerate(outputs) if output]
     scores = sequence_losses(loaded, [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled])
-    losses = dict(zip(filled, (float(loss.mean()) for loss in scores), strict=True))
-    texts = [loaded.decode(output) for output in outputs]
-    rows = []
-    for k, instruction in enumerate(instructions):
-        rows += [
-            (instruction.id, "gen_loss", losses.get(k, float("nan"))),
-            (instruction.id, "distinct", distinct_trigrams(texts[k])),
-        ]
-    samples = pd.DataFrame(
-        {"item": [i.id for i in instructions], "prompt": [i.instruction for i in instructions], "text": texts}
-    )
-    return pd.DataFrame(rows, columns=["item", "metric", "value"]), samples
+    losses = {k: float(loss.mean()) for k, loss in zip(filled, scores, strict=True)}
+    rows: list[tuple[str, str, float]] = []
+    for k, sample in enumerate(samples.itertuples()):
+        rows.append((sample.item, "gen_loss", losses.get(k, float("nan"))))
+        rows.append((sample.item, "distinct", _distinct_trigrams(sample.text)))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _distinct_trigrams(text: str) -> float:
+    """Share of word trigrams that are not repeats; 1 for one or two words, 0 for an empty text."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(grams)) / len(grams) if grams else float(bool(words))
 
 
 def generate_samples(
@@ -173,15 +160,6 @@ def generate_samples(
     """Greedy continuations (token ids) of tokenized prompts, with ``edit`` applied if given."""
     with applying(loaded, edit):
         return generate_greedy(loaded, prompts, max_new_tokens=max_new_tokens)
-
-
-def distinct_trigrams(text: str) -> float:
-    """Share of word trigrams that are not repeats; 1 for one or two words, 0 for an empty text."""
-    words = text.split()
-    if not words:
-        return 0.0
-    grams = list(zip(words, words[1:], words[2:], strict=False))
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def edited_token_counts(loaded: LoadedModel, edit: Edit, texts: Sequence[str]) -> np.ndarray:

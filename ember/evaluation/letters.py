@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ember.data.types import Question
-from ember.editing import Edit, applying
 from ember.models.loading import LoadedModel
 from ember.models.scoring import generate_greedy
 
@@ -29,36 +28,27 @@ def letter_prompt(question: Question) -> str:
 
 def read_letter(text: str) -> str:
     """The letter that an answer starts with, alone or after words such as "Answer:"; empty if it gives none."""
-    alone = re.fullmatch(r"\W*([a-d])\W*", text)
-    answer = alone or _ANSWER.match(text)
+    answer = re.fullmatch(r"\W*([a-d])\W*", text) or _ANSWER.match(text)
     return answer[1].upper() if answer else ""
 
 
-def letter_answers(
-    loaded: LoadedModel, questions: Sequence[Question], edit: Edit | None = None, *, batch_size: int = 16
-) -> list[str]:
+def letter_answers(loaded: LoadedModel, questions: Sequence[Question]) -> list[str]:
     """The letter given to each question, greedily in at most four tokens after the chat template; empty for none."""
     prompts = [loaded.encode_chat(letter_prompt(question)) for question in questions]
     order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))  # little padding
-    with applying(loaded, edit):
-        outputs = generate_greedy(loaded, [prompts[k] for k in order], max_new_tokens=NEW_TOKENS, batch_size=batch_size)
+    outputs = generate_greedy(loaded, [prompts[k] for k in order], max_new_tokens=NEW_TOKENS)
     letters = dict(zip(order, (read_letter(loaded.decode(output)) for output in outputs), strict=True))
     return [letters[k] for k in range(len(prompts))]
 
 
-def letter_scores(
-    loaded: LoadedModel, questions: Sequence[Question], edit: Edit | None = None, *, batch_size: int = 16
-) -> pd.DataFrame:
+def letter_scores(loaded: LoadedModel, questions: Sequence[Question]) -> pd.DataFrame:
     """Item scores of letter answers: item, metric, value; a question's two rows stand together.
 
     ``letter_correct`` is 1 for the right option's letter (paper, section 4), ``letter_valid`` for any letter. No letter
     is a wrong answer.
     """
-    given = letter_answers(loaded, questions, edit, batch_size=batch_size)
     rows = []
-    for question, letter in zip(questions, given, strict=True):
-        rows += [
-            (question.id, "letter_correct", float(letter == LETTERS[question.gold])),
-            (question.id, "letter_valid", float(letter != "")),
-        ]
+    for question, letter in zip(questions, letter_answers(loaded, questions), strict=True):
+        rows.append((question.id, "letter_correct", float(letter == LETTERS[question.gold])))
+        rows.append((question.id, "letter_valid", float(letter != "")))
     return pd.DataFrame(rows, columns=["item", "metric", "value"])
