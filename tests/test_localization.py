@@ -25,7 +25,7 @@ from ember.evaluation.localization import (
 )
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.reporting import localization_plots
+from ember.reporting import edit_plots
 from ember.tokens import background_frequency
 
 TEXTS = {"paragraph": SENTENCES, "neutral": NEUTRAL}
@@ -163,10 +163,10 @@ def closed():
 
 def test_the_figures_show_every_set_and_group(changes, closed):
     table = by_exposure(changes)
-    ax = localization_plots.exposure_bars(table)
+    ax = edit_plots.exposure_bars(table)
     ax.figure.canvas.draw()
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["concept text", "neutral text"]
-    bars = localization_plots.share_bars(by_distance(changes), title="x")
+    bars = edit_plots.share_bars(by_distance(changes), title="x")
     bars.figure.canvas.draw()
     assert [t.get_text() for t in bars.get_yticklabels()] == [
         f"{name}: {what}" for name in ("concept text", "neutral text") for what in ("tokens", "KL")
@@ -174,7 +174,7 @@ def test_the_figures_show_every_set_and_group(changes, closed):
     width = sum(patch.get_width() for patch in bars.patches)
     assert width == pytest.approx(3)  # the edit changes nothing in neutral texts
     assert [t.get_text() for t in bars.texts] == ["no change"]
-    strip = localization_plots.token_strip(changes[(changes.set == "paragraph") & (changes.text == 0)])
+    strip = edit_plots.token_strip(changes[(changes.set == "paragraph") & (changes.text == 0)])
     assert len(strip.patches) == len(changes[(changes.set == "paragraph") & (changes.text == 0)])
 
 
@@ -188,7 +188,7 @@ def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled(closed):
     assert table.kl["ember", EXPOSED[1]] == pytest.approx(2.5)
     assert table.share_of_kl["ember", EXPOSED[1]] == pytest.approx(5 / 8)
     assert table.kl["rmu", EXPOSED[0]] == pytest.approx(2.5)
-    figure = localization_plots.arm_exposure(table.reset_index().assign(ember=False))
+    figure = edit_plots.arm_exposure(table.reset_index().assign(ember=False))
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)

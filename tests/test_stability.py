@@ -27,7 +27,7 @@ from ember.evaluation.stability import (
 )
 from ember.factorization import Factorization
 from ember.features import ConceptFeatures, concept_features, scaled_rows, score_features
-from ember.reporting import stability_plots
+from ember.reporting import feature_plots
 
 ROWS = [(" Rome", "concept"), (" army", "concept"), (" Roman", "concept"), (" the", "shared"), (" train", "neutral")]
 TABLE = pd.DataFrame(
@@ -310,12 +310,12 @@ def texts(labels) -> list[str]:
 
 def test_pairs_of_fits_are_drawn(closed):
     """The grid names every fit on both axes; rows and their overlap stand side by side."""
-    ax = stability_plots.pair_grid(pair_table(FITS))
+    ax = feature_plots.pair_grid(pair_table(FITS))
     ax.figure.canvas.draw()
     assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == list(FITS)
     assert texts(ax.texts)[:4] == ["–", "1.00", "1.00", "1.00"]
     assert texts(ax.texts)[-4:] == ["–"] * 4  # d selects nothing
-    figure = stability_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pair_table(FITS))
+    figure = feature_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pair_table(FITS))
     figure.canvas.draw()
     left, right = figure.axes[:2]
     assert texts(left.get_yticklabels()) == texts(right.get_xticklabels()) == list(FITS)
@@ -328,7 +328,7 @@ def test_mates_stand_beside_the_siblings(closed):
     varied = pair_table(FITS).query("fit != 'd'")
     varied = varied.assign(varied=varied.fit.map({"a": "seed", "b": "seed", "c": "rank"}))
     none = pair_table({"d": NOTHING, "a": FIRST}).query("fit == 'd'").assign(varied="rounding in float32")
-    ax = stability_plots.variation_points(pd.concat([varied, none]))
+    ax = feature_plots.variation_points(pd.concat([varied, none]))
     ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == ["another seed", "another rank", "rounding in float32"]
     assert len(ax.figure.legends[0].get_texts()) == 3
@@ -339,7 +339,7 @@ def test_mates_stand_beside_the_siblings(closed):
 
 def test_outcomes_have_one_colour_a_set(closed):
     scores = {name: pd.concat([probed(-0.1, 0.2), probed(0.0, 0.1, set_="simdom")]) for name in ("a", "b")}
-    ax = stability_plots.outcome_points(outcome_table(scores, reference="a"))
+    ax = feature_plots.outcome_points(outcome_table(scores, reference="a"))
     ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == ["a", "b"]
     legend = ["base model", "concept questions", "similar domain questions"]

@@ -24,7 +24,7 @@ from ember.models.loading import weights_hash
 from ember.relearning import teaching
 from ember.relearning.teaching import arrival, arrival_table, damage, item_scores, nearest, teach
 from ember.relearning.train import packed_loss
-from ember.reporting.teaching_plots import arrival_points
+from ember.reporting.relearn_plots import arrival_points
 from ember.store.paths import data_dir
 
 QUICK = {"tokens": 800, "lr": 5e-3, "batch_size": 2}

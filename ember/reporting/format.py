@@ -49,10 +49,9 @@ def markdown(table: pd.DataFrame) -> str:
 def fill_blocks(text: str, blocks: Mapping[str, str]) -> str:
     """``text`` with every block between ``<!-- NAME -->`` and ``<!-- /NAME -->`` replaced by its generated content."""
     for name, block in blocks.items():
-        gap = "" if "\n" not in block else "\n"
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        if not pattern.search(text):
+        gap = "\n" if "\n" in block else ""
+        filled = f"<!-- {name} -->{gap}{block}{gap}<!-- /{name} -->".replace("\\", r"\\")
+        text, found = re.subn(rf"(?s)<!-- {name} -->.*?<!-- /{name} -->", filled, text)
+        if not found:
             raise EmberError(f"the document has no block named {name!r}")
-        filled = f"<!-- {name} -->{gap}{block}{gap}<!-- /{name} -->"
-        text = pattern.sub(filled.replace("\\", r"\\"), text)
     return text

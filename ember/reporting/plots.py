@@ -1,7 +1,4 @@
-"""Figures of any scores, arms and texts, and what all figures share: theme, colours, names, panels.
-
-Tidy frame in, matplotlib Axes or, for several panels, a Figure out; nothing here reads or writes files.
-"""
+"""Figures of any scores, arms and texts, and what all figures share: tidy frame in, matplotlib Axes or Figure out."""
 
 from textwrap import fill
 from typing import Any
@@ -84,22 +81,18 @@ def alone_and_after(**style: Any) -> list[Line2D]:
 
 
 def grid_curve(cells: pd.DataFrame, *, choice: str) -> Axes:
-    """Efficacy, specificity, coherence and final score of every cell of a grid, in its order, with intervals.
-
-    ``cells`` has columns cell, metric, value, ci_low, ci_high.
-    """
-    order = cells.cell.unique().tolist()
+    """The four scores of every cell of a grid, in its order; columns cell, metric, value, ci_low, ci_high."""
+    order = pd.Index(cells.cell.unique())
     ax = new_axes(max(5.5, 0.75 * len(order) + 2.4), 4.4)
-    place = {cell: k for k, cell in enumerate(order)}
     for shift, (metric, (colour, marker)) in enumerate(SCORE_STYLES.items()):
         rows = cells[cells.metric == metric]
-        x = rows.cell.map(place) + (shift - 1.5) * 0.09
+        x = order.get_indexer(rows.cell) + (shift - 1.5) * 0.09
         dots(ax, rows, x=x, fmt=f"{marker}-", color=colour, capsize=2, label=LABELS[metric], lw=1.2)
-    ax.axvspan(place[choice] - 0.4, place[choice] + 0.4, color="#BBBBBB", alpha=0.4, zorder=0, lw=0, label="chosen")
+    best = order.get_loc(choice)
+    ax.axvspan(best - 0.4, best + 0.4, color="#BBBBBB", alpha=0.4, zorder=0, lw=0, label="chosen")
     ax.axhline(0, color=PALETTE["base"], linewidth=1)
     ax.set_xticks(range(len(order)), [cell.replace(" ", "\n") for cell in order], fontsize=8)
-    ax.set(ylabel="score (base model: 0, 1, 1, 0)")
-    ax.set_title("The grid on the train split (95 % intervals over items)")
+    ax.set(ylabel="score (base model: 0, 1, 1, 0)", title="The grid on the train split (95 % intervals over items)")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02 - 0.055 * (1 + order[0].count(" "))), ncols=5, fontsize=8)
     return ax
 
@@ -128,10 +121,7 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
 
 
 def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
-    """The whole search of one concept and seed: efficacy against specificity of every cell, one panel an arm.
-
-    ``grids`` has columns method, ember, cell, metric, value, ci_low, ci_high; ``chosen`` method, ember, cell.
-    """
+    """``trade_off`` of all cells of one concept and seed's grids, one panel an arm; ``chosen``: method, ember, cell."""
     choices = chosen.set_index(["method", "ember"]).cell
     parts = list(grids.groupby(["method", "ember"], sort=False))
     figure, panels = new_panels(len(parts), (4.3, 3.6), most=3)
@@ -142,10 +132,7 @@ def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
 
 
 def arm_scores(arms: pd.DataFrame) -> Figure:
-    """The four scores of every arm, alone (open) and after EMBER (filled), with intervals.
-
-    ``arms`` has columns method, ember, metric, value, ci_low, ci_high.
-    """
+    """The four scores of every arm, alone (open) and after EMBER (filled); columns method, ember, metric, value, …"""
     figure, panels = _score_panels(arms, line=0.55, frame=2.0, aside=0.14)
     for metric, ax in panels.items():
         ax.axvline(0.0 if metric in ("efficacy_cont", "final_cont") else 1.0, color=PALETTE["base"], lw=1, ls="--")

@@ -1,7 +1,4 @@
-"""Frames of all runs of a profile → the tables and figures of its report, each with the name of its file.
-
-Frames of runs have a column ``run``. Figures of single runs are to show one seed a concept (``first_seeds``).
-"""
+"""Frames of all runs of a profile, which have a column ``run`` → the report's tables and figures, by file name."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -9,14 +6,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from ember.data.arms import Arm
 from ember.evaluation import localization, stability
 from ember.evaluation import trade_curves as trade
 from ember.evaluation.trade_off import RARE
-from ember.reporting import control_plots, feature_plots, localization_plots, plots, relearn_plots, stability_plots
+from ember.reporting import edit_plots, feature_plots, plots, relearn_plots
 from ember.reporting import relearn_tables as relearned
 from ember.reporting import tables as erased
-from ember.reporting.teaching_plots import arrival_points
 from ember.store.paths import slug
 
 Tables = dict[str, pd.DataFrame]
@@ -38,13 +33,15 @@ def figure_name(kind: str, frame: pd.DataFrame) -> str:
     return "__".join([kind, slug(row.concept), *arm, f"seed{row.seed}"])
 
 
-def _by_concept(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
+def by_concept(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
+    """Of the rows of each concept, all drawings; names are KIND__CONCEPT."""
     for concept, part in frame.groupby("concept", sort=False):
         for kind, draw in drawings.items():
             yield f"{kind}__{slug(str(concept))}", draw(part).figure
 
 
-def _by_run(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
+def by_run(frame: pd.DataFrame, **drawings: Drawing) -> Figures:
+    """Of the rows of each run, all drawings; names are ``figure_name``'s."""
     for _, part in frame.groupby("run"):
         for kind, draw in drawings.items():
             yield figure_name(kind, part), draw(part).figure
@@ -68,22 +65,8 @@ def erasure_tables(
     return tables | ({"controls": erased.control_table(compared, controls)} if controls else {})
 
 
-def arm_figures(main: pd.DataFrame, effects: pd.DataFrame) -> Figures:
-    """The arms of each concept, and what EMBER adds."""
-    yield from _by_concept(main, methods=plots.arm_scores, trade_off=plots.arm_trade_off)
-    yield from _by_concept(effects, ember_effect=plots.ember_effect)
-
-
-def feature_tables(scores: pd.DataFrame, preview: pd.DataFrame) -> Tables:
-    """The best features and the rows to edit, from the frames of notebook 02."""
-    return {"features": scores.groupby("run").head(12).drop(columns="run"), "edited_rows": preview.drop(columns="run")}
-
-
 def feature_figures(loss: pd.DataFrame, scores: pd.DataFrame, preview: pd.DataFrame) -> Figures:
     """Each run's fit, features and rows, from the frames of notebooks 01 and 02."""
-
-    def unexplained(run: pd.DataFrame) -> Axes:
-        return feature_plots.loss_curve(run.loss.tolist(), total=run.total.iloc[0])
 
     def keyness(run: pd.DataFrame) -> Axes:
         chosen = run.feature[run.selected].tolist()
@@ -92,9 +75,9 @@ def feature_figures(loss: pd.DataFrame, scores: pd.DataFrame, preview: pd.DataFr
     def ratios(run: pd.DataFrame) -> Axes:
         return feature_plots.role_composition(run, selected=run.feature[run.selected].tolist())
 
-    yield from _by_run(loss, factorization_loss=unexplained)
-    yield from _by_run(scores, selected_features=keyness, keyness_and_ratio=ratios)
-    yield from _by_run(preview, token_preview=feature_plots.token_preview)
+    yield from by_run(loss, factorization_loss=lambda run: feature_plots.loss_curve(run.loss, total=run.total.iloc[0]))
+    yield from by_run(scores, selected_features=keyness, keyness_and_ratio=ratios)
+    yield from by_run(preview, token_preview=feature_plots.token_preview)
 
 
 def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFrame, samples: pd.DataFrame) -> Figures:
@@ -104,9 +87,9 @@ def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFr
         chosen = cells[cells.chosen & (cells.concept == concept) & (cells.seed == seed)]
         yield f"grids__{slug(concept)}__seed{seed}", plots.grid_panels(grids, chosen)
     alone = items[(items.method == "ember") & ~items.ember & (items.metric == "gold_logprob")]
-    yield from _by_run(alone.assign(change=alone.edited - alone.base), item_changes=feature_plots.item_changes)
+    yield from by_run(alone.assign(change=alone.edited - alone.base), item_changes=feature_plots.item_changes)
     written = samples[samples.method == "ember"]
-    yield from _by_run(written, generations=lambda run: plots.text_panel(run[["prompt", "base", "edited"]]))
+    yield from by_run(written, generations=lambda run: plots.text_panel(run[["prompt", "base", "edited"]]))
     titles = {**plots.LABELS, "instruction": "reference responses"}
     texts = records.set.isin(["neutral", "instruction", "other_sense", "paragraph"]) & (records.metric == "delta_loss")
     damage = records[texts & (records.split == "test") & (records.method == "ember")]
@@ -115,20 +98,20 @@ def erasure_figures(records: pd.DataFrame, cells: pd.DataFrame, items: pd.DataFr
         title, unit = "Rise in loss on the test texts (EMBER alone)", "nats per token (95 % interval)"
         return plots.interval_bars(run.sort_values("value"), title=title, xlabel=unit, base=0.0)
 
-    yield from _by_run(damage.assign(label=damage.set.map(titles)), text_damage=rises)
+    yield from by_run(damage.assign(label=damage.set.map(titles)), text_damage=rises)
 
 
 def relearning_tables(
     items: pd.DataFrame, moved: pd.DataFrame, curve: pd.DataFrame, *, controls: Collection[str]
 ) -> Tables:
     """What comes back, from the frames of notebook 04; with ``controls``, what is left of each beside EMBER."""
-    table, moved = relearned.relearning_table(items), moved.drop(columns="run")
+    table = relearned.relearning_table(items)
     pace = ["concept", *relearned.ATTACKED, "seed", "tokens", "seconds", "tokens_per_second", "diverged"]
     tables = {
         "relearning": table, "relearning_overview": relearned.relearning_overview(table), "weights_moved": moved,
         "ember_effect_relearned": relearned.left_with_ember(items),
         "precision": relearned.precision_table(items, moved),
-        "relearning_speed": curve.groupby("run").last()[pace].reset_index(drop=True),
+        "relearning_speed": curve.groupby("run").last()[pace],
     }  # fmt: skip
     return tables | ({"controls_relearned": relearned.left_beside_ember(items, controls)} if controls else {})
 
@@ -145,16 +128,16 @@ def relearning_figures(table: pd.DataFrame, precisions: pd.DataFrame) -> Figures
 
     last = relearned.final_points(table)
     several = last[last.groupby("concept").attack.transform(lambda attacks: set(attacks) != {"all"})]
-    yield from _by_concept(table, relearning=panels)
-    yield from _by_concept(several, attacks=heatmap)
-    yield from _by_concept(precisions, precision=relearn_plots.precision_panel)
+    yield from by_concept(table, relearning=panels)
+    yield from by_concept(several, attacks=heatmap)
+    yield from by_concept(precisions, precision=relearn_plots.precision_panel)
 
 
 def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.Series) -> Tables:
     """Where predictions change, from the frames of notebook 05; the tokens hurt most are those of ``seeds``."""
     alone = tokens[(tokens.method == "ember") & ~tokens.ember & (tokens.seed == tokens.concept.map(seeds))]
     worst = [localization.most_damaged(part).assign(concept=name) for name, part in alone.groupby("concept")]
-    everyday = everyday.drop(columns=["run", "method", "ember"]).drop_duplicates(["concept", "seed", "set"])
+    everyday = everyday.drop(columns=["method", "ember"]).drop_duplicates(["concept", "seed", "set"])
     return {
         "localization": localization.by_arm(tokens), "half_of_change": localization.half_by_arm(tokens),
         "everyday": everyday, "most_damaged": pd.concat(worst),
@@ -163,12 +146,10 @@ def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.
 
 def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
     """KL before and after an edited token by arm, and by the number of them for EMBER alone."""
-    yield from _by_concept(table, localization=localization_plots.arm_exposure)
+    yield from by_concept(table, localization=edit_plots.arm_exposure)
     alone = tokens[(tokens.method == "ember") & ~tokens.ember]
     alone = alone.assign(text=alone.seed.astype(str) + " " + alone.text.astype(str))
-    yield from _by_concept(
-        alone, exposure=lambda part: localization_plots.exposure_bars(localization.by_exposure(part))
-    )
+    yield from by_concept(alone, exposure=lambda part: edit_plots.exposure_bars(localization.by_exposure(part)))
 
 
 Runs = Mapping[tuple[str, int], trade.Curves]  # by concept and seed
@@ -179,56 +160,33 @@ def trade_runs(items: pd.DataFrame) -> Runs:
     return {key: trade.curves(part) for key, part in items.groupby(["concept", "seed"], sort=False)}
 
 
-def trade_tables(runs: Runs, rows: pd.DataFrame) -> Tables:
-    """What control edits take and cost, per concept and over all, and the rows that they move."""
+def trade_tables(runs: Runs) -> Tables:
+    """What control edits take and cost, per concept and over all."""
     parts = {concept: {key: run for key, run in runs.items() if key[0] == concept} for concept, _ in runs}
     parts |= {erased.ALL: dict(runs)} if len(parts) > 1 else {}
 
     def each(table: Callable[..., pd.DataFrame], *edit: str) -> pd.DataFrame:
-        return pd.concat([table(part, *edit).assign(concept=name) for name, part in parts.items()])
+        return pd.concat(table(part, *edit).assign(concept=name) for name, part in parts.items())
 
     tables = {"trade": each(trade.area_table), "strengths": each(trade.strength_table)}
-    tables["control_rows"] = rows.drop(columns="run")
-    if RARE in set(tables["trade"].edit):
-        tables["spared_tokens"] = each(trade.equal_gain_table, RARE)
-    return tables
+    rare = RARE in set(tables["trade"].edit)
+    return tables | ({"spared_tokens": each(trade.equal_gain_table, RARE)} if rare else {})
 
 
 def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
     """The areas of every concept, and the curves of one seed each."""
-    yield from _by_concept(areas, trade_areas=control_plots.area_differences)
+    yield from by_concept(areas, trade_areas=edit_plots.area_differences)
     for (concept, seed), run in runs.items():
         if seed == seeds[concept]:
-            yield f"trade__{slug(concept)}", control_plots.trade_curves(trade.point_table(run))
+            yield f"trade__{slug(concept)}", edit_plots.trade_curves(trade.point_table(run))
 
 
-def stability_tables(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Tables:
-    """Whether the same feature comes back, from the frames of notebook 08."""
-    parts = erased.each_concept(_varied_pairs(fits, pairs))
-    return {
-        "stability_fits": fits.drop(columns="run"), "stability_outcomes": outcomes.drop(columns="run"),
-        "stability": pd.concat(stability.variation_table(part).assign(concept=name) for name, part in parts),
-    }  # fmt: skip
-
-
-def stability_figures(fits: pd.DataFrame, pairs: pd.DataFrame, outcomes: pd.DataFrame) -> Figures:
-    """What came of each concept's feature, and of its edits."""
-    yield from _by_concept(_varied_pairs(fits, pairs), stability=stability_plots.variation_points)
-    yield from _by_concept(outcomes, stability_outcomes=stability_plots.outcome_points)
-
-
-def _varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    parts = pairs.drop(columns="run").groupby("concept", sort=False)
+def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """``stability.varied_pairs`` of each concept, from the frames of notebook 08."""
+    parts = pairs.groupby("concept", sort=False)
     return pd.concat(stability.varied_pairs(fits[fits.concept == concept], part) for concept, part in parts)
 
 
-def teaching_tables(cells: pd.DataFrame, **frames: pd.DataFrame) -> Tables:
-    """Where erasing what was taught arrives, from notebook 09's cells; its other ``frames`` as they are."""
-    arrived = cells[cells.chosen & (cells.split == "test")].drop(columns=["run", "split", "chosen"])
-    return {"arrival": arrived} | {f"taught_{name}": frame.drop(columns="run") for name, frame in frames.items()}
-
-
-def teaching_figures(arrived: pd.DataFrame) -> Figures:
-    """The arrival of each arm in probability, with the first seed."""
-    likely = arrived[(arrived.metric == "gold_prob") & (arrived.seed == arrived.seed.iloc[0])]
-    yield "arrival", arrival_points(likely.assign(label=[Arm(method).name for method in likely.method])).figure
+def stability_table(varied: pd.DataFrame) -> pd.DataFrame:
+    """Whether the same feature comes back, from ``varied_pairs``, per concept and over all."""
+    return pd.concat(stability.variation_table(part).assign(concept=c) for c, part in erased.each_concept(varied))
