@@ -20,6 +20,7 @@ from ember.batch.planning import plan
 from ember.batch.profiles import list_profiles, load_profile
 from ember.data import released
 from ember.data.ours import list_concepts, load_concept
+from ember.editing import Edit
 from ember.features import ConceptFeatures, concept_features
 from ember.models.loading import load_model
 from ember.models.specs import MODELS
@@ -54,18 +55,12 @@ def assert_one_line(errors: str, *words: str) -> None:
         assert word in errors
 
 
-def test_help_lists_the_commands(run):
-    status, out, _ = run("--help")
-    assert status == 0
-    for command in COMMANDS:
-        assert re.search(rf"^ +{command}\b", out, re.M), command
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(run, command):
+def test_every_command_is_listed_and_explains_itself(run, command):
+    status, out, _ = run("--help")
+    assert status == 0 and re.search(rf"^ +{command}\b", out, re.M)
     status, out, _ = run(command, "--help")
-    assert status == 0
-    assert out.startswith(f"usage: python -m ember {command}")
+    assert status == 0 and out.startswith(f"usage: python -m ember {command}")
 
 
 @pytest.mark.parametrize("arguments", [[], ["nope"], ["erase", "Ancient Rome"], ["preview", "--rank", "many"]])
@@ -82,50 +77,28 @@ def test_starts_as_a_module_and_shows_no_traceback():
     assert_one_line(done.stderr, "'Atlantis'", *list_concepts())
 
 
-@pytest.mark.parametrize("name", ["Atlantis", "../ancient", "/etc", ""])
-def test_unknown_concept(run, name):
-    status, out, errors = run("preview", name)
-    assert (status, out) == (1, "")
-    assert_one_line(errors, repr(name), *list_concepts())
-
-
-@pytest.mark.parametrize("name", ["nope", "../nope", "/nope/nope"])
-def test_unknown_model(run, name):
-    status, out, errors = run("preview", list_concepts()[0], "--model", name)
-    assert (status, out) == (1, "")
-    assert_one_line(errors, repr(name), *MODELS)
-
-
-@pytest.mark.parametrize("name", ["nope", "../smoke", ""])
-def test_unknown_profile(run, name):
-    status, out, errors = run("reproduce", "--profile", name)
-    assert (status, out) == (1, "")
-    assert_one_line(errors, repr(name), *list_profiles())
-
-
-def test_unknown_notebook(run):
-    status, _, errors = run("run-notebook", "nope")
-    assert status == 1
-    assert_one_line(errors, "'nope'", "00_tour")
-
-
 @pytest.mark.parametrize(
-    ("parameters", "word"),
-    [('{"prfile": "x"}', "prfile"), ('{"profile": 5}', "profile"), ("{profile", "JSON"), ("[1]", "object")],
+    ("arguments", "words"),
+    [
+        *((["preview", name], [repr(name), *list_concepts()]) for name in ("Atlantis", "../ancient", "/etc", "")),
+        *(
+            (["preview", "Ancient Rome", "--model", name], [repr(name), *MODELS])
+            for name in ("nope", "../nope", "/nope/nope")
+        ),
+        (["check-data", "--model", "nope"], ["'nope'", *MODELS]),
+        *((["reproduce", "--profile", name], [repr(name), *list_profiles()]) for name in ("nope", "../smoke", "")),
+        (["run-notebook", "nope"], ["'nope'", "00_tour"]),
+        (["run-notebook", "10_report", '{"prfile": "x"}'], ["'prfile'", "known: profile"]),
+        (["run-notebook", "10_report", '{"profile": 5}'], ["'profile'", "got 5"]),
+        (["run-notebook", "10_report", "{profile"], ["JSON"]),
+        (["run-notebook", "10_report", "[1]"], ["an object, got [1]"]),
+    ],
+    ids=str,
 )
-def test_bad_notebook_parameters(run, parameters, word):
-    status, _, errors = run("run-notebook", "10_report", parameters)
-    assert status == 1
-    assert_one_line(errors, word)
-
-
-def test_an_unknown_profile_of_a_notebook_is_refused_before_it_runs(run, monkeypatch):
-    import papermill
-
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("the notebook was started"))
-    status, _, errors = run("run-notebook", "10_report", json.dumps({"profile": "nope"}))
-    assert status == 1
-    assert_one_line(errors, "'nope'", *list_profiles())
+def test_what_is_unknown_or_unfit_is_told_with_what_is_known(run, arguments, words):
+    status, out, errors = run(*arguments)
+    assert (status, out) == (1, "")
+    assert_one_line(errors, *words)
 
 
 def test_dry_run_tells_what_would_run(run):
@@ -168,12 +141,6 @@ def no_model(monkeypatch):
     monkeypatch.setattr("ember.models.loading.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
 
 
-def spoil(path: Path, lines: int) -> None:
-    """Cut the first lines of a text file to one word each."""
-    texts = path.read_text().splitlines()
-    path.write_text("\n".join([text.split()[0] for text in texts[:lines]] + texts[lines:]) + "\n")
-
-
 def test_check_data_passes_sound_data(run, sound, no_model):
     status, out, errors = run("check-data", "--no-model")
     assert (status, errors) == (0, "")
@@ -182,31 +149,23 @@ def test_check_data_passes_sound_data(run, sound, no_model):
     assert (blank, last) == ("", "all checks passed")
     assert re.search(r"^ *sentences +≥ 150 +150\b", out, re.M)
     assert "empty question" not in out and "!" not in out
-
-
-def test_check_data_of_one_folder(run, sound, no_model):
     status, out, _ = run("check-data", sound, "--no-model")
-    assert status == 0
-    assert "Sound Rome" in out and "shared" not in out
+    assert status == 0 and "Sound Rome" in out and "shared" not in out
 
 
 def test_check_data_lists_what_to_mend(run, sound, no_model):
-    spoil(sound / "sentences.txt", 7)
+    path = sound / "sentences.txt"
+    texts = path.read_text().splitlines()
+    path.write_text("\n".join([text.split()[0] for text in texts[:7]] + texts[7:]) + "\n")
     status, out, errors = run("check-data", "--no-model")
     assert (status, errors) == (1, "")
     assert out.endswith("\n1 checks failed (marked !)\n")
     assert re.search(r"^ *length of sentences +0 +7(\.00)? !", out, re.M)
     assert "\nSound Rome: length of sentences (7)\n" in out
-    named = re.findall(r"^  sentences\.txt, line (\d+): 1 words, wanted 5-45: ", out, re.M)
-    assert named == ["1", "2", "3", "4", "5"]
-    assert "\n  … 2 more; --all shows them\n" in out
-
-
-def test_check_data_lists_everything_with_all(run, sound, no_model):
-    spoil(sound / "sentences.txt", 7)
+    line = re.compile(r"^  sentences\.txt, line (\d+): 1 words, wanted 5-45: ", re.M)
+    assert line.findall(out) == list("12345") and "\n  … 2 more; --all shows them\n" in out
     _, out, _ = run("check-data", "--no-model", "--all")
-    assert re.findall(r"^  sentences\.txt, line (\d+): ", out, re.M) == list("1234567")
-    assert "more" not in out
+    assert line.findall(out) == list("1234567") and "more" not in out
 
 
 def test_check_data_of_ones_own_folder_compares_it_with_the_minimum(run, concept, no_model):
@@ -222,12 +181,6 @@ def test_check_data_asks_the_model(run, concept, model):
     assert re.search(r"^ *empty question, probability, concept test +≤ 0\.35 +[01]\.\d\d\b", out, re.M)
 
 
-def test_check_data_with_an_unknown_model(run, concept):
-    status, out, errors = run("check-data", concept, "--model", "nope")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, "'nope'", *MODELS)
-
-
 def test_check_data_of_released_files(run, tmp_path, no_model):
     folder = write_released(tmp_path / "released")
     status, out, errors = run("check-data", folder, "--released", "--no-model")
@@ -236,12 +189,19 @@ def test_check_data_of_released_files(run, tmp_path, no_model):
     assert re.search(r"^Jar Town: length of sentences \(1\)\n  sentences\[0\]: 4 words", out, re.M)
 
 
-def test_check_data_of_released_files_names_file_line_and_field(run, tmp_path):
-    path = write_released(tmp_path / "released") / released.CHOICE
-    path.write_text(path.read_text().replace('"correct_answer": "flint"', '"correct_answer": "jade"', 1))
-    status, out, errors = run("check-data", path.parent, "--released", "--no-model")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, f"{path}, line ", "QA_train[1], field 'options'", "'jade'")
+def test_check_data_names_file_line_and_field(run, concept, tmp_path):
+    theirs = write_released(tmp_path / "released") / released.CHOICE
+    ours = concept / "questions.jsonl"
+    theirs.write_text(theirs.read_text().replace('"correct_answer": "flint"', '"correct_answer": "jade"', 1))
+    ours.write_text(ours.read_text().replace('"split": "test"', '"split": "dev"', 1))
+    for arguments, words in (
+        ((theirs.parent, "--released"), (f"{theirs}, line ", "QA_train[1], field 'options'", "'jade'")),
+        ((concept,), (f"{ours}, line 1, field 'split'", "'dev'")),
+        ((tmp_path / "nope",), (str(tmp_path / "nope"),)),
+    ):
+        status, out, errors = run("check-data", *arguments, "--no-model")
+        assert (status, out) == (1, "")
+        assert_one_line(errors, *words)
 
 
 @pytest.fixture
@@ -254,17 +214,14 @@ def upstream(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_fetch_data_fetches_once_and_tells_what_there_is(run, upstream):
+def test_fetch_data_fetches_once_and_tells_what_there_is(run, upstream, monkeypatch):
     expected = f"released data at {released.COMMIT[:7]}: Jar Town, Élan\n"
     assert run("fetch-data") == (0, expected, "")
     shutil.rmtree(upstream)
     assert run("fetch-data") == (0, expected, "")
     status, out, _ = run("check-data", "--released", "--no-model")
     assert status == 1 and "Jar Town" in out
-
-
-def test_fetch_data_that_cannot_be_fetched_is_an_error(run, upstream):
-    shutil.rmtree(upstream)
+    monkeypatch.setenv("EMBER_CACHE", str(upstream.parent / "another"))
     status, out, errors = run("fetch-data")
     assert (status, out) == (1, "")
     assert_one_line(errors, "git could not fetch it", "--folder")
@@ -290,77 +247,39 @@ def test_fetch_data_with_the_shared_sets_tells_their_commits(run, upstream, tmp_
     assert_one_line(errors, "holds v2", "not v3")
 
 
-def test_check_data_names_file_line_and_field(run, concept):
-    path = concept / "questions.jsonl"
-    path.write_text(path.read_text().replace('"split": "test"', '"split": "dev"', 1))
-    status, out, errors = run("check-data", concept, "--no-model")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, f"{path}, line 1, field 'split'", "'dev'")
-
-
-def test_check_data_of_a_missing_folder(run, tmp_path):
-    status, _, errors = run("check-data", tmp_path / "nope", "--no-model")
-    assert status == 1
-    assert_one_line(errors, str(tmp_path / "nope"))
-
-
 def features(count: int) -> list[str]:
     return ["--rank", str(count), "--features", *map(str, range(count))]
 
 
-def test_preview_lists_the_rows(run, model, concept):
-    status, out, _ = run("preview", "--folder", concept, "--model", model, *features(8))
-    assert status == 0
-    *table, last = out.splitlines()
-    assert last.startswith(f"{len(table) - 1} rows would change; ")
-    assert len(table) > 1
-
-
 def test_erase_saves_the_edit_that_preview_shows(run, model, concept, tmp_path):
-    from ember.editing import Edit
-    from ember.models.loading import load_model
-
     options = ["--folder", concept, "--model", model, *features(8)]
-    _, shown, _ = run("preview", *options)
+    status, out, _ = run("preview", *options)
+    *table, last = out.splitlines()
+    assert status == 0 and last.startswith(f"{len(table) - 1} rows would change; ") and len(table) > 1
     status, out, _ = run("erase", *options, "--delta", "2", "--output", tmp_path / "edit")
-    assert status == 0
     edit = Edit.load(tmp_path / "edit")
+    assert (status, len(edit.changed())) == (0, len(table) - 1)
     assert out == f"{len(edit.changed())} rows of {model.name} edited; saved in {tmp_path / 'edit'}\n"
-    assert f"{len(edit.changed())} rows would change" in shown
     assert edit.provenance.config["delta"] == 2.0
     with edit.applied(load_model(str(model))):
         pass
 
 
-def test_rank_above_the_bound_names_it(run, model, concept):
-    """The tiny model has d = 32; the default rank is meant for real ones."""
-    status, out, errors = run("preview", "--folder", concept, "--model", model, "--rank", "300")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, "rank", "300", "32")
-
-
-def test_unknown_feature_names_the_bound(run, model, concept):
-    status, out, errors = run("preview", "--folder", concept, "--model", model, "--rank", "8", "--features", "8")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, "8", "0..7")
-
-
-def test_a_damaged_model_folder_is_an_error(run, concept, tmp_path):
-    (tmp_path / "empty").mkdir()
-    status, _, errors = run("preview", "--folder", concept, "--model", tmp_path / "empty")
-    assert status == 1
-    assert errors.startswith("error: ")
-    assert "Traceback" not in errors
-
-
-def test_a_closed_edit_folder_is_an_error(run, model, concept, tmp_path):
-    """A file is in the way of the folder."""
+def test_an_edit_that_cannot_be_is_an_error_that_names_the_bound_or_the_path(run, model, concept, tmp_path):
+    """The tiny model has d = 32; the default rank is meant for real ones. A file is in the way of the edit's folder."""
     (tmp_path / "file").write_text("x")
-    status, _, errors = run(
-        "erase", "--folder", concept, "--model", model, *features(8), "--output", tmp_path / "file" / "edit"
-    )
-    assert status == 1
-    assert_one_line(errors, "file")
+    (tmp_path / "empty").mkdir()
+    options = ["--folder", concept, "--model", model]
+    for arguments, words in (
+        (["preview", *options, "--rank", "300"], ("rank", "300", "32")),
+        (["preview", *options, "--rank", "8", "--features", "8"], ("8", "0..7")),
+        (["erase", *options, *features(8), "--output", tmp_path / "file" / "edit"], ("file",)),
+    ):
+        status, out, errors = run(*arguments)
+        assert (status, out) == (1, "")
+        assert_one_line(errors, *words)
+    status, _, errors = run("preview", "--folder", concept, "--model", tmp_path / "empty")
+    assert status == 1 and errors.startswith("error: ") and "Traceback" not in errors
 
 
 def test_import_features(run, model, concept, tmp_path):
@@ -377,7 +296,7 @@ def test_import_features(run, model, concept, tmp_path):
     ]  # fmt: skip
     status, _, errors = run(*command)
     assert status == 1 and not folder.exists()
-    assert_one_line(errors, "no field F_", "'left'", "--field")
+    assert_one_line(errors, "no field ", " for F", "'left'", "--field")
     status, out, _ = run(*command, "--field", "F=left")
     assert status == 0 and f"5 features of {len(ids)} tokens" in out
     again = ConceptFeatures.load(folder)

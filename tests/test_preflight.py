@@ -61,13 +61,9 @@ def texts(found) -> str:
 # The model
 
 
-def test_a_model_of_ours_or_in_a_folder_asks_nobody(hub, tmp_path):
+def test_a_model_of_ours_or_in_a_folder_asks_nobody_nor_does_one_that_takes_a_token(hub, tmp_path):
     for spec in (MODELS["smollm2-135m"], ModelSpec(name="x", origin="folder", location=str(tmp_path))):
         assert list(model_access(spec)) == []
-    assert hub.asked == []
-
-
-def test_no_token_and_a_model_that_takes_none(hub):
     hub.token = None
     (found,) = model_access(GEMMA)
     assert found.fatal and GEMMA.licence in found.advice and "HF_TOKEN" in found.advice and "auth login" in found.advice
@@ -123,21 +119,20 @@ def test_offline_only_the_cache_counts(hub, monkeypatch):
 # The machine
 
 
-def test_no_gpu_for_a_large_model_unless_the_cpu_is_asked_for(machine, monkeypatch):
-    machine(gpu=False)
-    device, (found,) = find_device(GEMMA)
-    assert device == "cpu" and found.fatal and "EMBER_DEVICE=cpu" in found.advice
-    monkeypatch.setenv("EMBER_DEVICE", "cpu")
-    assert find_device(GEMMA) == ("cpu", [])
-    machine()
-    assert find_device(GEMMA) == ("cuda", [])
-
-
-@pytest.mark.parametrize("name", ["cuda:3", "gpu"])
-def test_a_device_that_is_not_there(machine, monkeypatch, name):
-    monkeypatch.setenv("EMBER_DEVICE", name)
-    _, (found,) = find_device(GEMMA)
-    assert found.fatal and name in found.what and "EMBER_DEVICE" in found.what
+@pytest.mark.parametrize(
+    ("gpu", "asked", "device", "words"),
+    [
+        (False, "", "cpu", ("wants a GPU", "EMBER_DEVICE=cpu")), (False, "cpu", "cpu", ()), (True, "", "cuda", ()),
+        (True, "cuda:3", "cpu", ("cuda:3", "EMBER_DEVICE")), (True, "gpu", "cpu", ("'gpu'", "EMBER_DEVICE")),
+    ],
+)  # fmt: skip
+def test_a_large_model_wants_a_gpu_unless_the_cpu_is_asked_for(machine, monkeypatch, gpu, asked, device, words):
+    machine(gpu=gpu)
+    monkeypatch.setenv("EMBER_DEVICE", asked)
+    kind, found = find_device(GEMMA)
+    assert kind == device and len(found) == bool(words)
+    assert all(finding.fatal and word in str(finding) for finding in found for word in words)
+    assert gpu or find_device(MODELS["smollm2-135m"]) == ("cpu", [])
 
 
 def test_packages_outside_the_installation(machine):

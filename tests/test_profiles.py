@@ -60,10 +60,12 @@ def without(mapping: dict, key: str) -> dict:
 # Our profiles
 
 
-def test_the_default_and_the_test_profile_are_there_and_share_one_factorization():
+def test_the_profiles_are_there():
+    """The tests' has the default's factorization: `make nbval` puts it in its place. The paper's models have one each."""
     smoke, laptop = load_profile("smoke"), load_profile("laptop")
     for key in ("fit", "model", "concepts", "seeds"):
         assert getattr(smoke, key) == getattr(laptop, key)
+    assert {load_profile(name).model for name in PAPERS} == {"gemma-2-2b-it", "llama-3.1-8b-instruct"}
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -76,11 +78,7 @@ def test_profile_names_what_exists_and_its_settings_are_accepted_where_they_go(n
     for method in profile.grids:
         cells = profile.cells(method)
         assert cells and all(METHODS[method].config(**settings) for settings in cells.values())
-
-
-@pytest.mark.parametrize("name", PROFILES)
-def test_jobs_have_parameters_the_notebooks_take(name):
-    for job in plan(load_profile(name)):
+    for job in plan(profile):
         check_parameters(job.notebook, job.parameters)
 
 
@@ -97,13 +95,13 @@ def test_every_frame_that_a_notebook_writes_is_declared(notebook):
     assert written == set(planning.FRAMES[notebook])
 
 
-def test_the_paper_s_two_models_have_a_profile_each():
-    assert {load_profile(name).model for name in PAPERS} == {"gemma-2-2b-it", "llama-3.1-8b-instruct"}
-
-
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_paper_profile_is_the_paper_s_experiment(name):
+def test_a_paper_profile_is_the_paper_s_experiment_and_is_planned_without_a_network(name, monkeypatch):
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
     profile = load_profile(name)
+    jobs = plan(profile)
+    assert {job.parameters["concept_name"] for job in jobs[:-1]} == set(RELEASED)
+    assert profile.needs.startswith(f"estimated, not measured: {len(jobs)} runs")
     assert (profile.source, profile.concepts) == ("released", RELEASED)
     assert profile.fit["rank"] == {"paper-gemma": 100, "paper-llama": 200}[name]
     assert [cell["delta"] for cell in profile.cells("ember").values()] == [0.5, 1, 2, 5, 10, 50, 100, 200]
@@ -120,15 +118,6 @@ def test_a_paper_profile_is_the_paper_s_experiment(name):
         cells = list(profile.cells(method).values())
         assert {cell["sae"] for cell in cells} == {name.replace("paper-", "") + "-scope"}
         assert max(layer for cell in cells for layer in cell["layers"]) < depth
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_a_paper_profile_is_planned_without_a_network_and_says_what_it_takes(name, monkeypatch):
-    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
-    profile = load_profile(name)
-    found = plan(profile)
-    assert {job.parameters["concept_name"] for job in found[:-1]} == set(RELEASED)
-    assert profile.needs.startswith(f"estimated, not measured: {len(found)} runs")
 
 
 # Reading
@@ -150,51 +139,38 @@ def cells(load, method="other", **grid) -> dict:
     return load(grids=dict.fromkeys(("ember", "other", "aside"), grid)).cells(method)
 
 
-def test_cells_are_all_combinations_and_the_first_setting_varies_slowest(load):
-    found = cells(load, layer=[1, 7], lr=[0.001, 0.5])
-    assert list(found.items()) == [
-        ("layer=1 lr=0.001", {"layer": 1, "lr": 0.001}),
-        ("layer=1 lr=0.5", {"layer": 1, "lr": 0.5}),
-        ("layer=7 lr=0.001", {"layer": 7, "lr": 0.001}),
-        ("layer=7 lr=0.5", {"layer": 7, "lr": 0.5}),
-    ]
-    assert list(cells(load, delta=[2, 0.5, 10.0])) == ["delta=2", "delta=0.5", "delta=10"]  # as in the file
-
-
 @pytest.mark.parametrize(
     ("grid", "wanted"),
     [
         ({}, {"only cell": {}}),
         ({"layer": 3}, {"only cell": {"layer": 3}}),
         ({"layer": [3]}, {"only cell": {"layer": 3}}),
+        ({"delta": [2, 0.5, 10.0]}, {"delta=2": {"delta": 2}, "delta=0.5": {"delta": 0.5}, "delta=10": {"delta": 10}}),
+        ({"layer": [1, 7], "lr": [0.001, 0.5]},
+         {f"layer={k} lr={lr}": {"layer": k, "lr": lr} for k in (1, 7) for lr in (0.001, 0.5)}),
         ({"lr": [0.1, 0.2], "band": "early", "k": [5]},
-         {"lr=0.1": {"lr": 0.1, "band": "early", "k": 5}, "lr=0.2": {"lr": 0.2, "band": "early", "k": 5}}),
+         {f"lr={lr}": {"lr": lr, "band": "early", "k": 5} for lr in (0.1, 0.2)}),
         ({"layers": [[3], [3, 4]], "mu": 2.0},
-         {"layers=[3]": {"layers": [3], "mu": 2.0}, "layers=[3, 4]": {"layers": [3, 4], "mu": 2.0}}),
+         {f"layers={layers}": {"layers": layers, "mu": 2.0} for layers in ([3], [3, 4])}),
     ],
     ids=repr,
 )  # fmt: skip
-def test_fixed_settings_are_in_every_cell_and_in_no_label(load, grid, wanted):
-    """So is a search of one value; a setting that is a list is searched as a list of lists."""
-    assert cells(load, **grid) == wanted
+def test_cells_are_all_combinations_in_the_order_of_the_file(load, grid, wanted):
+    """The first setting varies slowest. Fixed ones are in every cell and no label; so is a search of one value."""
+    assert list(cells(load, **grid).items()) == list(wanted.items())
 
 
 def test_settings_of_the_fit_are_those_of_ember_and_its_controls(load):
     """And a grid may search what the fit sets."""
     for method in ("ember", "aside"):
         assert list(cells(load, method, delta=[1.0, 2.0]).values()) == [GOOD["fit"] | {"delta": d} for d in (1.0, 2.0)]
-    assert list(cells(load, "other", delta=[1.0, 2.0]).values()) == [{"delta": 1.0}, {"delta": 2.0}]
     assert cells(load, "ember", rank=[4, 6]) == {f"rank={k}": {"rank": k, "sparsity": 0.1} for k in (4, 6)}
 
 
-def test_cells_do_not_follow_each_other(load):
-    """Changing the settings of one leaves the profile and the other cells as they are."""
+def test_cells_do_not_follow_each_other_and_no_two_have_one_label(load):
     profile = load(grids=GOOD["grids"] | {"ember": {"delta": [1.0, 2.0], "layer": 3}})
     profile.cells("ember")["delta=1"]["layer"] = 9
     assert [cell["layer"] for cell in profile.cells("ember").values()] == [3, 3]
-
-
-def test_two_cells_with_one_label_are_an_error(load):
     with pytest.raises(DataError, match=r"profile mine: two cells of other are both 'lr=0\.1'"):
         cells(load, lr=[0.1, 0.1000000001])
 
@@ -286,36 +262,27 @@ def test_a_wrong_type_is_one_line_with_file_key_and_value(load, changes, key, ty
     assert f"mine.yaml, key '{key}': " in message and typed in message and "1.0e-4" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("change", [{"max_calls": 0}, {"timeout": "1e1"}, {"base_url": "localhost"}, {"model": None}])
-def test_a_judge_that_cannot_be_is_an_error_that_names_the_file(load, change):
-    judge = {key: value for key, value in (GOOD["judge"] | change).items() if value is not None}
-    with pytest.raises(DataError, match=rf"mine\.yaml.*judge.*{next(iter(change))}"):
-        load(judge=judge)
-
-
 @pytest.mark.parametrize(
-    "size", [{"questions": 4.5}, {"letters": 1}, {"open_answers": True}, {"other_texts": 3}, {"quest": 1}], ids=str
-)
-def test_a_wrong_size_is_an_error_that_names_it(load, size):
-    ((name, typed),) = size.items()
-    with pytest.raises(DataError, match=rf"mine\.yaml, key 'sizes\.train': {name} .*, got {typed}$"):
-        load(sizes={"train": size})
-
-
-@pytest.mark.parametrize(("key", "known"), [("source", "'ours' or 'released'"), ("dtype", "'float32', 'bfloat16'")])
-def test_an_unknown_source_or_dtype_lists_the_known_ones(load, key, known):
-    with pytest.raises(DataError, match=rf"mine\.yaml, key '{key}': expected {known}.*, got 'theirs'$"):
-        load(**{key: "theirs"})
-
-
-def test_a_method_without_arms_may_have_a_grid(load):
-    """The short sizes of the tests serve profiles with more methods."""
-    assert load(methods=["ember"]).cells("other")
+    ("key", "value", "message"),
+    [
+        *(("sizes", {"train": {name: value}}, rf"key 'sizes\.train': {name} .*, got {value}$") for name, value in
+          {"questions": 4.5, "letters": 1, "open_answers": True, "other_texts": 3, "quest": 1}.items()),
+        ("source", "theirs", "key 'source': expected 'ours' or 'released', got 'theirs'$"),
+        ("dtype", "theirs", "key 'dtype': expected 'float32', 'bfloat16'.*, got 'theirs'$"),
+        *(("judge", GOOD["judge"] | {name: value}, f"judge.*{name}") for name, value in
+          {"max_calls": 0, "timeout": "1e1", "base_url": "localhost"}.items()),
+        ("judge", without(GOOD["judge"], "model"), "judge.*model"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_size_source_dtype_or_judge_that_cannot_be_is_an_error_that_names_it(load, key, value, message):
+    with pytest.raises(DataError, match=rf"mine\.yaml.*{message}"):
+        load(**{key: value})
 
 
 @pytest.mark.parametrize("value", ["early", [1, 2], [[3], [4]], True, None], ids=repr)
-def test_a_grid_takes_settings_of_any_kind(load, value):
-    assert load(grids=GOOD["grids"] | {"other": {"x": value}}).grids["other"] == {"x": value}
+def test_a_grid_takes_settings_of_any_kind_and_may_be_of_a_method_without_arms(load, value):
+    assert load(methods=["ember"], grids=GOOD["grids"] | {"other": {"x": value}}).grids["other"] == {"x": value}
 
 
 @pytest.mark.parametrize("content", ["", "just text", "model: [", "- a"])
@@ -369,29 +336,17 @@ def like(job: Job, notebook: str, *keys: str, **others) -> str:
     )
 
 
-def test_every_combination_is_planned_once(load):
+def test_every_combination_is_planned_once_and_needs_what_its_own_concept_and_seed_give(load):
+    """EMBER the features; an arm after it its saved edit, and the method alone; other methods nothing."""
     found = jobs(load(), ERASE)
     wanted = [(c, s, m, e) for c in GOOD["concepts"] for s in GOOD["seeds"] for m, e in ARMS]
     assert values(found, "concept_name", "seed", "method", "ember") == wanted
     assert set(values(found, "model", "profile")) == {("tiny", "mine")}
-
-
-def test_jobs_need_only_earlier_jobs_and_have_names_of_their_own(load):
-    earlier: set[str] = set()
-    for job in plan(load()):
-        assert set(job.needs) <= earlier and job.name not in earlier
-        earlier.add(job.name)
-
-
-def test_an_erasure_needs_what_its_own_concept_and_seed_give(load):
-    """EMBER the features; an arm after it its saved edit, and the method alone; other methods nothing."""
-    for job in jobs(load(), ERASE):
+    for job in found:
+        after = tuple(like(job, ERASE, method=m, ember=False) for m in ("ember", "other"))
+        features = (like(job, SELECT, **GOOD["fit"]),)
         method = job.parameters["method"]
-        if job.parameters["ember"]:
-            assert job.needs == tuple(like(job, ERASE, method=m, ember=False) for m in ("ember", method))
-        else:
-            features = (like(job, SELECT, **GOOD["fit"]),)
-            assert job.needs == (features if method in ("ember", "aside") else ())
+        assert job.needs == (after if job.parameters["ember"] else () if method == "other" else features)
 
 
 def test_every_attack_of_a_sweep_meets_every_arm_and_needs_its_erasure(load):
@@ -404,13 +359,10 @@ def test_every_attack_of_a_sweep_meets_every_arm_and_needs_its_erasure(load):
         assert job.needs == (() if job.parameters["method"] == "none" else (erased,))
 
 
-def test_overlapping_sweeps_plan_a_relearning_once_and_seeds_may_be_fewer(load):
+def test_overlapping_sweeps_plan_a_relearning_once_with_fewer_seeds_or_several_budgets(load):
     few = [SWEEP, SWEEP | {"arms": ["none"], "attacks": ["all", "mlps"], "seeds": 1}]
     found = jobs(load(relearn={"settings": {}, "sweeps": few}), RELEARN)
     assert len({job.name for job in found}) == len(found) == 2 * (2 * 2 * 2 + 1)
-
-
-def test_a_sweep_may_train_on_several_budgets(load):
     found = jobs(load(relearn={"settings": {}, "sweeps": [SWEEP | {"budgets": [1, 4]}]}), RELEARN)
     assert [job.parameters["budget"] for job in found].count(4) == len(found) / 2 == 16
     assert all(f"budget={job.parameters['budget']}" in job.name for job in found)
@@ -445,9 +397,13 @@ def test_stability_needs_the_factorization_controls_the_selection_localizing_the
     assert not any(job.needs for job in jobs(profile, planning.TEACH))
 
 
-def test_a_tour_needs_ember_s_erasure_of_its_own_concept_and_the_report_everything(load):
+def test_jobs_need_only_earlier_ones_a_tour_ember_s_erasure_of_its_own_concept_and_the_report_everything(load):
     *others, report = plan(load())
-    assert report.notebook == "10_report" and set(report.needs) == {job.name for job in others}
+    earlier: set[str] = set()
+    for job in others:
+        assert set(job.needs) <= earlier and job.name not in earlier
+        earlier.add(job.name)
+    assert report.notebook == "10_report" and set(report.needs) == earlier
     tours = [job for job in others if job.notebook == "00_tour"]
     assert values(tours, "concept_name") == [(concept,) for concept in GOOD["concepts"]]
     for tour in tours:
