@@ -61,7 +61,7 @@ def without(mapping: dict, key: str) -> dict:
 
 
 def test_the_profiles_are_there():
-    """The tests' has the default's factorization: `make nbval` puts it in its place. The paper's models have one each."""
+    """The tests' profile can stand in for the default, as in `make nbval`; the paper's models have one each."""
     smoke, laptop = load_profile("smoke"), load_profile("laptop")
     for key in ("fit", "model", "concepts", "seeds"):
         assert getattr(smoke, key) == getattr(laptop, key)
