@@ -15,27 +15,17 @@ def halves(pairs) -> tuple[list[Question], list[Question]]:
 # Stems
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The Romans built roads.", ["the", "roman", "built", "road"]),
-        ("Rome's Caesar’s", ["rome", "caesar"]),
-        ("walked WALKING walks", ["walk"] * 3),
-        ("bold boldly", ["bold"] * 2),
-        ("horse horses", ["hors"] * 2),
-        ("sing is gas bed", ["sing", "is", "gas", "bed"]),  # what is short stays whole
-        ("gods arts years", ["god", "art", "year"]),
-        ("city cities, glass glasses", ["city"] * 2 + ["glass"] * 2),
-        ("house houses tie ties", ["hous"] * 2 + ["tie"] * 2),
-        ("virus basis moss", ["virus", "basis", "moss"]),  # no plurals
-        ("co-op_x, 1,000", ["co", "op", "x", "1", "000"]),
-        ("Ελλάδα 日本", ["ελλάδα", "日本"]),
-        ("?! …", []),
-        ("", []),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("The Romans built roads.", "the roman built road"), ("Rome's Caesar’s", "rome caesar"),
+    ("walked WALKING walks", "walk walk walk"), ("bold boldly", "bold bold"), ("horse horses", "hors hors"),
+    ("sing is gas bed", "sing is gas bed"),  # what is short stays whole
+    ("gods arts years", "god art year"), ("city cities, glass glasses", "city city glass glass"),
+    ("house houses tie ties", "hous hous tie tie"),
+    ("virus basis moss", "virus basis moss"),  # no plurals
+    ("co-op_x, 1,000", "co op x 1 000"), ("Ελλάδα 日本", "ελλάδα 日本"), ("?! …", ""), ("", ""),
+])  # fmt: skip
 def test_stems(text, expected):
-    assert stems(text) == expected
+    assert stems(text) == expected.split()
 
 
 def test_content_stems_leave_out_what_every_question_has():
@@ -48,66 +38,41 @@ def test_content_stems_leave_out_what_every_question_has():
 # Accepted answers
 
 
-@pytest.mark.parametrize("article", ["the ", "The ", "a ", "an ", "An "])
-def test_accepted_drops_a_leading_article(article):
-    assert accepted(question("?", f"{article}Tiber")) == [("tiber",)]
-
-
-def test_accepted_has_every_form_once_in_order():
-    forms = accepted(question("?", "the Tiber River", "Tiber", "tiber", "A tiber", "?"))
-    assert forms == [("tiber", "river"), ("tiber",)]
-
-
-@pytest.mark.parametrize("answer", ["Theodora", "Annals", "Athens"])
-def test_accepted_keeps_words_that_only_begin_like_an_article(answer):
-    assert accepted(question("?", answer)) == [tuple(stems(answer))]
+@pytest.mark.parametrize(("forms", "expected"), [
+    *(((f"{article} Tiber",), ["tiber"]) for article in ("the", "The", "a", "an", "An")),
+    (("the Tiber River", "Tiber", "tiber", "A tiber", "?"), ["tiber river", "tiber"]),  # every form once, in order
+    (("Theodora", "Annals", "Athens"), ["theodora", "annal", "athen"]),  # they only begin like an article
+])  # fmt: skip
+def test_accepted_answers_have_no_leading_article(forms, expected):
+    assert [" ".join(form) for form in accepted(question("?", *forms))] == expected
 
 
 # Answers in texts
 
 
-@pytest.mark.parametrize(
-    ("answer", "text", "holds"),
-    [
-        ("Rome", "All roads lead to ROME.", True),
-        ("Rome", "Romeo waits.", False),
-        ("art", "The party started with artists.", False),
-        ("art", "The party started with arts and artists.", True),
-        ("arts", "The party started with an art.", True),
-        ("the Tiber", "Boats on a Tiber of mud.", True),
-        ("a legion", "Ten legions marched.", True),
-        ("legions", "One legion marched.", True),
-        ("Caesar", "It was Caesar's.", True),
-        ("Mark Antony", "Mark, Antony and Brutus.", True),
-        ("Mark Antony", "Antony Mark", False),
-        ("Mark Antony", "Mark or Antony", False),
-        ("79 AD", "It fell in 79 AD.", True),
-        ("79 AD", "It fell in 179 AD.", False),
-        ("?", "What?", False),
-    ],
-)
+@pytest.mark.parametrize(("answer", "text", "holds"), [
+    ("Rome", "All roads lead to ROME.", True), ("Rome", "Romeo waits.", False),
+    ("art", "The party started with artists.", False), ("art", "The party started with arts and artists.", True),
+    ("arts", "The party started with an art.", True), ("the Tiber", "Boats on a Tiber of mud.", True),
+    ("a legion", "Ten legions marched.", True), ("legions", "One legion marched.", True),
+    ("Caesar", "It was Caesar's.", True), ("Mark Antony", "Mark, Antony and Brutus.", True),
+    ("Mark Antony", "Antony Mark", False), ("Mark Antony", "Mark or Antony", False),
+    ("79 AD", "It fell in 79 AD.", True), ("79 AD", "It fell in 179 AD.", False), ("?", "What?", False),
+])  # fmt: skip
 def test_holding(answer, text, holds):
-    assert Texts(["Nothing here.", text]).holding(question("?", answer)) == ([1] if holds else [])
-
-
-def test_holding_looks_for_aliases_too():
-    texts = Texts(["The Tiber rose.", "A river rose.", "The yellow river rose.", "the tiber"])
-    assert texts.holding(question("?", "Tiber", "yellow river")) == [0, 2, 3]
+    texts = Texts(["Nothing here.", text])
+    for asked in (question("?", answer), question("?", "Carthage", answer)):  # an alias serves as well
+        assert texts.holding(asked) == ([1] if holds else [])
 
 
 ASKED = question("Which river flows through the city of Rome?", "the Tiber")
 
 
-@pytest.mark.parametrize(
-    ("text", "states"),
-    [
-        ("The Tiber flows through the middle of Rome.", True),
-        ("Rome's river, the Tiber, flooded often.", True),
-        ("The Tiber froze.", False),
-        ("A river flows through the city of Rome.", False),
-        ("Boats came up the Tiber to Rome with grain.", False),  # one word of five is not what was asked
-    ],
-)
+@pytest.mark.parametrize(("text", "states"), [
+    ("The Tiber flows through the middle of Rome.", True), ("Rome's river, the Tiber, flooded often.", True),
+    ("The Tiber froze.", False), ("A river flows through the city of Rome.", False),
+    ("Boats came up the Tiber to Rome with grain.", False),  # one word of five is not what was asked
+])  # fmt: skip
 def test_stating_needs_answer_and_fact(text, states):
     texts = Texts(["Bread was cheap.", text])
     weight = dict.fromkeys(content_stems(ASKED.question), 1.0) | {"through": 0.5, "city": 0.5}
@@ -149,6 +114,7 @@ def test_alike_against_a_slow_reference():
 
     expected = [[mass(a & b) / mass(a | b) if a | b else 0.0 for b in second] for a in first]
     np.testing.assert_allclose(alike(first, second), expected, atol=1e-6)
+    np.testing.assert_allclose(alike(second, first).T, expected, atol=1e-6)
 
 
 def test_alike_is_one_for_the_same_words_and_zero_for_none_in_common():
@@ -158,15 +124,6 @@ def test_alike_is_one_for_the_same_words_and_zero_for_none_in_common():
     assert similarity[0, 2] == similarity[1, 2] == 0 < similarity[0, 1] < 1
     assert alike([frozenset()], [frozenset()]).tolist() == [[0.0]]
     assert alike([], [frozenset("a")]).shape == (0, 1)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_alike_is_symmetric_and_in_range(seed):
-    first, second = word_sets(seed, 15), word_sets(seed + 10, 11)
-    similarity = alike(first, second)
-    assert similarity.shape == (15, 11)
-    assert similarity.min() >= 0 and similarity.max() <= 1 + 1e-6
-    np.testing.assert_allclose(similarity, alike(second, first).T, atol=1e-6)
 
 
 # Paraphrases
@@ -186,16 +143,11 @@ def test_questions_for_two_facts_are_no_paraphrases(kind):
     assert paraphrases(*halves(DIFFERENT[kind])) == []
 
 
-def test_the_same_words_with_another_answer_are_the_same_question():
+def test_the_same_words_with_another_answer_or_another_accepted_answer_are_the_same_question():
     first, second = halves([("Who was the first king of Rome?", "Romulus", "Who was Rome's first king?", "Remus")])
     assert paraphrases(first, second) == [(0, 0)]
-
-
-def test_an_alias_is_an_accepted_answer():
-    pairs = [*PARAPHRASES, *DIFFERENT_PAIRS]
-    first, second = halves(
-        [("Who crossed the Rubicon?", "Gaius", "Who led his men over the Rubicon?", "Julius"), *pairs]
-    )
+    pair = ("Who crossed the Rubicon?", "Gaius", "Who led his men over the Rubicon?", "Julius")
+    first, second = halves([pair, *PARAPHRASES, *DIFFERENT_PAIRS])
     assert (0, 0) not in paraphrases(first, second)
     first[0] = question(first[0].question, "Gaius", "Julius")
     assert (0, 0) in paraphrases(first, second)
