@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 QUESTION = {"correct": [1.0, 1.0, 1.0, 0.0] * 2, "gold_prob": 0.65, "gold_logprob": -1.0}
 TEXT = {"loss": 3.0, "kl": 0.0}
@@ -25,16 +26,12 @@ def make_items(changes: dict[str, object] | None = None, sizes: dict[str, int] |
 
 def noisy_items(n: int, seed: int, drop: float = 0.0) -> pd.DataFrame:
     """All metrics random, those of an edited model worse by about ``drop``."""
-    random = np.random.default_rng(seed)
-    changes = {}
+    random, changes = np.random.default_rng(seed), {}
     for set_, metrics in DEFAULTS.items():
         for metric in metrics:
             draw = random.normal(size=n)
             changes[f"{set_}/{metric}"] = {
-                "correct": draw > -0.7 + drop,
-                "gold_prob": 1 / (1 + np.exp(-draw - 0.7 + drop)),
-                "gold_logprob": draw - 3 - drop,
-                "kl": draw**2 * drop,
-                "distinct": 1 / (1 + np.exp(-draw - 2 + drop)),
-            }.get(metric, draw + 4 + drop)
+                "correct": draw > drop - 0.7, "gold_prob": expit(draw + 0.7 - drop), "gold_logprob": draw - 3 - drop,
+                "kl": draw**2 * drop, "distinct": expit(draw + 2 - drop),
+            }.get(metric, draw + 4 + drop)  # fmt: skip
     return make_items(changes, dict.fromkeys(DEFAULTS, n))
