@@ -58,14 +58,10 @@ def test_parts_are_pooled_by_their_means_and_widen_the_interval():
     assert one.ci_low == one.ci_high == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ((BASE, ERASED, ERASED[:-1]), "same questions"),
-        ((BASE[:0], ERASED[:0], ERASED[:0]), "at least one"),
-        ((BASE, ERASED, np.where(np.arange(60) == 3, np.nan, ERASED)), "missing"),
-    ],
-)
+@pytest.mark.parametrize(("part", "message"), [
+    ((BASE, ERASED, ERASED[:-1]), "same questions"), ((BASE[:0], ERASED[:0], ERASED[:0]), "at least one"),
+    ((BASE, ERASED, np.where(np.arange(60) == 3, np.nan, ERASED)), "missing"),
+])  # fmt: skip
 def test_bad_parts_are_refused(part, message):
     with pytest.raises(ValueError, match=message):
         share_regained([part])

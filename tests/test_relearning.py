@@ -73,7 +73,6 @@ def test_steps_in_the_backward_pass_hold_one_gradient_and_change_nothing(kind):
     def take(parameter):
         held.append(sum(p.grad is not None for p in parameters))
         apart[parameter].step()
-        parameter.grad = None
 
     for _ in range(3):
         packed_loss(plain, [ids]).backward()
@@ -201,15 +200,11 @@ def test_benign_texts_say_nothing_of_the_concept_and_are_as_long():
     assert " ".join(texts) == " ".join((*NEUTRAL, *NEUTRAL))
 
 
-@pytest.mark.parametrize(
-    ("kind", "change", "known"),
-    [
-        (Attack, {"trained": "some"}, "all, edited_rows, lora, mlps"),
-        (Attack, {"texts": "some"}, "concept, neutral"),
-        (RelearnConfig, {"precision": "fp8"}, "bf16, bf16_master, fp32"),
-        (RelearnConfig, {"optimizer": "sgd"}, "adamw, adamw_8bit, paged_adamw_8bit"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "change", "known"), [
+    (Attack, {"trained": "some"}, "all, edited_rows, lora, mlps"), (Attack, {"texts": "some"}, "concept, neutral"),
+    (RelearnConfig, {"precision": "fp8"}, "bf16, bf16_master, fp32"),
+    (RelearnConfig, {"optimizer": "sgd"}, "adamw, adamw_8bit, paged_adamw_8bit"),
+])  # fmt: skip
 def test_unknown_choices_list_the_known_ones(kind, change, known):
     with pytest.raises(UnknownNameError, match=f"known: {known}"):
         kind(**change)
