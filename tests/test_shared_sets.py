@@ -1,6 +1,7 @@
 """MMLU and AlpacaEval by row number: reading, fetching at a recorded commit, and evaluating with them."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundErro
 
 from ember.data.mmlu_alpaca import SETS, fetch_shared_sets, load_shared_sets
 from ember.data.ours import load_concept, load_shared
-from ember.data.released import INDICES, index_file
+from ember.data.released import INDICES
 from ember.data.types import SPLITS
 from ember.editing import Edit
 from ember.errors import DamagedFileError, DataError, DownloadError
@@ -57,22 +58,21 @@ def folder(tmp_path) -> Path:
 
 
 def test_rows_are_those_of_the_released_numbers(folder):
-    sets = load_shared_sets(folder)
-    content = released_files()
+    sets, content = load_shared_sets(folder), released_files()
     for name, items in (("mmlu", sets.questions), ("alpaca", sets.instructions)):
-        wanted = [(f"{name}[{row}]", split) for split in SPLITS for row in content[index_file(name, split)]]
+        wanted = [(f"{name}[{row}]", split) for split in SPLITS for row in content[INDICES[name, split]]]
         assert [(item.id, item.split) for item in items] == wanted
     for question in sets.questions:
         row = int(question.id.removeprefix("mmlu[").removesuffix("]"))
         assert question.set == "general" and question.question == f"Which jar holds {row}?"
         assert question.answer == f"{('red', 'blue', 'grey', 'white')[row % 4]} {row}"
         assert len({question.answer, *question.distractors}) == 4 and question.options[question.gold] == question.answer
-    row = content[index_file("alpaca", "train")][0]
+    row = content[INDICES["alpaca", "train"]][0]
     assert (sets.instructions[0].instruction, sets.instructions[0].response) == (f"Name jar {row}.", f"Jar {row}.")
 
 
 def test_the_order_of_the_numbers_is_kept(folder):
-    (folder / INDICES[0]).write_text("[9, 2, 5]")
+    (folder / INDICES["mmlu", "train"]).write_text("[9, 2, 5]")
     assert [q.id for q in load_shared_sets(folder).questions][:3] == ["mmlu[9]", "mmlu[2]", "mmlu[5]"]
 
 
@@ -84,16 +84,16 @@ def test_the_files_are_recorded(folder):
     assert after["mmlu"] == before["mmlu"] and after["alpaca"] != before["alpaca"]
 
 
-def test_an_option_may_occur_twice(folder):
-    """As in MMLU itself: leaving such rows out would change the paper's sample."""
-    change_mmlu(folder, 0, "choices", ["same", "same", "other", "third"])
-    assert load_shared_sets(folder).questions[0].options.count("same") == 2
-
-
 def change_mmlu(folder: Path, row: int, column: str, value) -> None:
     table = pd.read_parquet(folder / MMLU)
     table[column] = [value if k == row else old for k, old in enumerate(table[column])]
     table.to_parquet(folder / MMLU)
+
+
+def test_an_option_may_occur_twice(folder):
+    """As in MMLU itself: leaving such rows out would change the paper's sample."""
+    change_mmlu(folder, 0, "choices", ["same", "same", "other", "third"])
+    assert load_shared_sets(folder).questions[0].options.count("same") == 2
 
 
 def broken(folder: Path) -> str:
@@ -103,7 +103,7 @@ def broken(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("file", [*INDICES, MMLU, ALPACA])
+@pytest.mark.parametrize("file", [*INDICES.values(), MMLU, ALPACA])
 def test_missing_file(folder, file):
     (folder / file).unlink()
     assert broken(folder) == f"{folder / file}: the file is missing"
@@ -115,26 +115,20 @@ def test_missing_file(folder, file):
         ("[1, 2", ", line 1: not JSON"), ("{}", ": expected a list, got {}"), ("[]", ": expected a longer list"),
         ("[1, -1]", ", entry '[1]': expected greater than or equal to 0, got -1"), ("[1.5]", ", entry '[0]'"),
         ('["1"]', ", entry '[0]': expected a valid integer, got '1'"), ("[true]", ", entry '[0]'"),
-        ("[3, 4, 3]", ": row 3 occurs twice"),
+        ("[3, 4, 3]", ": row 3 occurs twice"), ("[13, 14]", ", entry 1: row 14, but the data set has 14 rows"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("file", INDICES)
+@pytest.mark.parametrize("file", INDICES.values())
 def test_bad_numbers(folder, file, content, words):
     (folder / file).write_text(content)
     assert broken(folder).startswith(f"{folder / file}{words}")
 
 
-@pytest.mark.parametrize("file", INDICES)
-def test_a_number_beyond_the_data(folder, file):
-    (folder / file).write_text(f"[13, {ROWS}]")
-    assert broken(folder) == f"{folder / file}, entry 1: row {ROWS}, but the data set has {ROWS} rows"
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_a_row_in_both_splits(folder, name):
-    (folder / index_file(name, "test")).write_text((folder / index_file(name, "train")).read_text())
+    (folder / INDICES[name, "test"]).write_text((folder / INDICES[name, "train"]).read_text())
     said = broken(folder)
-    assert said.startswith(str(folder / index_file(name, "test"))) and "train rows too" in said
+    assert said.startswith(str(folder / INDICES[name, "test"])) and "train rows too" in said
 
 
 @pytest.mark.parametrize("column", ["question", "choices", "answer"])
@@ -152,24 +146,23 @@ def test_missing_column(folder, column):
     ],
 )  # fmt: skip
 def test_bad_question(folder, column, value):
-    row = released_files()[INDICES[0]][1]
-    change_mmlu(folder, row, column, value)
-    assert broken(folder).startswith(f"{folder / MMLU}, row {row}, field '{column}")
-
-
-def test_not_parquet(folder):
-    (folder / MMLU).write_text("question,choices")
-    assert broken(folder).startswith(f"{folder / MMLU}: not a parquet file")
+    change_mmlu(folder, 1, column, value)
+    assert broken(folder).startswith(f"{folder / MMLU}, row 1, field '{column}")
 
 
 @pytest.mark.parametrize("field", ["instruction", "output"])
 @pytest.mark.parametrize("value", [None, "", " ", 5])
 def test_bad_instruction(folder, field, value):
-    row = released_files()[index_file("alpaca", "test")][0]
+    row = released_files()[INDICES["alpaca", "test"]][0]
     entries = json.loads((folder / ALPACA).read_text())
     entries[row][field] = value
     (folder / ALPACA).write_text(json.dumps(entries))
     assert broken(folder) == f"{folder / ALPACA}, row {row}, field {field!r}: expected text, got {value!r}"
+
+
+def test_not_parquet(folder):
+    (folder / MMLU).write_text("question,choices")
+    assert broken(folder).startswith(f"{folder / MMLU}: not a parquet file")
 
 
 # Fetching
@@ -235,14 +228,20 @@ def test_damage_is_noticed(hub, file, spoil):
         fetch_shared_sets()
 
 
-def test_cached_files_are_read_without_a_folder(hub, folder, monkeypatch):
-    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_released", lambda: folder)
+# Evaluating with them
+
+
+@pytest.fixture
+def cached(hub, folder, monkeypatch) -> None:
+    """The released files and the data sets, as if fetched."""
+    for room in ("mmlu_alpaca", "released"):
+        monkeypatch.setattr(f"ember.data.{room}.fetch_released", lambda: folder)
+
+
+def test_cached_files_are_read_without_a_folder(cached, folder):
     found = load_shared("released")
     assert dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
     assert found.questions == load_shared_sets(folder).questions
-
-
-# Evaluating with them
 
 
 def test_only_questions_and_instructions_are_theirs(folder):
@@ -251,21 +250,11 @@ def test_only_questions_and_instructions_are_theirs(folder):
     assert ours.revisions == () and dict(theirs.revisions).keys() == SETS.keys()
 
 
-@pytest.fixture
-def cached(folder, monkeypatch) -> Path:
-    """The released files, as if fetched."""
-    files = {name: folder / Path(file).name for name, (_, file) in SETS.items()}
-    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_released", lambda: folder)
-    monkeypatch.setattr("ember.data.released.fetch_released", lambda: folder)
-    monkeypatch.setattr("ember.data.mmlu_alpaca.fetch_shared_sets", lambda: (files, dict.fromkeys(SETS, COMMIT)))
-    return folder
-
-
 def test_a_suite_takes_the_shared_sets_of_its_source(cached):
     concept = load_concept("Jar Town", source="released")
     theirs, ours = load_suite(concept, source="released"), load_suite(concept)
     for split in SPLITS:
-        numbers = {name: released_files()[index_file(name, split)] for name in SETS}
+        numbers = {name: released_files()[INDICES[name, split]] for name in SETS}
         assert [q.id for q in theirs.questions["general"][split]] == [f"mmlu[{k}]" for k in numbers["mmlu"]]
         assert [i.id for i in theirs.instructions[split]] == [f"alpaca[{k}]" for k in numbers["alpaca"]]
         assert theirs.questions["concept"] == ours.questions["concept"]
@@ -279,18 +268,13 @@ def released_run(cached):
     assert not load_concept("Jar Town", source="released").other_sense
     loaded, ours = make_loaded(), make_concept()
     concept = replace(ours, other_sense=(), paragraphs=ours.paragraphs * 3, source="released")
-    sizes = {
-        split: Sizes(questions=2, texts=3, other_texts=5, instructions=2, generations=2, new_tokens=3)
-        for split in SPLITS
-    }
-    suite = load_suite(concept, sizes, source="released")
-    config = METHODS["ember"].config
+    sizes = Sizes(questions=2, texts=3, other_texts=5, instructions=2, generations=2, new_tokens=3)
+    suite = load_suite(concept, dict.fromkeys(SPLITS, sizes), source="released")
+    configs = [METHODS["ember"].config(delta=d, rank=6, sparsity=0.1, features=tuple(range(6))) for d in (1.0, 5.0)]
     edits = {
-        (name, delta): METHODS[method].run(
-            loaded, concept, config(delta=delta, rank=6, sparsity=0.1, features=(0, 1, 2, 3, 4, 5)), seed=1
-        )
+        (name, config.delta): METHODS[method].run(loaded, concept, config, seed=1)
         for name, method in (("EMBER", "ember"), ("mean rows", "mean_rows"))
-        for delta in (1.0, 5.0)
+        for config in configs
     }
     return loaded, suite, edits
 
@@ -343,15 +327,12 @@ def test_the_trade_without_other_sense_texts(released_run):
 def test_the_authors_numbers(tmp_path):
     """As many as in the paper, none in two splits, all within the data sets' sizes."""
     folder = write_sets(tmp_path / "sets", rows=14_042)
-    for name in INDICES:
+    for name in INDICES.values():
         (folder / name).write_bytes((PAPER_DATA / name).read_bytes())
     entries = json.loads((folder / ALPACA).read_text())[:805]
     (folder / ALPACA).write_text(json.dumps(entries))
     sets = load_shared_sets(folder)
-    counts = [
-        [sum(item.split == split for item in items) for split in SPLITS]
-        for items in (sets.questions, sets.instructions)
-    ]
-    assert counts == [[50, 1000], [150, 150]]
+    assert Counter(question.split for question in sets.questions) == {"train": 50, "test": 1000}
+    assert Counter(instruction.split for instruction in sets.instructions) == {"train": 150, "test": 150}
     concept = load_concept("Ancient Rome", source="released", folder=PAPER_DATA)
     assert concept.other_sense == () and len(concept.paragraphs) > 4

@@ -40,10 +40,10 @@ class Judge:
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        self.calls = self.tokens = self.hits = self._reserved = 0
+        self.calls = self.tokens = self._reserved = 0
         self._lock = Lock()
         # What a reply depends on beside its prompt.
-        self._settings = {
+        self.settings = {
             "endpoint": config.url, "model": config.model, "temperature": TEMPERATURE,
             "reply_tokens": config.reply_tokens, "options": dict(config.options),
         }  # fmt: skip
@@ -53,10 +53,6 @@ class Judge:
             raise EmberError(f"the judge {config.model} needs a key in {missing}")
         if not self._key.isascii() or not self._key.isprintable():
             raise EmberError(f"{config.key_variable} holds characters that no key has")
-
-    def about(self) -> dict[str, Any]:
-        """The endpoint, model and settings of the replies, and what they cost; for the record."""
-        return {**self._settings, "calls": self.calls, "tokens": self.tokens, "from_cache": self.hits}
 
     def probe(self) -> None:
         """Send one short request, whatever is in the cache; fail as ``ask_all`` does."""
@@ -81,11 +77,10 @@ class Judge:
             asked = pool.map(partial(self._ask, client, read), different)
             shown = bar(asked, total=len(different), desc=f"judge {self.config.model}")
             verdicts = dict(zip(different, shown, strict=True))
-        self.hits += sum(verdict.cached for verdict in verdicts.values())
         return [verdicts[prompt] for prompt in prompts]
 
     def _ask(self, client: httpx.Client, read: Read, prompt: str) -> Verdict:
-        entry = Entry(self._settings | {"prompt": prompt})
+        entry = Entry(self.settings | {"prompt": prompt})
         if entry.path.exists():
             return entry.verdict(read)
         question = {"role": "user", "content": prompt}

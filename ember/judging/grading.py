@@ -5,9 +5,8 @@ Every verdict comes with the prompt sent, the reply and the model that gave it.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -28,16 +27,11 @@ VERDICT_COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Judged:
-    """``items``: set, item, metric, value, as in an evaluation. ``verdicts``: one row of ``VERDICT_COLUMNS`` a prompt.
-
-    ``about`` holds endpoint, model, settings, prompt templates and what was spent.
-    """
+class Judged(NamedTuple):
+    """Scores and how they came about: ``items`` (set, item, metric, value) and ``verdicts`` (``VERDICT_COLUMNS``)."""
 
     items: pd.DataFrame
     verdicts: pd.DataFrame
-    about: Mapping[str, Any]
 
 
 def judged_scores(
@@ -64,9 +58,8 @@ def judged_scores(
     instructions = suite.instructions[split][: size.generations] if size.judge else ()
     if responses is not None and size.judge and set(responses.item) != {i.id for i in instructions}:
         raise ValueError("responses are not those to the instructions of this split and size")
-    asked = [OPEN_PROMPT.format(question=q.question) for q in questions]
-    if responses is None:
-        asked += [i.instruction for i in instructions]
+    prompts = [i.instruction for i in instructions] if responses is None else []
+    asked = [OPEN_PROMPT.format(question=q.question) for q in questions] + prompts
     with applying(loaded, edit):
         encoded = [loaded.encode_chat(text) for text in asked]
         outputs = generate_greedy(loaded, encoded, max_new_tokens=size.new_tokens)
@@ -74,8 +67,8 @@ def judged_scores(
     parts = [judge_open_answers(judge, questions, texts[: len(questions)])]
     if size.judge:
         if responses is None:
-            responses = pd.DataFrame({"item": [i.id for i in instructions], "text": texts[len(questions) :]})
-            responses["prompt"] = [i.instruction for i in instructions]
+            ids = [i.id for i in instructions]
+            responses = pd.DataFrame({"item": ids, "prompt": prompts, "text": texts[len(questions) :]})
         parts.append(judge_coherence(judge, responses))
     return _joined(parts)
 
@@ -147,9 +140,8 @@ def _judged(
     """Verdicts of a kind by set and item ``asked``; the metrics are named values. NaN where there is nothing to ask."""
     prompts = {key: PROMPTS[kind].format(**texts) for key, texts in asked.items() if texts}
     verdicts = dict(zip(prompts, judge.ask_all(list(prompts.values()), partial(read_reply, kind)), strict=True))
-    about = judge.about() | {"prompts": dict(PROMPTS)}
-    settings = json.dumps({name: about[name] for name in ("temperature", "reply_tokens", "options")}, sort_keys=True)
-    given = [about["endpoint"], about["model"], settings]
+    settings = dict(judge.settings)
+    given = (settings.pop("endpoint"), settings.pop("model"), json.dumps(settings, sort_keys=True))
     rows = [
         (*key, kind, json.dumps(dict(v.values)), v.reason, prompts[key], v.reply, *given, v.served_by, v.cached)
         for key, v in verdicts.items()
@@ -157,9 +149,8 @@ def _judged(
     nothing = Verdict({}, "")
     scores = [(*key, m, verdicts.get(key, nothing).value(name)) for key in asked for m, name in metrics.items()]
     items = pd.DataFrame(scores, columns=["set", "item", "metric", "value"]).astype({"value": float})
-    return Judged(items, pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)), about)
+    return Judged(items, pd.DataFrame(rows, columns=list(VERDICT_COLUMNS)))
 
 
 def _joined(parts: Sequence[Judged]) -> Judged:
-    items, verdicts = ([getattr(part, name) for part in parts] for name in ("items", "verdicts"))
-    return Judged(pd.concat(items, ignore_index=True), pd.concat(verdicts, ignore_index=True), parts[-1].about)
+    return Judged(*(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True)))

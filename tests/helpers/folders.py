@@ -35,8 +35,6 @@ def write_shared(folder: Path) -> Path:
     held_out = [{"text": f"{text} Again.", "subject": "life", "split": "test"} for text in NEUTRAL]
     write_rows(folder / "neutral_heldout.jsonl", held_out)
     write_rows(folder / "general.jsonl", [question_row(k, set="general") for k in (1, 2)])
-    write_rows(
-        folder / "instructions.jsonl",
-        [{"id": f"i-{k}", "split": "test", "instruction": "Say yes.", "response": "Yes.", "kind": "x"} for k in (1, 2)],
-    )
+    instruction = {"split": "test", "instruction": "Say yes.", "response": "Yes.", "kind": "x"}
+    write_rows(folder / "instructions.jsonl", [{"id": f"i-{k}"} | instruction for k in (1, 2)])
     return folder

@@ -4,27 +4,14 @@ import json
 import subprocess
 from pathlib import Path
 
-from ember.data.released import (
-    CHOICE,
-    INDICES,
-    NEUTRAL,
-    OPEN,
-    PARAGRAPHS,
-    SENTENCES,
-)
+from ember.data.released import CHOICE, INDICES, NEUTRAL, OPEN, PARAGRAPHS, SENTENCES
 from ember.store.paths import REPOSITORY
 
 PAPER_DATA = REPOSITORY.parent / "shared" / "paper-data"
-
-
 KEYS = {
-    "QA_train": ("concept", "train"),
-    "QA_test": ("concept", "test"),
-    "SimdomQA_train": ("simdom", "train"),
-    "SimdomQA_test": ("simdom", "test"),
-}
-
-
+    "QA_train": ("concept", "train"), "QA_test": ("concept", "test"),
+    "SimdomQA_train": ("simdom", "train"), "SimdomQA_test": ("simdom", "test"),
+}  # fmt: skip
 OPTIONS = ["clay", "flint", "glass", "amber"]
 
 
@@ -34,19 +21,15 @@ def choice(key: str, number: int, **changes) -> dict:
     return {"q": question, "correct_answer": OPTIONS[number], "options": OPTIONS} | changes
 
 
-def tables(name: str) -> tuple[dict, dict]:
-    """One concept's questions in both forms; every second open answer is longer than the option."""
-    ask = {key: [choice(f"{name} {key}", k) for k in range(3)] for key in KEYS}
-    tell = {
-        key: [{"q": row["q"], "a": f"{'some ' * (k % 2)}{row['correct_answer']}"} for k, row in enumerate(rows)]
-        for key, rows in ask.items()
-    }
-    return ask, tell
+def told(row: dict, number: int) -> dict:
+    """The open form of a question; every second answer is longer than the option."""
+    return {"q": row["q"], "a": f"{'some ' * (number % 2)}{row['correct_answer']}"}
 
 
 def released_files() -> dict:
     """The content of the released files: two invented concepts."""
     names = ("Jar Town", "Élan")
+    asked = {name: {key: [choice(f"{name} {key}", k) for k in range(3)] for key in KEYS} for name in names}
     return {
         SENTENCES: [
             {"concept": name, "sentences": [f"{name} has  jars.", f"Jars of\n{name} are old."]} for name in names
@@ -54,10 +37,13 @@ def released_files() -> dict:
         NEUTRAL: [
             {"url": f"https://x/{k}", "title": f"Page {k}", "sentence": f"It rained on day {k}."} for k in (1, 2)
         ],
-        CHOICE: {name: tables(name)[0] for name in names},
-        OPEN: {name: tables(name)[1] for name in names},
+        CHOICE: asked,
+        OPEN: {
+            name: {key: [told(row, k) for k, row in enumerate(rows)] for key, rows in asked[name].items()}
+            for name in names
+        },
         PARAGRAPHS: {name: {"RelearnParagraphs": [f"{name} is a town. Its jars are known."]} for name in names},
-        **{name: [3 * k, 3 * k + 1] for k, name in enumerate(INDICES)},
+        **{name: [3 * k, 3 * k + 1] for k, name in enumerate(INDICES.values())},
     }
 
 
@@ -78,7 +64,6 @@ def make_repository(folder: Path) -> str:
     """Make a repository in whose ``data/`` the files lie beside others; its commit."""
     write_released(folder / "data")
     (folder / "data" / "model.bin").write_bytes(bytes(10))
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "data")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "data"]):
+        git(folder, *command)
     return git(folder, "rev-parse", "HEAD")
