@@ -29,6 +29,7 @@ from ember.reporting import edit_plots
 from ember.tokens import background_frequency
 
 TEXTS = {"paragraph": SENTENCES, "neutral": NEUTRAL}
+NAN = math.nan
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,6 @@ def changes(loaded, edit):
     return token_changes(loaded, edit, TEXTS, edit.rows_of(EMBED))
 
 
-def test_every_token_but_the_first_is_one_row(loaded, changes):
-    for name, texts in TEXTS.items():
-        lengths = changes[changes.set == name].groupby("text").size()
-        assert lengths.tolist() == [len(loaded.encode(text)) - 1 for text in texts]
-
-
 def test_tokens_before_the_first_edited_one_are_unchanged_to_the_bit(changes):
     untouched = changes[changes.before == 0]
     assert len(untouched) > 20
@@ -61,15 +56,16 @@ def test_tokens_before_the_first_edited_one_are_unchanged_to_the_bit(changes):
 
 
 def test_losses_and_counts_are_those_of_the_model_itself(loaded, edit, changes):
+    """Of every token but the first."""
     marked = edit.rows_of(EMBED)
-    for number, text in enumerate(SENTENCES):
-        ids = torch.tensor([loaded.encode(text)])
+    for name, number in ((name, k) for name, texts in TEXTS.items() for k in range(len(texts))):
+        ids = torch.tensor([loaded.encode(TEXTS[name][number])])
         losses = []
         for one in (None, edit):
             with applying(loaded, one), torch.no_grad():
                 logits = loaded.model(ids).logits
             losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
-        mine = changes[(changes.set == "paragraph") & (changes.text == number)]
+        mine = changes[(changes.set == name) & (changes.text == number)]
         np.testing.assert_allclose(mine.loss, losses[1], atol=1e-4)
         np.testing.assert_allclose(mine.change, losses[1] - losses[0], atol=1e-4)
         hits = [i in marked for i in ids[0].tolist()]
@@ -85,16 +81,15 @@ def made(kl: list[float], before: list[int], since: list[float], text: list[int]
 
 
 def test_shares_are_sums_over_sums():
-    changes = made([0, 1, 3, 4], [0, 1, 2, 9], [math.nan, 1, 3, 20], [0, 0, 1, 1])
-    exposure = by_exposure(changes).set_index("group")
+    changes = made([0, 1, 3, 4], [0, 1, 2, 9], [NAN, 1, 3, 20], [0, 0, 1, 1])
+    exposure, distance = (table(changes).set_index("group") for table in (by_exposure, by_distance))
     assert exposure.index.tolist() == ["none", "1", "2-3", "8 or more"]
-    assert exposure.share_of_kl.tolist() == pytest.approx([0, 1 / 8, 3 / 8, 1 / 2])
+    assert distance.index.tolist() == ["none before", "1", "2-4", "17 or more"]
+    for table in (exposure, distance):
+        assert table.share_of_kl.tolist() == pytest.approx([0, 1 / 8, 3 / 8, 1 / 2])
     assert exposure.kl.tolist() == [0, 1, 3, 4]
     assert exposure.change.tolist() == [0, 2, 6, 8]
     assert exposure.share_of_tokens.tolist() == [0.25] * 4
-    distance = by_distance(changes).set_index("group")
-    assert distance.index.tolist() == ["none before", "1", "2-4", "17 or more"]
-    assert distance.share_of_kl.tolist() == pytest.approx([0, 1 / 8, 3 / 8, 1 / 2])
 
 
 @pytest.mark.parametrize(
@@ -109,20 +104,19 @@ def test_bounds_belong_to_the_groups_that_name_them(before, since, groups):
 
 def test_the_interval_of_a_share_comes_from_texts_not_tokens():
     """All texts alike: no uncertainty, however many tokens; texts that differ: some; a text alone: no interval."""
-    alike = made([0, 1] * 6, [0, 1] * 6, [math.nan, 1] * 6, [k // 2 for k in range(12)])
+    alike = made([0, 1] * 6, [0, 1] * 6, [NAN, 1] * 6, [k // 2 for k in range(12)])
     row = by_exposure(alike).set_index("group").loc["1"]
     assert row.kl_low == row.kl == row.kl_high == 1
     row = by_exposure(alike.assign(kl=[0, 1, 0, 3] * 3)).set_index("group").loc["1"]
     assert row.kl_low < row.kl == 2 < row.kl_high
-    alone = by_exposure(made([0, 2, 0, 0], [0, 1, 0, 0], [math.nan, 1, math.nan, math.nan], [0, 0, 1, 1]))
-    rows = alone.set_index("group")
+    rows = by_exposure(made([0, 2, 0, 0], [0, 1, 0, 0], [NAN, 1, NAN, NAN], [0, 0, 1, 1])).set_index("group")
     assert rows.kl["1"] == 2
     assert rows.loc["1", ["kl_low", "kl_high", "change_low", "change_high"]].isna().all()
     assert rows.kl_high["none"] == 0  # two texts, both unchanged
 
 
 def test_an_edit_that_changes_nothing_has_no_shares():
-    still = made([0.0, 0.0], [0, 0], [math.nan, math.nan], [0, 1])
+    still = made([0.0, 0.0], [0, 0], [NAN, NAN], [0, 1])
     assert by_exposure(still).share_of_kl.isna().all()
     assert concentration(still)[["value", "ci_low", "ci_high"]].isna().all(axis=None)
 
@@ -155,40 +149,31 @@ def test_everyday_exposure_counts_texts_and_tokens(loaded):
     assert found.per_thousand["general English"] == pytest.approx(expected)
 
 
-@pytest.fixture
-def closed():
-    yield
+def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled():
+    seeds = [made([0, 1, 3, 4], [0, 1, 0, 9], [NAN] * 4, [0, 0, 1, 1]).assign(seed=seed) for seed in (1, 2)]
+    ember = pd.concat(seeds).assign(concept="Rome", method="ember", ember=False)
+    table = by_arm(pd.concat([ember, ember.assign(method="rmu", kl=ember.kl + 1)]))
+    assert table[["method", "group"]].agg(tuple, axis=1).tolist() == [(m, g) for m in ("ember", "rmu") for g in EXPOSED]
+    assert table.tokens.tolist() == [4] * 4
+    assert table.kl.tolist() == pytest.approx([1.5, 2.5, 2.5, 3.5])
+    assert table.share_of_kl[1] == pytest.approx(5 / 8)
+    figure = edit_plots.arm_exposure(table)
+    figure.canvas.draw()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)
     plt.close("all")
 
 
-def test_the_figures_show_every_set_and_group(changes, closed):
-    table = by_exposure(changes)
-    ax = edit_plots.exposure_bars(table)
+def test_the_figures_show_every_set_and_group(changes):
+    ax = edit_plots.exposure_bars(by_exposure(changes))
     ax.figure.canvas.draw()
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["concept text", "neutral text"]
     bars = edit_plots.share_bars(by_distance(changes), title="x")
     bars.figure.canvas.draw()
-    assert [t.get_text() for t in bars.get_yticklabels()] == [
-        f"{name}: {what}" for name in ("concept text", "neutral text") for what in ("tokens", "KL")
-    ]
-    width = sum(patch.get_width() for patch in bars.patches)
-    assert width == pytest.approx(3)  # the edit changes nothing in neutral texts
+    labels = [f"{name}: {what}" for name in ("concept text", "neutral text") for what in ("tokens", "KL")]
+    assert [t.get_text() for t in bars.get_yticklabels()] == labels
+    assert sum(patch.get_width() for patch in bars.patches) == pytest.approx(3)  # neutral texts do not change
     assert [t.get_text() for t in bars.texts] == ["no change"]
-    strip = edit_plots.token_strip(changes[(changes.set == "paragraph") & (changes.text == 0)])
-    assert len(strip.patches) == len(changes[(changes.set == "paragraph") & (changes.text == 0)])
-
-
-def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled(closed):
-    seeds = [made([0, 1, 3, 4], [0, 1, 0, 9], [math.nan] * 4, [0, 0, 1, 1]).assign(seed=seed) for seed in (1, 2)]
-    ember = pd.concat(seeds).assign(concept="Rome", method="ember", ember=False)
-    rmu = ember.assign(method="rmu", kl=ember.kl + 1)
-    table = by_arm(pd.concat([ember, rmu])).set_index(["method", "group"])
-    assert table.tokens.tolist() == [4] * 4
-    assert table.kl["ember", EXPOSED[0]] == pytest.approx(1.5)
-    assert table.kl["ember", EXPOSED[1]] == pytest.approx(2.5)
-    assert table.share_of_kl["ember", EXPOSED[1]] == pytest.approx(5 / 8)
-    assert table.kl["rmu", EXPOSED[0]] == pytest.approx(2.5)
-    figure = edit_plots.arm_exposure(table.reset_index().assign(ember=False))
-    figure.canvas.draw()
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)
+    text = changes[(changes.set == "paragraph") & (changes.text == 0)]
+    assert len(edit_plots.token_strip(text).patches) == len(text)
+    plt.close("all")
