@@ -297,10 +297,11 @@ def test_import_features(run, model, concept, tmp_path):
     status, _, errors = run(*command)
     assert status == 1 and not folder.exists()
     assert_one_line(errors, "no field ", " for F", "'left'", "--field")
-    status, out, _ = run(*command, "--field", "F=left")
+    fields = ["--field", "F=left", "--field", "G=G", "--field", "tokens=ids"]
+    status, out, _ = run(*command, *fields)
     assert status == 0 and f"5 features of {len(ids)} tokens" in out
     again = ConceptFeatures.load(folder)
     assert torch.equal(again.factorization.F, fit.factorization.F) and again.scores.equals(fit.scores)
     assert_one_line(run(*command, "--field", "left")[2], "ROLE=NAME", "'left'")
     path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert_one_line(run(*command, "--field", "F=left")[2], "'os.system'", "not admitted")
+    assert_one_line(run(*command, *fields)[2], "'os.system'", "not admitted")
