@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,7 @@ from ember.errors import EmberError
 from ember.evaluation.localization import EXPOSED
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.reporting.format import MISSING, arm_names, fill_blocks, interval_text, interval_texts, markdown
+from ember.reporting.format import MISSING, arm_names, fill_blocks, interval_texts, markdown
 from ember.reporting.plots import LABELS
 from ember.reporting.relearn_tables import LIKELIHOOD_ENDS
 from ember.reporting.tables import ALL, SHOWN
@@ -47,15 +47,29 @@ def results_tables() -> dict[str, str]:
         "relearning": _csv(laptop / "relearning_overview.csv", without=recipe),
         "attacks": _csv(attacks / "relearning_overview.csv", only=one),
         "attacks_hours": _hours(attacks),
-        "precision": _precisions(attacks / "precision.csv"),
+        "precision": _titled(
+            _everywhere(attacks / "precision.csv").rename(columns=LIKELIHOOD_ENDS),
+            {
+                "arm": "arm", "lr": ("lr", "g"), "tokens": ("tokens", ".0f"), "precision": "precision",
+                "weights that changed": ("changed", ".1%"), "edit undone": ("travelled", ".3%"),
+                "came back (probability)": ("back", "+.3f"), "came back (nats/char)": ("back_logprob", "+.4f"),
+            },
+        ),
         "localization": _localized(laptop / "localization.csv"),
         "controls_hours": _hours(controls),
         "verdicts": _verdicts(controls / "verdicts.csv"),
         "strengths": _beside_ember(full / "strengths.csv", "gain", across="delta", title="delta={:g}"),
         "trade": _beside_ember(controls / "trade.csv", "area", across="cost", title="against {}"),
-        "stability": _stability(controls / "stability.csv"),
+        "stability": _titled(
+            _everywhere(controls / "stability.csv"),
+            {
+                "what differs": "varied", "pairs of fits": "pairs", "same feature selected again": ("returned", ".0%"),
+                "absolute cosine of the two": ("cosine", ".2f"), "share of all features found again": ("same", ".2f"),
+                "overlap of edited rows": ("rows_jaccard", ".2f"),
+            },
+        ),
         "arrival": _arrivals(full),
-    }
+    }  # fmt: skip
 
 
 def paper_tables() -> dict[str, str]:
@@ -80,6 +94,12 @@ def _everywhere(path: Path) -> pd.DataFrame:
 
 def _hours(tables: Path) -> str:
     return f"{busy_seconds(pd.read_csv(tables / 'run_times.csv')) / 3600:.1f} hours"
+
+
+def _titled(table: pd.DataFrame, columns: Mapping[str, str | tuple[str, str]]) -> str:
+    """Columns under their titles as Markdown, as they stand or in a form, with their intervals."""
+    texts = {title: table[c] if isinstance(c, str) else interval_texts(table, *c) for title, c in columns.items()}
+    return markdown(pd.DataFrame(texts))
 
 
 def _csv(path: Path, *, only: Mapping[str, str] | None = None, without: Sequence[str] = ()) -> str:
@@ -108,15 +128,17 @@ def _notebooks(run_times: Path) -> str:
 
 
 def _settings(profile: Profile) -> str:
-    """Every setting of every method, its default and what the profile uses, as Markdown."""
+    """Every plain setting of every method, its default and what the profile uses, as Markdown."""
     rows = []
-    own = {name: method for name, method in METHODS.items() if name == "ember" or method.config is not EmberConfig}
-    for name, method in own.items():
+    for name, method in METHODS.items():
+        if name != "ember" and method.config is EmberConfig:  # shares the settings of EMBER
+            continue
         used = {**profile.grids.get(name, {}), **(dict(profile.fit) if name in profile.factorizing else {})}
         for setting in fields(method.config):
-            shown = used.get(setting.name, setting.default)
-            shown = " · ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
-            rows.append((name, f"`{setting.name}`", str(setting.default), shown))
+            if not is_dataclass(setting.default):
+                shown = used.get(setting.name, setting.default)
+                shown = " · ".join(map(str, shown)) if isinstance(shown, list) else str(shown)
+                rows.append((name, f"`{setting.name}`", str(setting.default), shown))
     return markdown(pd.DataFrame(rows, columns=["method", "setting", "default", f"{profile.name} profile"]))
 
 
@@ -125,19 +147,6 @@ def _effects(path: Path) -> str:
     table = _everywhere(path)
     wide = table.assign(text=interval_texts(table)).pivot(index="method", columns="metric", values="text")[list(SHOWN)]
     return markdown(wide.rename(columns=SHOWN, index=lambda method: Arm(method).name).reset_index())
-
-
-def _precisions(path: Path) -> str:
-    """What training precision does, as Markdown."""
-    table = _everywhere(path).rename(columns=LIKELIHOOD_ENDS)
-    shown = {
-        "arm": table.arm, "lr": table.lr.map("{:g}".format), "tokens": table.tokens.map("{:.0f}".format),
-        "precision": table.precision, "weights that changed": table.changed.map("{:.1%}".format),
-        "edit undone": [interval_text(share, form=".3%") for share in table.travelled],
-        "came back (probability)": interval_texts(table, "back", "+.3f"),
-        "came back (nats/char)": interval_texts(table, "back_logprob", "+.4f"),
-    }  # fmt: skip
-    return markdown(pd.DataFrame(shown))
 
 
 def _localized(path: Path) -> str:
@@ -171,49 +180,39 @@ def _verdicts(path: Path) -> str:
     return markdown(table[["question", "beside", "measure", "difference from EMBER", "better"]])
 
 
-def _stability(path: Path) -> str:
-    """What comes back when one thing of the fit varies, as Markdown."""
-    table = _everywhere(path)
-    shown = {
-        "what differs": table.varied, "pairs of fits": table.pairs,
-        "same feature selected again": [interval_text(share, form=".0%") for share in table.returned],
-        "absolute cosine of the two": interval_texts(table, "cosine", ".2f"),
-        "share of all features found again": interval_texts(table, "same", ".2f"),
-        "overlap of edited rows": interval_texts(table, "rows_jaccard", ".2f"),
-    }  # fmt: skip
-    return markdown(pd.DataFrame(shown))
-
-
 def _arrivals(tables: Path) -> str:
     """Where erasing what was taught arrives, and what it does to the taught copy otherwise, as Markdown."""
     table, damage = pd.read_csv(tables / "arrival.csv"), pd.read_csv(tables / "taught_damage.csv")
-    damage = damage[damage.reference == "taught"]
-    likely, likelihood = (table[table.metric == metric] for metric in ("gold_prob", "gold_logprob"))
-    general = damage[(damage.set == "general") & (damage.metric == "gold_prob")]
-    arms = list(zip(likely.method, likely.ember, strict=True))
+    likely, damage = table[table.metric == "gold_prob"], damage[damage.reference == "taught"]
     shown = {"arm": arm_names(likely), "cell": likely.cell}
     for title, frame, column, form in (
         ("arrival (probability)", likely, "share", ".2f"),
-        ("arrival (log-likelihood)", likelihood, "share", ".2f"),
-        ("general knowledge (probability)", general, "change", "+.2f"),
+        ("arrival (log-likelihood)", table[table.metric == "gold_logprob"], "share", ".2f"),
+        (
+            "general knowledge (probability)",
+            damage.query("set == 'general' and metric == 'gold_prob'"),
+            "change",
+            "+.2f",
+        ),
         ("neutral text, loss (nats/token)", damage[damage.set == "neutral"], "change", "+.2f"),
     ):
-        texts = pd.Series(interval_texts(frame, column, form), [frame.method, frame.ember])
-        shown[title] = [texts[arm] for arm in arms]
+        texts = dict(zip(arm_names(frame), interval_texts(frame, column, form), strict=True))
+        shown[title] = [texts[arm] for arm in shown["arm"]]
     return markdown(pd.DataFrame(shown))
 
 
 def _benchmarks(path: Path) -> str:
     """What was timed beside what, as Markdown."""
     table = pd.read_csv(path)
-    shown = {"work": table.work, "compared with": table.compared_with}
-    for side, title in (("ours", "this package"), ("theirs", "that")):
-        amounts = zip(table[side], table.unit, strict=True)
-        shown[title] = [MISSING if pd.isna(value) else f"{value:.3g} {unit}" for value, unit in amounts]
-    shown["ratio"] = [interval_text(ratio, form=".1f") for ratio in table.ratio]
+    for side in ("ours", "theirs"):
+        table[side] = [
+            text if text == MISSING else f"{text} {unit}"
+            for text, unit in zip(interval_texts(table, side, ".3g"), table.unit, strict=True)
+        ]
     limits = zip(table.target, table.ratio, table.unit, strict=True)
-    shown["target"] = [f"≤ {target:g} {unit}" if pd.isna(ratio) else f"≥ {target:g}" for target, ratio, unit in limits]
-    return markdown(pd.DataFrame(shown))
+    table["target"] = [f"≤ {target:g} {unit}" if pd.isna(ratio) else f"≥ {target:g}" for target, ratio, unit in limits]
+    columns = {"work": "work", "compared with": "compared_with", "this package": "ours", "that": "theirs"}
+    return _titled(table, {**columns, "ratio": ("ratio", ".1f"), "target": "target"})
 
 
 PAGES: Mapping[str, Callable[[], Mapping[str, str]]] = {

@@ -97,10 +97,9 @@ def token_strip(text: pd.DataFrame) -> Axes:
 
 
 def trade_curves(points: pd.DataFrame) -> Figure:
-    """What edits take from the concept against what they cost, over their strength; one panel a cost.
+    """What edits take from the concept against each cost, over their strength (``trade_curves.point_table``).
 
-    ``points`` is ``trade_curves.point_table``'s. Lines start at the unedited model, (0, 0); error bars stand at the
-    last strength.
+    Lines start at the unedited model, (0, 0); error bars stand at the last strength.
     """
     figure, panels = new_panels(points.cost.nunique(), (4.3, 4.6))
     for ax, (cost, part) in zip(panels, points.groupby("cost", sort=False), strict=True):
@@ -109,8 +108,8 @@ def trade_curves(points: pd.DataFrame) -> Figure:
             ax.plot([0.0, *mine.x], [0.0, *mine.y], color=colour, lw=1.2, alpha=0.9)
             ax.plot(mine.x, mine.y, ls="", marker=marker, color=colour, ms=5, label=edit)
             last = mine.iloc[[-1]]
-            bars = (error_bars(last, "y"), error_bars(last, "x"))
-            ax.errorbar(last.x, last.y, *bars, color=colour, lw=0.8, alpha=0.5, capsize=2)
+            bars = error_bars(last, "x")
+            dots(ax, last, "y", x=last.x, xerr=bars, fmt="", color=colour, lw=0.8, alpha=0.5, capsize=2)
         ax.plot(0, 0, "s", color=PALETTE["base"], label="base model", ms=6)
         ax.set(xlabel=_COST_NAMES.get(str(cost), cost), title=f"against {cost}")
         if cost == "everyday":  # random rows cost a hundred times what rows of rare tokens do

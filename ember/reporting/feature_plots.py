@@ -125,10 +125,9 @@ def pair_grid(pairs: pd.DataFrame, *, value: str = "cosine") -> Axes:
 
 
 def variation_points(varied: pd.DataFrame) -> Axes:
-    """|cosine| of the best concept feature with its mate in a fit that differs in one thing only, by what that is.
+    """|cosine| of the best concept feature with its mate in a fit that differs in one thing (``varied_pairs``).
 
-    Filled where the mate is selected too; the grey span holds the nearest siblings. ``varied`` is
-    ``stability.varied_pairs``'s.
+    Filled where the mate is selected too; the grey span holds the nearest siblings.
     """
     names = varied.varied.unique().tolist()
     ax = new_axes(7.4, 0.5 * len(names) + 1.9)
@@ -155,10 +154,7 @@ def variation_points(varied: pd.DataFrame) -> Axes:
 
 
 def row_overlap(fits: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
-    """How many rows each fit's edit changes, and how many of them two edits share.
-
-    ``fits`` is ``stability.fit_table``'s, ``pairs`` is ``stability.pair_table``'s of all pairs.
-    """
+    """How many rows each fit's edit changes (``stability.fit_table``), and how many two share (``pair_table``)."""
     names = list(fits.fit)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(0.85 * len(names) + 8.0, 0.55 * len(names) + 2.2), layout="constrained", width_ratios=[1, 1.6]

@@ -21,7 +21,7 @@ def interval_text(value: float, low: float = math.nan, high: float = math.nan, f
 
 def interval_texts(rows: pd.DataFrame, name: str = "value", form: str = "+.2f") -> list[str]:
     """``interval_text`` of each row, from its column NAME."""
-    return [interval_text(*row, form) for row in zip(*_with_ends(rows, name), strict=True)]
+    return [interval_text(value, low, high, form) for value, low, high in zip(*_with_ends(rows, name), strict=True)]
 
 
 def arm_names(rows: pd.DataFrame) -> list[str]:
@@ -36,9 +36,10 @@ def error_bars(rows: pd.DataFrame, name: str = "value") -> list[pd.Series]:
 
 
 def _with_ends(rows: pd.DataFrame, name: str) -> list[pd.Series]:
-    """A measure and its interval: NAME_low and NAME_high or, of what the rows are mainly about, ci_low and ci_high."""
+    """A measure, and NAME_low and NAME_high or, of what rows are mainly about, ci_low and ci_high; NaN without ends."""
     ends = name if f"{name}_low" in rows else "ci"
-    return [rows[column] for column in (name, f"{ends}_low", f"{ends}_high")]
+    ends = rows.reindex(columns=[f"{ends}_low", f"{ends}_high"])
+    return [rows[name], *(ends[column] for column in ends)]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 
 from ember.data.arms import Arm
 from ember.reporting.format import error_bars
+from ember.reporting.tables import SHOWN
 
 PALETTE = {
     "concept": "#D55E00", "simdom": "#0072B2", "general": "#009E73", "neutral": "#999999",
@@ -20,8 +21,7 @@ PALETTE = {
 }  # fmt: skip
 LABELS = {
     "concept": "concept", "simdom": "similar domain", "general": "general knowledge", "neutral": "neutral text",
-    "other_sense": "other-sense text", "paragraph": "concept text", "efficacy_cont": "efficacy",
-    "specificity_cont": "specificity", "coherence": "coherence", "final_cont": "final score",
+    "other_sense": "other-sense text", "paragraph": "concept text", **SHOWN,
 }  # fmt: skip
 SCORE_STYLES = {
     "efficacy_cont": ("#D55E00", "o"), "specificity_cont": ("#0072B2", "s"), "coherence": ("#009E73", "^"),
@@ -43,10 +43,7 @@ def new_axes(width: float, height: float) -> Axes:
 def new_panels(
     count: int, size: tuple[float, float], *, most: int | None = None, beside: float = 0.0, below: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, each of this size (inches), with room beside and below, and a common y axis.
-
-    With ``most``, no more stand side by side, and the x axis is common too.
-    """
+    """Panels of this size (inches) with one y axis; with ``most``, so many side by side, and one x axis too."""
     columns = min(most or count, count)
     rows = -(-count // columns)
     figure, grid = plt.subplots(
@@ -62,11 +59,11 @@ def new_panels(
 
 def dots(ax: Axes, rows: pd.DataFrame, name: str = "value", *, x: Any = None, y: Any = None, **style: Any) -> None:
     """Points of column NAME with their intervals: above places ``x``, or along lines ``y``."""
-    bars, style = error_bars(rows, name), {"fmt": "o", "capsize": 3} | style
+    style = {"fmt": "o", "capsize": 3, **style}
     if y is None:
-        ax.errorbar(x, rows[name], bars, **style)
+        ax.errorbar(x, rows[name], error_bars(rows, name), **style)
     else:
-        ax.errorbar(rows[name], y, xerr=bars, **style)
+        ax.errorbar(rows[name], y, xerr=error_bars(rows, name), **style)
 
 
 def marker_face(arm: Arm) -> str:
@@ -98,10 +95,9 @@ def grid_curve(cells: pd.DataFrame, *, choice: str) -> Axes:
 
 
 def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axes | None = None) -> Axes:
-    """Efficacy against specificity, one point with intervals for each value of column ``by``, the choice marked.
+    """Efficacy against specificity with intervals, a point for each value of column ``by``, the choice marked.
 
-    ``rows`` has columns ``by``, metric, value, ci_low, ci_high. Neighbours in a grid may nearly coincide, so the legend
-    names them, not labels at the points.
+    ``rows`` has columns ``by``, metric, value, ci_low, ci_high. Points may nearly coincide, so the legend names them.
     """
     ax = ax or new_axes(5.4, 4.4)
     x, y = (rows[rows.metric == m].set_index(by) for m in ("specificity_cont", "efficacy_cont"))
@@ -111,8 +107,8 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
         colour = PALETTE["concept"] if name == choice else PALETTE["simdom"]
         label = f"{name} (chosen)" if name == choice else str(name) if few else None
         marker = CELL_MARKERS[k] if few else "o"
-        bars = (error_bars(y.loc[[name]]), error_bars(x.loc[[name]]))
-        ax.errorbar(x.value[name], y.value[name], *bars, fmt=marker, color=colour, alpha=0.8, capsize=2, lw=0.9)
+        style: dict[str, Any] = {"fmt": marker, "color": colour, "alpha": 0.8, "capsize": 2, "lw": 0.9}
+        dots(ax, y.loc[[name]], x=x.value[[name]], xerr=error_bars(x.loc[[name]]), **style)
         ax.plot([], [], marker, color=colour, label=label)
     ax.axvline(0.7, color="#BBBBBB", linestyle=":", linewidth=1)
     ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
@@ -123,11 +119,10 @@ def trade_off(rows: pd.DataFrame, *, by: str, choice: str | None = None, ax: Axe
 def grid_panels(grids: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     """``trade_off`` of all cells of one concept and seed's grids, one panel an arm; ``chosen``: method, ember, cell."""
     choices = chosen.set_index(["method", "ember"]).cell
-    parts = list(grids.groupby(["method", "ember"], sort=False))
-    figure, panels = new_panels(len(parts), (4.3, 3.6), most=3)
-    for ax, (arm, part) in zip(panels, parts, strict=True):
-        trade_off(part, by="cell", choice=choices[arm], ax=ax)
-        ax.set_title(Arm(*arm).name)
+    arms = grids.groupby(["method", "ember"], sort=False)
+    figure, panels = new_panels(len(arms), (4.3, 3.6), most=3)
+    for ax, (arm, part) in zip(panels, arms, strict=True):
+        trade_off(part, by="cell", choice=choices[arm], ax=ax).set_title(Arm(*arm).name)
     return figure
 
 
@@ -172,9 +167,9 @@ def arm_trade_off(arms: pd.DataFrame) -> Axes:
     scores = arms.set_index(["metric", "method", "ember"]).sort_index()
     x, y = scores.loc["specificity_cont"], scores.loc["efficacy_cont"]
     for k, key in enumerate(x.index):
-        arm, place, bars = Arm(*key), (x.value[key], y.value[key]), (error_bars(y.loc[[key]]), error_bars(x.loc[[key]]))
+        arm, place = Arm(*key), (x.value[key], y.value[key])
         style: dict[str, Any] = {"color": arm.colour, "mfc": marker_face(arm), "capsize": 2, "lw": 0.8, "ms": 8}
-        ax.errorbar(*place, *bars, fmt="o", **style)
+        dots(ax, y.loc[[key]], x=x.value[[key]], xerr=error_bars(x.loc[[key]]), **style)
         if arm.ember:
             arrow, alone = {"arrowstyle": "->", "color": arm.colour, "lw": 1.3}, (arm.method, False)
             ax.annotate("", place, (x.value[alone], y.value[alone]), arrowprops=arrow)
@@ -189,8 +184,8 @@ def arm_trade_off(arms: pd.DataFrame) -> Axes:
     ax.plot([], [], "o", color="#666666", mfc="white", label="alone")
     ax.plot([], [], "o", color="#666666", label="after EMBER (or EMBER alone)")
     ax.margins(x=0.27 if arms.method.str.contains("_").any() else 0.12)
-    ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)")
-    ax.set_title("What each method erases, and at what price (95 % intervals)")
+    title = "What each method erases, and at what price (95 % intervals)"
+    ax.set(xlabel="specificity (continuous)", ylabel="efficacy (continuous)", title=title)
     ax.legend(fontsize=8, loc="best")
     return ax
 

@@ -22,10 +22,7 @@ _CHANGE = "probability of the right answer,\nchange from before training"
 
 
 def relearning_curve(steps: pd.DataFrame, regained: pd.DataFrame) -> Sequence[Axes]:
-    """One run: training loss, and knowledge regained on all questions, stated ones and others, against tokens.
-
-    ``steps`` has columns tokens and loss, ``regained`` is a ``regained_table`` of one metric.
-    """
+    """One run against tokens: loss (``steps``: tokens, loss), and what came back (a ``regained_table`` of a metric)."""
     left, right = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")[1]
     left.plot(steps.tokens, steps.loss, color=PALETTE["neutral"], lw=0.8, label="each step")
     smooth = steps.loss.rolling(10, min_periods=1).mean()
@@ -39,8 +36,7 @@ def relearning_curve(steps: pd.DataFrame, regained: pd.DataFrame) -> Sequence[Ax
     gap = regained[regained.questions == "all"].gap.iloc[0]
     right.axhline(gap, color=PALETTE["base"], ls="--", lw=1, label="base model")
     right.axhline(0, color=PALETTE["base"], lw=0.8)
-    right.set(xlabel="training tokens", ylabel=_CHANGE)
-    right.set_title("Knowledge that comes back (95 % intervals)")
+    right.set(xlabel="training tokens", ylabel=_CHANGE, title="Knowledge that comes back (95 % intervals)")
     right.legend(fontsize=8)
     return left, right
 
@@ -80,11 +76,7 @@ def regained_panels(regained: pd.DataFrame) -> Figure:
 
 
 def share_heatmap(regained: pd.DataFrame) -> Axes:
-    """Share regained by attack (rows) and arm (columns); "–" where what was erased is too little to divide by.
-
-    ``regained`` has columns method, attack, arm, share, ci_low, ci_high: one row each. The unedited model, from which
-    nothing was erased, is left out.
-    """
+    """Share regained by attack and arm, but for the unedited model; "–" where too little was erased to divide by."""
     regained = regained[regained.method != UNEDITED]
     arms, attacks = regained.arm.unique(), regained.attack.unique()
     ax = new_axes(1.9 + 1.5 * len(arms), 1.2 + 0.6 * len(attacks))
@@ -103,10 +95,7 @@ def share_heatmap(regained: pd.DataFrame) -> Axes:
 
 
 def precision_panel(table: pd.DataFrame) -> Figure:
-    """What the precision of training does to relearning: knowledge back, weights changed, edited rows' way back.
-
-    ``table`` holds the rows of ``relearn_tables.precision_table`` for one concept, or for all.
-    """
+    """What the precision of training does to relearning: the rows of a ``precision_table`` for one concept or all."""
     figure, grid = plt.subplots(2, 2, figsize=(11, 6.6), layout="constrained", sharex=True)
     table = table.rename(columns=LIKELIHOOD_ENDS)
     settings = list(dict.fromkeys(zip(table.lr, table.budget, table.precision, strict=True)))
@@ -125,10 +114,7 @@ def precision_panel(table: pd.DataFrame) -> Figure:
             mine = table[table.arm == arm]
             places = [settings.index(key) for key in zip(mine.lr, mine.budget, mine.precision, strict=True)]
             x = np.array(places) + 0.16 * (k - (len(arms) - 1) / 2)
-            if column.startswith("back"):
-                dots(ax, mine, column, x=x, color=colour, label=arm)
-            else:
-                ax.errorbar(x, mine[column], fmt="o", color=colour)
+            dots(ax, mine, column, x=x, color=colour, label=arm)
         ax.set_xticks(range(len(settings)), labels, fontsize=8)
         ax.axhline(0, color=PALETTE["base"], lw=0.8)
         ax.set(title=title, ylabel=name, xlim=(-0.6, len(settings) - 0.4))
@@ -137,10 +123,10 @@ def precision_panel(table: pd.DataFrame) -> Figure:
 
 
 def arrival_points(table: pd.DataFrame) -> Axes:
-    """Where erasure arrives between the taught model and the one that never learned, one row a setting.
+    """Where erasure arrives between the taught model and the one that never learned.
 
-    ``table`` holds label (method or setting), ember (whether after EMBER), share, ci_low, ci_high and note, as
-    ``teaching.arrival_table`` gives them for one metric and half. A setting without a share is named as such.
+    ``table`` holds label (one line each), ember, share, ci_low and ci_high of one metric and half of an
+    ``arrival_table``. A setting without a share is named as such.
     """
     labels = pd.Index(table.label.unique())
     ax = new_axes(7.4, 0.42 * len(labels) + 1.7)
@@ -160,9 +146,9 @@ def arrival_points(table: pd.DataFrame) -> Axes:
             what, (place, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8
         )
     ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
-    ax.set(xlabel="share of the taught knowledge that erasure took (95 % interval over questions)")
+    label = "share of the taught knowledge that erasure took (95 % interval over questions)"
+    ax.set(ylim=(len(labels) - 0.4, -0.6), xlabel=label)
     ax.set_title("Does erasure arrive where learning started?", pad=18)
     if ax.get_legend_handles_labels()[1]:
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))

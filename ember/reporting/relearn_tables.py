@@ -28,9 +28,8 @@ def relearning_table(items: pd.DataFrame) -> pd.DataFrame:
     """
     tables = []
     keys = [*ATTACKED, "point", "questions"]
-    renamed = {name: f"net_{name}" for name in (*_BACK, "share")} | {
-        f"ci_{e}": f"net_share_{e}" for e in ("low", "high")
-    }
+    renamed = {name: f"net_{name}" for name in (*_BACK, "share")}
+    renamed |= {"ci_low": "net_share_low", "ci_high": "net_share_high"}
     for concept, part in each_concept(ember_first(items)):
         right = part[part.metric == "correct"]
         groups = {"all": right, "stated": right[right.stated], "not stated": right[~right.stated]}
@@ -64,6 +63,9 @@ def final_points(table: pd.DataFrame, *, metric: str = "gold_prob") -> pd.DataFr
 def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
     """The last points as a reader wants them: one row an attack and arm, with intervals."""
     last, likelihood = final_points(table), final_points(table, metric="gold_logprob")
+    net = [  # missing where the unedited model was not attacked
+        interval_texts(rows, "net_share", ".0%") if "net_share" in rows else MISSING for rows in (last, likelihood)
+    ]
     # What a run that diverged has shown ends early.
     tokens = last.tokens.round().astype(int).astype(str) + np.where(last.diverged, " (diverged)", "")
     return pd.DataFrame(
@@ -72,25 +74,14 @@ def relearning_overview(table: pd.DataFrame) -> pd.DataFrame:
             "lr": last.lr, "runs": last.runs, "tokens": tokens, "accuracy after": last.accuracy.round(3),
             "erased (probability)": interval_texts(last, "gap", "+.3f"),
             "came back": interval_texts(last, "back", "+.3f"),
-            "share": interval_texts(last, "share", ".0%"), "net share": _net_shares(last),
-            "net share (log-likelihood)": _net_shares(likelihood),
+            "share": interval_texts(last, "share", ".0%"), "net share": net[0], "net share (log-likelihood)": net[1],
         }
     ).reset_index(drop=True)  # fmt: skip
 
 
-def _net_shares(rows: pd.DataFrame) -> list[str]:
-    """In per cent; missing where the unedited model was not attacked."""
-    if "net_share" not in rows:
-        return [MISSING] * len(rows)
-    return interval_texts(rows, "net_share", ".0%")
-
-
 def recipe(table: pd.DataFrame, *, most: str) -> pd.DataFrame:
-    """The rows of the one precision, learning rate and budget that covers most values of column ``most``.
-
-    Of several such the first: float32 before other precisions, then the lowest learning rate.
-    """
-    counts = table.groupby(RECIPE)[most].nunique().reset_index()
+    """The rows of the recipe that covers most values of column ``most``; of several, fp32, then the lowest rate."""
+    counts = table.groupby(RECIPE, as_index=False)[most].nunique()
     counts["rounded"] = counts.precision != "fp32"
     best = counts.sort_values([most, "rounded", "lr", "budget"], ascending=[False, True, True, True]).iloc[0]
     return table[(table[RECIPE] == best[RECIPE]).all(axis=1)]
@@ -108,10 +99,7 @@ def left_beside_ember(items: pd.DataFrame, controls: Collection[str]) -> pd.Data
 
 
 def left_with_ember(items: pd.DataFrame) -> pd.DataFrame:
-    """By how much less is known after an attack where EMBER went before a method than where it did not.
-
-    As ``left_beside_ember``; negative: with EMBER less is left.
-    """
+    """As ``left_beside_ember``, for each method after EMBER beside alone; negative: with EMBER less is left."""
     alone = items[~items.ember & ~items.method.isin([UNEDITED, "ember"])]
     return _known_beside(items[items.ember], alone, ["method"])
 
@@ -163,10 +151,7 @@ def _in_every_precision(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_movement(moved: pd.DataFrame, concept: str) -> pd.DataFrame:
-    """Per arm and ``RECIPE`` of the attack on all parameters: share of values changed, way back of edited rows.
-
-    Means over the runs of a concept, or over all runs for ``ALL``.
-    """
+    """Mean share of values changed and way back of edited rows, per arm and ``RECIPE`` of a concept or of ``ALL``."""
     mine = moved[(moved.attack == "all") & ((moved.concept == concept) | (concept == ALL))]
     everything = mine.part == "all that is trained"
     parts = {"changed": mine.changed.where(everything), "travelled": mine.travelled.where(~everything)}
@@ -177,9 +162,6 @@ def beside_the_paper(table: pd.DataFrame, model: str) -> pd.DataFrame:
     """Accuracy after the paper's attack (all parameters, the recipe of most arms), in the columns of its figures."""
     last = final_points(table)
     last = recipe(last[last.attack == "all"], most="arm")
-    source = [
-        f"here: {concept}, {tokens:.0f} tokens, lr {lr:g}, {precision}"
-        for concept, tokens, lr, precision in zip(last.concept, last.tokens, last.lr, last.precision, strict=True)
-    ]
+    source = [f"here: {p.concept}, {p.tokens:.0f} tokens, lr {p.lr:g}, {p.precision}" for p in last.itertuples()]
     columns = {"figure": "accuracy on concept questions after relearning", "model": model, "arm": last.arm}
     return pd.DataFrame({**columns, "value": last.accuracy.round(3), "source": source})

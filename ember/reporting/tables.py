@@ -1,6 +1,6 @@
 """Records of erasing → its tables."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -16,13 +16,11 @@ SCORES = [
     "efficacy_cont", "specificity_cont", "coherence", "harmonic_cont", "final_cont",
     "efficacy", "specificity", "harmonic", "final",
 ]  # fmt: skip
-
 # Further scores, where letters were asked for or a judge was there; otherwise no table has a row or column of them.
 FURTHER = [
     "efficacy_letter", "specificity_letter", "harmonic_letter", "final_letter",
     "efficacy_open", "specificity_open", "harmonic_open", "final_open", "coherence_judged", "final_judged",
 ]  # fmt: skip
-
 # What a reader is shown of them, and by which name.
 SHOWN = {
     "efficacy_cont": "efficacy", "specificity_cont": "specificity", "coherence": "coherence",
@@ -32,7 +30,6 @@ SHOWN_FURTHER = {
     "efficacy_letter": "efficacy (letters)", "efficacy_open": "efficacy (open answers)",
     "coherence_judged": "coherence (judge)", "final_judged": "final score (judge)",
 }  # fmt: skip
-
 # Plain measures of one set each.
 PLAIN = {
     ("concept", "accuracy"): "concept questions, accuracy",
@@ -43,7 +40,6 @@ PLAIN = {
     ("neutral", "loss"): "neutral text, loss (nats/token)",
     ("other_sense", "loss"): "other-sense text, loss (nats/token)",
 }
-
 ALL = "all concepts"
 Comparisons = Mapping[tuple[str, str, bool, int], Comparison]  # by concept, method, ember and seed
 _Runs = dict[tuple[str, int], dict[str, np.ndarray]]  # of one arm, by concept and seed: each score, then its draws
@@ -79,13 +75,11 @@ def comparisons(items: pd.DataFrame) -> Comparisons:
 
     All draw the same items, so that two arms of a concept can be subtracted draw by draw.
     """
-    keys = ["set", "item", "metric"]
-    return {
-        (str(c), str(m), bool(e), int(s)): compare(
-            run[keys].assign(value=run.base), run[keys].assign(value=run.edited)
-        )
-        for (c, m, e, s), run in ember_first(items).groupby(RUN_COLUMNS, sort=False)
-    }  # fmt: skip
+    compared = {}
+    for (concept, method, ember, seed), run in ember_first(items).groupby(RUN_COLUMNS, sort=False):
+        base, edited = (run[["set", "item", "metric"]].assign(value=run[side]) for side in ("base", "edited"))
+        compared[str(concept), str(method), bool(ember), int(seed)] = compare(base, edited)
+    return compared
 
 
 def main_table(compared: Comparisons, cells: pd.DataFrame) -> pd.DataFrame:
@@ -94,50 +88,43 @@ def main_table(compared: Comparisons, cells: pd.DataFrame) -> pd.DataFrame:
     Where there are several concepts, further rows pool all of them.
     """
     rows = []
-    for arm, runs in _arms(compared).items():
-        mine = cells[cells.chosen & (cells[ARM_COLUMNS] == list(arm)).all(axis=1)]
+    for (concept, arm), runs in _arms(compared).items():
+        mine = cells[cells.chosen & (cells[ARM_COLUMNS] == [concept, *arm]).all(axis=1)]
         chosen = "; ".join(mine.sort_values("seed").cell.unique())
-        rows += [(*arm, len(runs), chosen, *score) for score in _pooled(runs)]
+        rows += [(concept, *arm, len(runs), chosen, *score) for score in _pooled(runs)]
     return pd.DataFrame(rows, columns=[*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"])
 
 
 def effect_table(compared: Comparisons) -> pd.DataFrame:
-    """What EMBER adds to each other method: the paired difference of every score, over items and runs (seeds).
-
-    Where there are several concepts, further rows pool all of them.
-    """
-    arms = _arms(compared)
-    alone = {(concept, method): runs for (concept, method, ember), runs in arms.items() if not ember}
-    return _differences({key: (arms.get((*key, True), {}), runs) for key, runs in alone.items()})
+    """What EMBER adds to each other method: paired differences of every score, pooled as in ``main_table``."""
+    return _differences(compared, lambda arm: Arm(arm.method) if arm.ember else None)
 
 
 def control_table(compared: Comparisons, controls: Collection[str]) -> pd.DataFrame:
     """By how much each control edit of EMBER's rows scores above EMBER: paired differences as in ``effect_table``."""
-    arms = _arms(compared)
-    beside = {(concept, method): runs for (concept, method, _), runs in arms.items() if method in controls}
-    return _differences({key: (runs, arms.get((key[0], "ember", False), {})) for key, runs in beside.items()})
+    return _differences(compared, lambda arm: Arm("ember") if arm.method in controls else None)
 
 
-def _arms(compared: Comparisons) -> dict[tuple[str, str, bool], _Runs]:
+def _differences(compared: Comparisons, beside: Callable[[Arm], Arm | None]) -> pd.DataFrame:
+    """Every score of each arm less that of the arm ``beside`` it, if there is one, over their common runs."""
+    arms, rows = _arms(compared), []
+    for (concept, arm), runs in arms.items():
+        against = beside(arm)
+        other = arms.get((concept, against), {}) if against else {}
+        both = {run: (scores, other[run]) for run, scores in runs.items() if run in other}
+        less = {run: {name: a[name] - b[name] for name in a if name in b} for run, (a, b) in both.items()}
+        rows += [(concept, arm.method, len(less), *score) for score in _pooled(less)]
+    return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
+
+
+def _arms(compared: Comparisons) -> dict[tuple[str, Arm], _Runs]:
     """The runs of each arm of each concept and, if there are several concepts, of each arm on all of them."""
-    arms: dict[tuple[str, str, bool], _Runs] = {}
+    arms: dict[tuple[str, Arm], _Runs] = {}
     for own in (True, False) if len({concept for concept, *_ in compared}) > 1 else (True,):
         for (concept, method, ember, seed), run in compared.items():
-            scores = {
-                name: np.append(run.value(name), run.draws[name]) for name in SCORES + FURTHER if name in run.draws
-            }
-            arms.setdefault((concept if own else ALL, method, ember), {})[concept, seed] = scores
+            scores = {m: np.append(run.value(m), run.draws[m]) for m in SCORES + FURTHER if m in run.draws}
+            arms.setdefault((concept if own else ALL, Arm(method, ember)), {})[concept, seed] = scores
     return arms
-
-
-def _differences(pairs: Mapping[tuple[str, str], tuple[_Runs, _Runs]]) -> pd.DataFrame:
-    """Of each (concept, method): every score of the first arm less that of the second, over their common runs."""
-    rows = []
-    for key, (first, second) in pairs.items():
-        both = {run: (first[run], scores) for run, scores in second.items() if run in first}
-        less = {run: {name: a[name] - b[name] for name in a if name in b} for run, (a, b) in both.items()}
-        rows += [(*key, len(less), *score) for score in _pooled(less)]
-    return pd.DataFrame(rows, columns=["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"])
 
 
 def _pooled(runs: _Runs) -> list[tuple[str, float, float, float]]:
@@ -163,10 +150,7 @@ def grid_table(train: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def arm_overview(main: pd.DataFrame) -> pd.DataFrame:
-    """The main table as a reader wants it: one row an arm, one column a score with its interval.
-
-    Letters and judged scores have a column if any arm has them, with "–" where one has not.
-    """
+    """The main table as a reader wants it: one row an arm, one column a score that any arm has, with its interval."""
     rows = []
     shown = SHOWN | {metric: title for metric, title in SHOWN_FURTHER.items() if (main.metric == metric).any()}
     for (concept, method, ember), arm in main.groupby(ARM_COLUMNS, sort=False):
