@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 from helpers.folders import question_row, write_concept, write_rows, write_shared
+from helpers.released import released_files, write_released
 from helpers.tiny import NEUTRAL, SENTENCES
 
 from ember.data.ours import NEUTRAL_IN_FIT, concept_from_sentences, list_concepts, load_concept, load_shared
-from ember.data.types import SPLITS, Concept, Question, SharedData
+from ember.data.released import SENTENCES as RELEASED_SENTENCES
+from ember.data.types import SOURCES, SPLITS, Concept, Question, SharedData
 from ember.errors import DataError, UnknownNameError
 from ember.evaluation.data_checks import CheckReport, check_concept, check_data, check_shared, check_table
 from ember.reporting.format import fill_blocks
 from ember.store.paths import data_dir
 
 CONCEPTS = list_concepts()
-STORED_ORDERS = {"concept-001": ("d", "a", "b", "c"), "x": ("a", "b", "d", "c")}
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ def test_gold_points_at_the_answer(concept, shared):
 
 def test_option_order_is_fixed_by_the_id():
     """Stored: another order would change every committed score that depends on it."""
-    orders = {id_: Question(id_, "concept", "test", "?", "a", ("b", "c", "d")).options for id_ in ("concept-001", "x")}
-    assert orders == STORED_ORDERS
+    for id_, order in {"concept-001": ("d", "a", "b", "c"), "x": ("a", "b", "d", "c")}.items():
+        assert Question(id_, "concept", "test", "?", "a", ("b", "c", "d")).options == order
 
 
 def told(report: CheckReport) -> str:
@@ -90,14 +91,9 @@ def told(report: CheckReport) -> str:
     return f"{report.table[~report.table.ok].to_string()}\n{report.findings.to_string()}"
 
 
-def test_a_shipped_concept_passes_the_checks(concept):
-    report = check_concept(concept)
-    assert report.ok, told(report)
-
-
-def test_the_shipped_shared_data_pass_the_checks(shared):
-    report = check_shared(shared)
-    assert report.ok, told(report)
+def test_the_shipped_data_pass_the_checks(concept, shared):
+    for report in (check_concept(concept), check_shared(shared)):
+        assert report.ok, told(report)
 
 
 @pytest.mark.embedded
@@ -133,27 +129,32 @@ def test_any_capitalisation_loads(name, spelling):
     assert load_concept(spelling(name)).name == name
 
 
-def test_unknown_concept_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match=re.escape(", ".join(CONCEPTS))):
-        load_concept("Atlantis")
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        "../lure", "/etc", "a/b", "", ".", "..", "../data/shared", "../Tiny Rome", "tiny/rome", "tiny\\rome",
-        "tiny..rome", "/tiny-rome", "Tiny Rome/",
+        "Atlantis", "../lure", "/etc", "a/b", "", ".", "..", "lure", "~", "\0", "../data/shared", "../Tiny Rome",
+        "tiny/rome", "tiny\\rome", "tiny..rome", "/tiny-rome", "Tiny Rome/",
     ],
 )  # fmt: skip
-def test_a_name_is_never_a_path(data, monkeypatch, name):
-    """A whole concept waits where the name would lead; nothing but the data folder's concept.json files is read."""
-    for lure in (data.parent / "lure", data / "a" / "b"):
-        write_concept(lure, "Lure")
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_unknown_name_lists_the_known_ones_and_is_never_a_path(data, monkeypatch, source, name):
+    """Data wait where the name would lead; nothing but the concepts' names is read."""
+    places = [data.parent / "lure", data / "a" / "b", data / "lure"]
+    if source == "ours":
+        for lure in places[:2]:
+            write_concept(lure, "Lure")
+        known, folder, names = "Tiny Rome", None, data / "tiny-rome" / "concept.json"
+    else:
+        content = json.loads(json.dumps(released_files()).replace("Jar Town", "Trap"))
+        for lure in places:
+            write_released(lure, content)
+        known, folder = "Jar Town, Élan", write_released(data)
+        names = data / RELEASED_SENTENCES
     read, really = [], Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: read.append(path) or really(path, *a, **k))
-    with pytest.raises(UnknownNameError, match="Tiny Rome"):
-        load_concept(name)
-    assert set(read) == {data / "tiny-rome" / "concept.json"}
+    with pytest.raises(UnknownNameError, match=rf"{re.escape(repr(name))}; known: {known}\."):
+        load_concept(name, source=source, folder=folder)
+    assert set(read) == {names}
 
 
 @pytest.mark.parametrize("name", ["日本", "Ελλάδα"])
@@ -217,6 +218,7 @@ def test_the_data_folder_of_these_tests_is_sound(data):
         (b"", ": the file is empty"),
         (b"\n \n", ": the file is empty"),
         (b"C\xe6sar", ", line 1: not UTF-8 (byte 1)"),
+        (b"Rome\nGaul\nC\xe6sar\n", ", line 3: not UTF-8 (byte 11)"),
     ],
 )
 @pytest.mark.parametrize("file", ALL_FILES)
@@ -225,25 +227,18 @@ def test_a_file_that_is_missing_or_holds_no_text(data, file, content, said):
     assert refusal(data) == f"{data / file}{said}"
 
 
-def test_not_utf8_names_the_line(data):
-    path = data / "tiny-rome" / "sentences.txt"
-    path.write_bytes(b"Rome\nGaul\nC\xe6sar\n")
-    assert refusal(data) == f"{path}, line 3: not UTF-8 (byte 11)"
-
-
-@pytest.mark.parametrize("file", ["sentences.txt", "paragraphs.txt", "other_sense.txt", "questions.jsonl"])
-def test_blank_line(data, file):
-    path = data / "tiny-rome" / file
-    first, *rest = path.read_text().splitlines()
-    path.write_text("\n".join([first, "", *rest]) + "\n")
-    assert f"{path}, line 2" in refusal(data)
-
-
-@pytest.mark.parametrize("line", ['{"id": "x",', "[1]", "null", '"text"'])
-@pytest.mark.parametrize("file", [f for f in ALL_FILES if f.endswith("jsonl")])
-def test_a_line_that_is_no_json_object(data, file, line):
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        (file, line)
+        for file in ALL_FILES[1:]
+        for line in ("", *(['{"id": "x",', "[1]", "null", '"text"'] if file.endswith("jsonl") else []))
+    ],
+)
+def test_a_line_that_is_blank_or_no_json_object(data, file, line):
     path = data / file
-    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, *rest]) + "\n")
     assert f"{path}, line 2: " in refusal(data)
 
 
@@ -263,69 +258,48 @@ def test_broken_concept_json(data, content, said):
     assert refusal(data).startswith(f"{path}{said}")
 
 
-@pytest.mark.parametrize("field", question_row())
-def test_missing_question_field(data, field):
-    row = question_row(2)
-    del row[field]
-    path = write_rows(data / "tiny-rome" / "questions.jsonl", [question_row(1), row])
-    assert refusal(data) == f"{path}, line 2: missing field {field!r}"
-
-
-def test_unknown_question_field(data):
-    path = write_rows(data / "tiny-rome" / "questions.jsonl", [question_row(1), question_row(2, hint="Rome")])
-    assert refusal(data) == f"{path}, line 2: unknown field 'hint'"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("question", " "),
-        ("answer", ""),
-        ("answer", 5),
-        ("answer", None),
-        ("id", 2),
-        ("id", "concept-1"),
-        ("set", "general"),
-        ("set", "concepts"),
-        ("split", "dev"),
-        ("split", None),
-        ("distractors", ["Gaul", "Athens"]),
-        ("distractors", ["Gaul", "Athens", "Rome"]),
-        ("distractors", ["Gaul", "Athens", "Gaul"]),
-        ("distractors", ["Gaul", "Athens", "Troy", "Rome"]),
-        ("distractors", ["Gaul", "Athens", " "]),
-        ("distractors", "Gaul"),
-        ("aliases", [5]),
-        ("aliases", None),
+QUESTIONS = "tiny-rome/questions.jsonl"
+BAD_VALUES = {
+    "question": [" "],
+    "answer": ["", 5, None],
+    "id": [2, "concept-1"],
+    "set": ["general", "concepts"],
+    "split": ["dev", None],
+    "distractors": [
+        ["Gaul", "Athens"], ["Gaul", "Athens", "Rome"], ["Gaul", "Athens", "Gaul"], ["Gaul", "Athens", "Troy", "Rome"],
+        ["Gaul", "Athens", " "], "Gaul",
     ],
-)
-def test_bad_question_value(data, field, value):
-    """The value that was typed is in the message."""
-    rows = [question_row(1), question_row(2, **{field: value})]
-    path = write_rows(data / "tiny-rome" / "questions.jsonl", rows)
-    said = refusal(data)
-    assert said.startswith(f"{path}, line 2, field '{field}")
-    assert repr(value) in said or repr(value[-1]) in said
+    "aliases": [[5], None],
+}  # fmt: skip
+BAD_SHARED = [
+    ("neutral_fit", "text", ""), ("neutral_fit", "text", 5), ("neutral_heldout", "text", None),
+    ("neutral_heldout", "split", "dev"), ("instructions", "response", ["Yes."]), ("instructions", "instruction", 5),
+    ("instructions", "id", "i-1"), ("general", "set", "concept"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [
-        ("neutral_fit.jsonl", "text", ""),
-        ("neutral_fit.jsonl", "text", 5),
-        ("neutral_heldout.jsonl", "text", None),
-        ("neutral_heldout.jsonl", "split", "dev"),
-        ("instructions.jsonl", "response", ["Yes."]),
-        ("instructions.jsonl", "instruction", 5),
-        ("instructions.jsonl", "id", "i-1"),
-        ("general.jsonl", "set", "concept"),
+        *((QUESTIONS, field, value) for field, values in BAD_VALUES.items() for value in values),
+        *((f"shared/{name}.jsonl", field, value) for name, field, value in BAD_SHARED),
     ],
 )
-def test_bad_shared_value(data, file, field, value):
-    path = data / "shared" / file
+def test_a_bad_value_is_in_the_message(data, file, field, value):
+    path = data / file
     first, second = map(json.loads, path.read_text().splitlines()[:2])
     write_rows(path, [first, second | {field: value}])
-    assert refusal(data).startswith(f"{path}, line 2, field {field!r}: ")
+    said = refusal(data)
+    assert said.startswith(f"{path}, line 2, field '{field}")
+    assert repr(value) in said or repr(value[-1]) in said
+
+
+@pytest.mark.parametrize("field", [*question_row(), "hint"])
+def test_a_question_field_that_is_missing_or_unknown(data, field):
+    row = question_row(2)
+    kind = "missing" if row.pop(field, None) is not None else "unknown"
+    path = write_rows(data / QUESTIONS, [question_row(1), row if kind == "missing" else row | {"hint": "Rome"}])
+    assert refusal(data) == f"{path}, line 2: {kind} field {field!r}"
 
 
 def test_a_line_ends_at_a_newline_only(data):
