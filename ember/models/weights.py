@@ -30,7 +30,7 @@ def fetch_model(name: str, *, force: bool = False) -> Path:
     if spec.origin == "hub":
         from huggingface_hub import snapshot_download
 
-        options = {"revision": spec.revision, "ignore_patterns": _TWICE, "force_download": force}
+        options: dict[str, Any] = {"revision": spec.revision, "ignore_patterns": _TWICE, "force_download": force}
         return Path(snapshot_download(spec.location, **options))
     return converted(spec, force=force)[0]
 

@@ -69,7 +69,8 @@ class Trained:
     """
 
     def __init__(self, live: torch.nn.Parameter, rows: torch.Tensor | None, precision: str) -> None:
-        self.live = live.requires_grad_(True)
+        self.live = live
+        live.requires_grad_(True)
         self.rows = None if rows is None else rows.to(live.device)
         self.start = self.value().to("cpu", copy=True)
         self.leaf: torch.Tensor = live

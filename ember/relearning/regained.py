@@ -55,13 +55,16 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
     draws = pooled_mean_draws(changes, n_resamples=n_resamples, seed=seed)
     back, gap = np.mean([change.mean(1) for change in changes], axis=0)
     (back_low, gap_low), (back_high, gap_high) = interval(draws)
-    share = (np.nan, np.nan, np.nan)
+    share, low, high = np.full(3, np.nan)
     note = f"gap {gap:.3f} [{gap_low:.3f}, {gap_high:.3f}] too small to divide by"
     if gap_low > 0:
-        share = (back / gap, *interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan)))
-        note = ""
+        share, note = back / gap, ""
+        low, high = interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan))
     n = sum(change.shape[1] for change in changes)
-    return Share(*map(float, (*share, back, back_low, back_high, gap, gap_low, gap_high)), n, note)
+    return Share(
+        float(share), float(low), float(high), float(back), float(back_low), float(back_high), float(gap),
+        float(gap_low), float(gap_high), n, note,
+    )  # fmt: skip
 
 
 def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
