@@ -80,7 +80,7 @@ def test_an_interval_leaves_undefined_draws_out():
     for k in (0, 1):
         assert (low[k], high[k]) == percentiles(values[k])
     assert math.isnan(low[2]) and math.isnan(high[2])
-    assert interval(np.arange(101.0), confidence=0.5) == pytest.approx((25, 75))
+    assert interval(np.arange(101.0)) == pytest.approx((2.5, 97.5))
     np.testing.assert_array_equal(interval(values.T, axis=0), (low, high))
 
 

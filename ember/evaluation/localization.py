@@ -22,39 +22,26 @@ def token_changes(
 ) -> pd.DataFrame:
     """What the edit does to the prediction of every token but the first of each text.
 
-    ``texts`` maps sets to texts, ``marked`` are the token ids to watch for: those an EMBER edit changes.
-
-    Columns
-    -------
-    set, text, position
-        Where the token stands; texts of a set are numbered.
-    token, marked
-        The predicted token, and whether it is a marked one itself.
-    before, since
-        How many of the tokens before it are marked, and how far back the last of them is (1: the token just before;
-        NaN: none).
-    loss, change, kl
-        Its loss with the edit, the rise in loss, and KL(p_base ‖ p_edited), all in nats.
+    ``texts`` maps sets to texts, ``marked`` are the token ids to watch for: those an EMBER edit changes. Columns: set,
+    text (numbered in its set) and position, where the token stands; token; marked, whether it is one itself; before,
+    how many tokens before it are, and since, how far back the last of them is (1: the token just before; NaN: none);
+    loss (with the edit), change (the rise in loss) and kl (KL(p_base ‖ p_edited)), in nats.
     """
     frames = []
     for name, chosen in texts.items():
         sequences = [loaded.encode(text) for text in chosen]
-        edited = partial(edit.applied, loaded)
-        scores = sequence_scores(loaded, sequences, [1] * len(sequences), edited)
+        scores = sequence_scores(loaded, sequences, [1] * len(sequences), partial(edit.applied, loaded))
         for number, (ids, score) in enumerate(zip(sequences, scores, strict=True)):
             hits = np.array([i in marked for i in ids])
             last = np.maximum.accumulate(np.where(hits, np.arange(len(ids)), -1))[:-1]
             since = np.where(last < 0, np.nan, np.arange(1, len(ids)) - last)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "set": name, "text": number, "position": range(1, len(ids)),
-                        "token": [loaded.decode([i]) for i in ids[1:]], "marked": hits[1:],
-                        "before": hits.cumsum()[:-1], "since": since, "loss": score.loss,
-                        "change": score.loss - score.base_loss, "kl": score.kl,
-                    }
-                )
-            )  # fmt: skip
+            columns = {
+                "set": name, "text": number, "position": range(1, len(ids)),
+                "token": [loaded.decode([i]) for i in ids[1:]], "marked": hits[1:],
+                "before": hits.cumsum()[:-1], "since": since,
+                "loss": score.loss, "change": score.loss - score.base_loss, "kl": score.kl,
+            }  # fmt: skip
+            frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -92,9 +79,7 @@ def _each_arm(tokens: pd.DataFrame, table: Callable[[pd.DataFrame], pd.DataFrame
     return pd.concat(tables, names=[*keys, None]).reset_index(keys).reset_index(drop=True)
 
 
-def share_table(
-    changes: pd.DataFrame, groups: Sequence[str], *, n_resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def share_table(changes: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
     """Of each set and value of column ``group``: how many tokens, how much they change, and their share of all KL.
 
     Columns: set, group, tokens, share_of_tokens, change (mean rise in loss, nats), kl (mean, nats), share_of_kl, the
@@ -103,24 +88,19 @@ def share_table(
     """
     rows = []
     for name, part in changes.groupby("set", sort=False):
-        sums = part.groupby(["text", "group"])[["change", "kl"]].sum().unstack(fill_value=0.0)
-        counts = part.groupby(["text", "group"]).size().unstack(fill_value=0)
-        drawn = draws(len(counts), n_resamples=n_resamples, seed=seed)
-        total = sums["kl"].to_numpy().sum(1)
+        texts = part.groupby(["text", "group"])
+        counts, sums = texts.size().unstack(fill_value=0), texts[["change", "kl"]].sum().unstack(fill_value=0.0)
+        total, drawn = sums["kl"].to_numpy().sum(1), draws(len(counts))
         for group in (g for g in groups if g in counts):
             tokens, change, kl = (table[group].to_numpy() for table in (counts, sums["change"], sums["kl"]))
-            row: dict[str, object] = {"set": name, "group": group, "tokens": int(tokens.sum())}
-            row["share_of_tokens"] = tokens.sum() / len(part)
-            for measure, above, below in (("change", change, tokens), ("kl", kl, tokens), ("share_of_kl", kl, total)):
-                row |= dict(
-                    zip((measure, f"{measure}_low", f"{measure}_high"), _ratio(above, below, drawn), strict=True)
-                )
-            rows.append(row)
-    return pd.DataFrame(rows)
+            ratios = [_ratio(change, tokens, drawn), _ratio(kl, tokens, drawn), _ratio(kl, total, drawn)]
+            rows.append((name, group, int(tokens.sum()), tokens.sum() / len(part), *np.ravel(ratios)))
+    measures = [f"{name}{end}" for name in ("change", "kl", "share_of_kl") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=["set", "group", "tokens", "share_of_tokens", *measures])
 
 
-def concentration(changes: pd.DataFrame, *, share: float = 0.5, n_resamples: int = 500, seed: int = 0) -> pd.DataFrame:
-    """The smallest share of each set's tokens that holds ``share`` of its KL, with a 95 % interval over texts.
+def concentration(changes: pd.DataFrame) -> pd.DataFrame:
+    """The smallest share of each set's tokens that holds half of its KL, with a 95 % interval over texts.
 
     0.5 where the change is the same at every token; near 0 where few tokens bear it all. NaN where nothing changes.
     Columns: set, tokens, value, ci_low, ci_high.
@@ -128,17 +108,15 @@ def concentration(changes: pd.DataFrame, *, share: float = 0.5, n_resamples: int
     rows = []
     for name, part in changes.groupby("set", sort=False):
         texts = [text.kl.to_numpy() for _, text in part.groupby("text")]
-        drawn = draws(len(texts), n_resamples=n_resamples, seed=seed)
-        values = [_smallest(np.concatenate([texts[k] for k in chosen]), share) for chosen in drawn]
-        rows.append((name, len(part), _smallest(part.kl.to_numpy(), share), *interval(np.array(values))))
+        drawn = [np.concatenate([texts[k] for k in chosen]) for chosen in draws(len(texts), n_resamples=500)]
+        value, *values = map(_half, [part.kl.to_numpy(), *drawn])
+        rows.append((name, len(part), value, *interval(np.array(values))))
     return pd.DataFrame(rows, columns=["set", "tokens", "value", "ci_low", "ci_high"])
 
 
-def _smallest(kl: np.ndarray, share: float) -> float:
+def _half(kl: np.ndarray) -> float:
     sums = np.sort(kl.clip(min=0))[::-1].cumsum()
-    if not sums[-1] > 0:
-        return float("nan")
-    return float((np.searchsorted(sums, share * sums[-1]) + 1) / len(kl))
+    return float((np.searchsorted(sums, 0.5 * sums[-1]) + 1) / len(kl)) if sums[-1] > 0 else np.nan
 
 
 def _ratio(above: np.ndarray, below: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
@@ -171,10 +149,10 @@ def everyday_exposure(loaded: LoadedModel, marked: Collection[int], texts: Mappi
     rows: list[tuple[object, ...]] = []
     for name, chosen in texts.items():
         hits = [[i in marked for i in loaded.encode(text, bos=False)] for text in chosen]
-        touched = sum(map(any, hits))
-        share = (touched / len(hits), *wilson(touched, len(hits))) if hits else (np.nan,) * 3
-        per_thousand = 1000 * sum(map(sum, hits)) / max(1, sum(map(len, hits))) if hits else np.nan
-        rows.append((name, len(hits), *share, per_thousand))
+        touched, tokens = sum(map(any, hits)), sum(map(len, hits))
+        share = touched / len(hits) if hits else np.nan
+        per_thousand = 1000 * sum(map(sum, hits)) / tokens if tokens else np.nan
+        rows.append((name, len(hits), share, *wilson(touched, len(hits)), per_thousand))
     rows.append(("general English", 0, *(np.nan,) * 3, expected_per_thousand(loaded, marked)))
     return pd.DataFrame(rows, columns=["set", "n", "share", "ci_low", "ci_high", "per_thousand"])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ember.evaluation.resampling import CONFIDENCE, interval, statistic_draws, wilson
+from ember.evaluation.resampling import interval, statistic_draws, wilson
 
 CHANCE = 0.25
 Pair = tuple[np.ndarray, np.ndarray]  # of the base model and the edited one
@@ -26,15 +26,15 @@ def harmonic_mean(*terms: np.ndarray | float) -> np.ndarray:
     return np.where(good, len(terms) / (1 / safe).sum(axis=0), 0.0)
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def retained(value: np.ndarray, base: np.ndarray, *, clip: bool) -> np.ndarray:
     """Share of the base model's advantage over chance that is left: (value − ¼)/(base − ¼).
 
     With ``clip`` this is the paper's multiple-choice fraction, confined to 0..1; without, it neither saturates at 1
     nor stops at 0. NaN where the base model is not above chance.
     """
-    value, base = np.asarray(value, dtype=float), np.asarray(base, dtype=float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(base > CHANCE, (value - CHANCE) / (base - CHANCE), np.nan)
+    base = np.asarray(base, dtype=float)
+    share = np.where(base > CHANCE, (np.asarray(value, dtype=float) - CHANCE) / (base - CHANCE), np.nan)
     return np.clip(share, 0.0, 1.0) if clip else share
 
 
@@ -51,10 +51,8 @@ class Comparison:
         return float(hit.value.iloc[0])
 
 
-def compare(
-    base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000, confidence: float = CONFIDENCE, seed: int = 0
-) -> Comparison:
-    """Compare an edited model's item scores with the base model's, item by item.
+def compare(base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000, seed: int = 0) -> Comparison:
+    """Compare an edited model's item scores with the base model's, item by item; ``ValueError`` if items differ.
 
     The summary has columns set, metric, value, ci_low, ci_high, effect_size, n:
 
@@ -75,35 +73,36 @@ def compare(
       ``final_open``. A judged score whose verdicts are all missing is NaN, and so is all that needs it.
 
     The same ``seed`` draws the same items, so the draws of two comparisons with one base are paired.
-
-    Raises
-    ------
-    ValueError
-        If the two frames do not hold the same items.
     """
     pairs = _pair(base, edited)
     sizes = {name: len(before) for (name, _), (before, _) in pairs.items()}
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def scores(*positions: np.ndarray, axis: int = -1) -> dict[tuple[str, str], np.ndarray]:
         chosen = dict(zip(sizes, positions, strict=True))
         means = {
-            (set_, metric): (_nanmean(before[chosen[set_]], axis), _nanmean(after[chosen[set_]], axis))
+            (set_, metric): (_mean(before[chosen[set_]], axis), _mean(after[chosen[set_]], axis))
             for (set_, metric), (before, after) in pairs.items()
         }
-        return _per_set(means) | {("", name): value for name, value in _composites(means).items()}
+        table = {}
+        for (set_, metric), (before, after) in means.items():
+            table[set_, metric] = after
+            if metric != "kl":
+                table[set_, f"delta_{metric}"] = after - before
+        return table | {("", name): value for name, value in _composites(means).items()}
 
     def statistic(*positions: np.ndarray, axis: int) -> np.ndarray:
         return np.stack(list(scores(*positions, axis=axis).values()))
 
     point = scores(*map(np.arange, sizes.values()))
     drawn = statistic_draws(list(sizes.values()), statistic, n_resamples=n_resamples, seed=seed)
-    intervals = zip(*interval(drawn, confidence=confidence), strict=True)
     rows = []
-    for ((set_, metric), value), ends in zip(point.items(), intervals, strict=True):
+    for (set_, metric), value, low, high in zip(point, point.values(), *interval(drawn), strict=True):
         if metric in PROPORTIONS:
-            ends = _wilson(pairs[set_, "correct" if metric == "accuracy" else metric][1], confidence)
+            scored = pairs[set_, metric][1][np.isfinite(pairs[set_, metric][1])]
+            low, high = wilson(scored.sum(), len(scored))
         n = sizes.get(set_, sum(sizes.values()))
-        rows.append((set_, metric, float(value), *ends, _effect_size(pairs, set_, metric), n))
+        rows.append((set_, metric, float(value), low, high, _effect_size(pairs, set_, metric), n))
     columns = ["set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
     names = [f"{set_}/{metric}" if set_ else metric for set_, metric in point]
     return Comparison(pd.DataFrame(rows, columns=columns), dict(zip(names, drawn, strict=True)))
@@ -112,7 +111,8 @@ def compare(
 def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pair]:
     """(set, metric) → (base [n], edited [n]), aligned by item."""
     keys = ["set", "metric", "item"]
-    before, after = (frame.set_index(keys).value.sort_index() for frame in (base, edited))
+    frames = [frame.assign(metric=frame.metric.replace("correct", "accuracy")) for frame in (base, edited)]
+    before, after = (frame.set_index(keys).value.sort_index() for frame in frames)
     if not before.index.equals(after.index):
         raise ValueError("the two evaluations do not hold the same items")
     both = pd.DataFrame({"base": before, "edited": after}, dtype=float)
@@ -125,22 +125,9 @@ def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pai
     return pairs
 
 
-def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over items; NaN items (an empty generation has no loss) are left out."""
-    present = np.isfinite(values)
-    total = np.where(present, values, 0.0).sum(axis=axis)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(total / present.sum(axis=axis))
-
-
-def _per_set(means: Pairs) -> dict[tuple[str, str], np.ndarray]:
-    table = {}
-    for (set_, metric), (before, after) in means.items():
-        name = "accuracy" if metric == "correct" else metric
-        table[set_, name] = after
-        if metric != "kl":
-            table[set_, f"delta_{name}"] = after - before
-    return table
+    return np.asarray(np.nansum(values, axis=axis) / np.isfinite(values).sum(axis=axis))
 
 
 def _composites(means: Pairs) -> dict[str, np.ndarray]:
@@ -156,23 +143,15 @@ def _composites(means: Pairs) -> dict[str, np.ndarray]:
 
     out = {"instruction": loss_ratio("instruction", "loss"), "neutral": loss_ratio("neutral", "loss")}
     if ("generation", "distinct") in means:
-        distinct_before, distinct_after = means["generation", "distinct"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            variety = np.minimum(1.0, distinct_after / distinct_before)
+        variety = _kept(means["generation", "distinct"])
         out["fluency"] = np.nan_to_num(loss_ratio("generation", "gen_loss") * variety)
     out["coherence"] = harmonic_mean(*out.values())
-    for metric, clip, tag in (
-        ("correct", True, ""),
-        ("gold_prob", False, "_cont"),
-        ("letter_correct", True, "_letter"),
-    ):
-        if tag == "_letter" and ("concept", metric) not in means:
-            continue
+    kinds = [("accuracy", True, ""), ("gold_prob", False, "_cont"), ("letter_correct", True, "_letter")]
+    for metric, clip, tag in kinds if ("concept", "letter_correct") in means else kinds[:2]:
         efficacy = 1 - left("concept", metric, clip)
-        specificity = harmonic_mean(left("general", metric, clip), left("simdom", metric, clip))
         capped = np.minimum(efficacy, 1.0)
-        out[f"efficacy{tag}"] = efficacy
-        out[f"specificity{tag}"] = specificity
+        specificity = harmonic_mean(left("general", metric, clip), left("simdom", metric, clip))
+        out |= {f"efficacy{tag}": efficacy, f"specificity{tag}": specificity}
         out[f"harmonic{tag}"] = harmonic_mean(capped, specificity)
         if tag != "_letter":
             out[f"final{tag}"] = harmonic_mean(capped, specificity, out["coherence"])
@@ -184,21 +163,14 @@ def _composites(means: Pairs) -> dict[str, np.ndarray]:
 
 def _judged_composites(means: Pairs, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The paper's scores that need a judge, as far as its verdicts are there; ``scores`` are the judge-free ones."""
-
-    def share(set_: str, metric: str) -> np.ndarray:
-        before, after = means[set_, metric]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(before > 0, np.minimum(1.0, after / before), np.nan)
-
     out: dict[str, np.ndarray] = {}
     if ("generation", "judge_instruction") in means:
-        out = {f"{name}_judged": share("generation", f"judge_{name}") for name in ("instruction", "fluency")}
+        out = {f"{name}_judged": _kept(means["generation", f"judge_{name}"]) for name in ("instruction", "fluency")}
         out["coherence_judged"] = _measured_mean(*out.values())
     if ("concept_open", "open_correct") in means:
-        out["efficacy_open"] = 1 - share("concept_open", "open_correct")
-        metric = "letter_correct" if ("general", "letter_correct") in means else "correct"
-        before, after = means["general", metric]
-        simdom = share("simdom_open", "open_correct")
+        out["efficacy_open"] = 1 - _kept(means["concept_open", "open_correct"])
+        before, after = means.get(("general", "letter_correct"), means["general", "accuracy"])
+        simdom = _kept(means["simdom_open", "open_correct"])
         # A general set at chance makes the mean 0, as everywhere; a missing verdict makes it missing.
         specificity = harmonic_mean(retained(after, before, clip=True), simdom)
         out["specificity_open"] = np.where(np.isfinite(simdom), specificity, np.nan)
@@ -207,11 +179,16 @@ def _judged_composites(means: Pairs, scores: Mapping[str, np.ndarray]) -> dict[s
         known = {**scores, **out}
         for tag, name in (("", "judged"), ("_letter", "letter"), ("_open", "open")):
             if f"efficacy{tag}" in known:
-                terms = (known[f"efficacy{tag}"], known[f"specificity{tag}"])
-                combined = harmonic_mean(*terms, out["coherence_judged"])
+                combined = harmonic_mean(known[f"efficacy{tag}"], known[f"specificity{tag}"], out["coherence_judged"])
                 missing = np.isnan(out["coherence_judged"]) | np.isnan(known[f"harmonic{tag}"])
                 out[f"final_{name}"] = np.where(missing, np.nan, combined)
     return out
+
+
+def _kept(pair: Pair) -> np.ndarray:
+    """Share of the base model's score that is left, at most 1; NaN where that is 0."""
+    before, after = pair
+    return np.where(before > 0, np.minimum(1.0, after / before), np.nan)
 
 
 def _measured_mean(*terms: np.ndarray) -> np.ndarray:
@@ -219,18 +196,11 @@ def _measured_mean(*terms: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(terms).any(axis=0), np.nan, harmonic_mean(*terms))
 
 
-def _wilson(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Wilson's interval over the items that have a score."""
-    present = values[np.isfinite(values)]
-    return wilson(present.sum(), len(present), confidence) if len(present) else (np.nan, np.nan)
-
-
 def _effect_size(pairs: Pairs, set_: str, metric: str) -> float:
     """d_z of a paired change; NaN for anything else, or where all changes are equal."""
     if not metric.startswith("delta_"):
         return np.nan
-    name = metric.removeprefix("delta_")
-    before, after = pairs[set_, "correct" if name == "accuracy" else name]
+    before, after = pairs[set_, metric.removeprefix("delta_")]
     change = (after - before)[np.isfinite(after)]
     spread = change.std(ddof=1) if len(change) > 1 else 0.0
     return float(change.mean() / spread) if spread > 0 else np.nan
@@ -239,8 +209,5 @@ def _effect_size(pairs: Pairs, set_: str, metric: str) -> float:
 def accuracy_table(items: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of each question set with Wilson's interval: set, accuracy, ci_low, ci_high, n."""
     right = items[items.metric == "correct"].groupby("set", sort=False).value.agg(["sum", "size"])
-    rows = [
-        (name, row["sum"] / row["size"], *wilson(row["sum"], int(row["size"])), int(row["size"]))
-        for name, row in right.iterrows()
-    ]
+    rows = [(name, total / n, *wilson(total, n), n) for name, total, n in right.itertuples()]
     return pd.DataFrame(rows, columns=["set", "accuracy", "ci_low", "ci_high", "n"])

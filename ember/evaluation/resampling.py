@@ -4,13 +4,12 @@ Intervals are percentiles of the draws. The same ``seed`` draws the same items, 
 can be subtracted draw by draw.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-
-CONFIDENCE = 0.95
 
 
 def draws(n: int, *, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -27,12 +26,11 @@ def draw_weights(n: int, *, n_resamples: int = 1000, seed: int = 0) -> np.ndarra
     return np.concatenate([np.ones((1, n)), drawn]) / n
 
 
-def interval(values: np.ndarray, *, axis: int = -1, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of the middle of the draws along an axis; NaN draws are left out, nothing but NaN is NaN."""
-    tail = 100 * (1 - confidence) / 2
+def interval(values: np.ndarray, *, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the middle 95 % of the draws along an axis; NaN draws are left out, nothing but NaN is NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of slices that hold nothing but NaN
-        low, high = np.nanpercentile(values, [tail, 100 - tail], axis=axis)
+        low, high = np.nanpercentile(values, [2.5, 97.5], axis=axis)
     return low, high
 
 
@@ -85,7 +83,9 @@ def pooled_mean_draws(parts: Sequence[np.ndarray], *, n_resamples: int = 2000, s
     return np.asarray(np.take_along_axis(means, chosen[:, None, :], axis=0).mean(0))
 
 
-def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval of a proportion."""
-    ends = stats.binomtest(round(successes), n).proportion_ci(confidence, method="wilson")
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; NaN for nothing."""
+    if not n:
+        return math.nan, math.nan
+    ends = stats.binomtest(round(successes), n).proportion_ci(0.95, method="wilson")
     return float(ends.low), float(ends.high)

@@ -43,17 +43,11 @@ def search(
 ) -> Search:
     """Evaluate every cell of a grid, the gentlest setting first, and choose one (``choose``).
 
-    ``measure`` evaluates a cell's edit; where it raises an ``EmberError`` there is none. ``items`` are the scores to be
-    compared with ``base``, the base model's: a judge may add to those of the evaluation. Its errors end the search.
-
-    Raises
-    ------
-    EmberError
-        The first cell's, if no cell gives an edit.
+    ``measure`` evaluates a cell's edit; where it raises an ``EmberError`` there is none. If no cell gives an edit, the
+    first one's is raised. ``items`` are the scores to be compared with ``base``, the base model's: a judge may add to
+    those of the evaluation. Its errors end the search.
     """
-    compared: dict[str, Comparison] = {}
-    seconds: dict[str, float] = {}
-    failed: dict[str, EmberError] = {}
+    compared, seconds, failed = dict[str, Comparison](), dict[str, float](), dict[str, EmberError]()
     for cell in bar(cells, desc="grid"):
         begun = time.time()
         try:
@@ -81,8 +75,7 @@ def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tup
     best = max(values, key=lambda cell: values[cell])
     rows = []
     for cell, value in values.items():
-        gap = values[best] - value
-        error = float(np.std(cells[best].draws[score] - cells[cell].draws[score], ddof=1))
+        gap, error = values[best] - value, float(np.std(cells[best].draws[score] - cells[cell].draws[score], ddof=1))
         rows.append((cell, value, gap, error, cell == best or gap <= error))
     table = pd.DataFrame(rows, columns=["cell", score, "behind", "standard_error", "tie"])
     return str(table[table.tie].cell.iloc[0]), table
