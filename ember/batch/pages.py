@@ -42,32 +42,30 @@ def results_tables() -> dict[str, str]:
     laptop, full, attacks, controls = map(_tables, ("laptop", "full", "attacks", "controls"))
     recipe = ("concept", "attack", "precision", "lr", "runs")
     one = {"concept": ALL, "attack": "all", "precision": "bf16_master", "lr": "0.0001"}
+    single = "question in ['left after relearning', 'cost at equal erasure'] or measure == 'final score'"
     return {
         "headline": _csv(laptop / "headline.csv", without=("concept", "cell")),
         "relearning": _csv(laptop / "relearning_overview.csv", without=recipe),
         "attacks": _csv(attacks / "relearning_overview.csv", only=one),
         "attacks_hours": _hours(attacks),
-        "precision": _titled(
-            _everywhere(attacks / "precision.csv").rename(columns=LIKELIHOOD_ENDS),
-            {
-                "arm": "arm", "lr": ("lr", "g"), "tokens": ("tokens", ".0f"), "precision": "precision",
-                "weights that changed": ("changed", ".1%"), "edit undone": ("travelled", ".3%"),
-                "came back (probability)": ("back", "+.3f"), "came back (nats/char)": ("back_logprob", "+.4f"),
-            },
-        ),
+        "precision": _titled(_everywhere(attacks / "precision.csv").rename(columns=LIKELIHOOD_ENDS), {
+            "arm": "arm", "lr": ("lr", "g"), "tokens": ("tokens", ".0f"), "precision": "precision",
+            "weights that changed": ("changed", ".1%"), "edit undone": ("travelled", ".3%"),
+            "came back (probability)": ("back", "+.3f"), "came back (nats/char)": ("back_logprob", "+.4f"),
+        }),
         "localization": _localized(laptop / "localization.csv"),
         "controls_hours": _hours(controls),
-        "verdicts": _verdicts(controls / "verdicts.csv"),
+        "verdicts": _titled(pd.read_csv(controls / "verdicts.csv").query(single), {
+            "question": "question", "beside": "beside", "measure": "measure",
+            "difference from EMBER": ("difference", "+.3f"), "better": "better",
+        }),
         "strengths": _beside_ember(full / "strengths.csv", "gain", across="delta", title="delta={:g}"),
         "trade": _beside_ember(controls / "trade.csv", "area", across="cost", title="against {}"),
-        "stability": _titled(
-            _everywhere(controls / "stability.csv"),
-            {
-                "what differs": "varied", "pairs of fits": "pairs", "same feature selected again": ("returned", ".0%"),
-                "absolute cosine of the two": ("cosine", ".2f"), "share of all features found again": ("same", ".2f"),
-                "overlap of edited rows": ("rows_jaccard", ".2f"),
-            },
-        ),
+        "stability": _titled(_everywhere(controls / "stability.csv"), {
+            "what differs": "varied", "pairs of fits": "pairs", "same feature selected again": ("returned", ".0%"),
+            "absolute cosine of the two": ("cosine", ".2f"), "share of all features found again": ("same", ".2f"),
+            "overlap of edited rows": ("rows_jaccard", ".2f"),
+        }),
         "arrival": _arrivals(full),
     }  # fmt: skip
 
@@ -87,7 +85,6 @@ def _tables(profile: str) -> Path:
 
 
 def _everywhere(path: Path) -> pd.DataFrame:
-    """The rows of a table that are about all concepts."""
     table = pd.read_csv(path)
     return table[table.concept == ALL]
 
@@ -103,10 +100,7 @@ def _titled(table: pd.DataFrame, columns: Mapping[str, str | tuple[str, str]]) -
 
 
 def _csv(path: Path, *, only: Mapping[str, str] | None = None, without: Sequence[str] = ()) -> str:
-    """A CSV table as Markdown, its numbers as they stand: the rows with the values of ``only``, or all.
-
-    Columns that are the same in every row may be left out.
-    """
+    """A CSV table as it stands: its rows with the values of ``only``, but for columns that say the same in each."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     for column, value in (only or {}).items():
         table = table[table[column] == value]
@@ -117,7 +111,6 @@ def _csv(path: Path, *, only: Mapping[str, str] | None = None, without: Sequence
 
 
 def _notebooks(run_times: Path) -> str:
-    """Each notebook, what it shows and what its runs took, as Markdown."""
     runs, rows = pd.read_csv(run_times), []
     for path in sorted(notebooks_dir().glob("[0-9][0-9]_*.ipynb")):
         shows = json.loads(path.read_text(encoding="utf-8"))["metadata"]["ember"]["shows"]
@@ -143,7 +136,6 @@ def _settings(profile: Profile) -> str:
 
 
 def _effects(path: Path) -> str:
-    """EMBER's effect on the four main scores of each method as Markdown."""
     table = _everywhere(path)
     wide = table.assign(text=interval_texts(table)).pivot(index="method", columns="metric", values="text")[list(SHOWN)]
     return markdown(wide.rename(columns=SHOWN, index=lambda method: Arm(method).name).reset_index())
@@ -151,8 +143,7 @@ def _effects(path: Path) -> str:
 
 def _localized(path: Path) -> str:
     """KL before the first edited token and after one, by texts and arm, as Markdown."""
-    table = pd.read_csv(path)
-    rows = []
+    table, rows = pd.read_csv(path), []
     for (method, ember, texts), part in table.groupby(["method", "ember", "set"], sort=False):
         kl = dict(zip(part.group, interval_texts(part, "kl", ".3f"), strict=True))
         share = part.share_of_tokens[part.group == EXPOSED[1]].sum()
@@ -167,33 +158,20 @@ def _beside_ember(path: Path, value: str, *, across: str, title: str) -> str:
     own, gaps = interval_texts(table, value, ".3f"), interval_texts(table, "difference", "+.3f")
     text = [mine if edit == "EMBER" else gap for edit, mine, gap in zip(table.edit, own, gaps, strict=True)]
     wide = table.assign(text=text).pivot(index="edit", columns=across, values="text")
-    wide = wide.loc[list(dict.fromkeys(table.edit)), list(dict.fromkeys(table[across]))]
+    wide = wide.loc[table.edit.unique(), table[across].unique()]
     return markdown(wide.rename(columns=title.format).reset_index())
-
-
-def _verdicts(path: Path) -> str:
-    """The answers that need one number each, as Markdown."""
-    table = pd.read_csv(path)
-    single = table.question.isin(["left after relearning", "cost at equal erasure"])
-    table = table[single | (table.measure == "final score")]
-    table["difference from EMBER"] = interval_texts(table, "difference", "+.3f")
-    return markdown(table[["question", "beside", "measure", "difference from EMBER", "better"]])
 
 
 def _arrivals(tables: Path) -> str:
     """Where erasing what was taught arrives, and what it does to the taught copy otherwise, as Markdown."""
     table, damage = pd.read_csv(tables / "arrival.csv"), pd.read_csv(tables / "taught_damage.csv")
     likely, damage = table[table.metric == "gold_prob"], damage[damage.reference == "taught"]
+    general = damage[(damage.set == "general") & (damage.metric == "gold_prob")]
     shown = {"arm": arm_names(likely), "cell": likely.cell}
     for title, frame, column, form in (
         ("arrival (probability)", likely, "share", ".2f"),
         ("arrival (log-likelihood)", table[table.metric == "gold_logprob"], "share", ".2f"),
-        (
-            "general knowledge (probability)",
-            damage.query("set == 'general' and metric == 'gold_prob'"),
-            "change",
-            "+.2f",
-        ),
+        ("general knowledge (probability)", general, "change", "+.2f"),
         ("neutral text, loss (nats/token)", damage[damage.set == "neutral"], "change", "+.2f"),
     ):
         texts = dict(zip(arm_names(frame), interval_texts(frame, column, form), strict=True))
@@ -202,15 +180,11 @@ def _arrivals(tables: Path) -> str:
 
 
 def _benchmarks(path: Path) -> str:
-    """What was timed beside what, as Markdown."""
     table = pd.read_csv(path)
     for side in ("ours", "theirs"):
-        table[side] = [
-            text if text == MISSING else f"{text} {unit}"
-            for text, unit in zip(interval_texts(table, side, ".3g"), table.unit, strict=True)
-        ]
-    limits = zip(table.target, table.ratio, table.unit, strict=True)
-    table["target"] = [f"≤ {target:g} {unit}" if pd.isna(ratio) else f"≥ {target:g}" for target, ratio, unit in limits]
+        table[side] = (table[side].map("{:.3g} ".format) + table.unit).where(table[side].notna(), MISSING)
+    target = table.target.map("{:g}".format)
+    table["target"] = ("≥ " + target).where(table.ratio.notna(), "≤ " + target + " " + table.unit)
     columns = {"work": "work", "compared with": "compared_with", "this package": "ours", "that": "theirs"}
     return _titled(table, {**columns, "ratio": ("ratio", ".1f"), "target": "target"})
 
