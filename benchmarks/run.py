@@ -177,15 +177,18 @@ def editing(loaded: LoadedModel, repeats: int) -> dict[str, Any]:
 def memory() -> dict[str, Any]:
     """Peak memory of notebook 03 in a process of its own."""
     code = (
+        "import resource\n"
         "from ember.batch.runner import run_notebook\n"
-        "common = {'profile': 'laptop', 'model': 'smollm2-135m', 'concept': 'Ancient Rome', 'seed': 42}\n"
+        "common = {'profile': 'laptop', 'model': 'smollm2-135m', 'concept_name': 'Ancient Rome', 'seed': 42}\n"
         "print(run_notebook('03_erase_concept', common | {'method': 'ember', 'ember': False}))\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
     with tempfile.TemporaryDirectory() as scratch:
         run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"EMBER_RESULTS": scratch},
                              capture_output=True, text=True, check=True)  # fmt: skip
-        about = json.loads(Path(run.stdout.strip().splitlines()[-1]).read_text(encoding="utf-8"))
-    peak = about["peak_memory_mb"] / 1024
+        *_, manifest, kilobytes = run.stdout.strip().splitlines()
+        about = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    peak = int(kilobytes) / 1024**2
     values = ("peak memory of 03_erase_concept, EMBER alone", "–", peak, np.nan, "GB", np.nan, 3, peak <= 3, 1,
               f"whole grid of EMBER, {about['wall_seconds']:.0f} s")  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
