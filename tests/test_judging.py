@@ -172,15 +172,10 @@ def test_a_key_that_is_missing_or_cannot_be_one_is_an_error_without_it(key, monk
     assert not key.strip() or key not in str(caught.value)
 
 
-def test_an_endpoint_without_a_key_gets_none(endpoint):
-    ask(judge_for(endpoint, key_variable=""))
-    assert [request["key"] for request in endpoint.requests] == [None]
-
-
 # Requests and the cache
 
 
-def test_a_request_is_a_chat_completion_at_temperature_0(endpoint):
+def test_a_request_is_a_chat_completion_at_temperature_0_with_the_key_if_there_is_one(endpoint):
     judge = judge_for(endpoint, options={"reasoning_effort": "none"})
     assert ask(judge, "Is it?") == Verdict(YES, '{"correct": true}', "", "served-1", cached=False)
     (request,) = endpoint.requests
@@ -188,7 +183,9 @@ def test_a_request_is_a_chat_completion_at_temperature_0(endpoint):
         "path": "/v1/chat/completions", "key": f"Bearer {KEY}", "model": "judge-1", "temperature": 0, "max_tokens": 300,
         "messages": [{"role": "user", "content": "Is it?"}], "reasoning_effort": "none",
     }  # fmt: skip
-    assert (judge.about()["calls"], judge.about()["tokens"]) == (1, 10)
+    assert (judge.calls, judge.tokens) == (1, 10)
+    ask(judge_for(endpoint, key_variable=""), "Without a key?")
+    assert endpoint.requests[1]["key"] is None
 
 
 def test_the_same_question_is_asked_once(endpoint):
@@ -240,18 +237,16 @@ def test_entries_are_whole_or_absent_after_an_interrupted_write(endpoint, cache,
         raise OSError("disk full")
 
     judge = judge_for(endpoint)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(Path, "write_text", broken)
-        with pytest.raises(OSError, match="disk full"):
-            ask(judge)
-    assert not files_of(cache)
-    assert ask(judge).values == YES
+        ask(judge)
+    assert not files_of(cache) and ask(judge).values == YES
 
 
 # Failures that pass
 
 
-@pytest.mark.parametrize("step", [failure(429), failure(500), failure(503), failure(408), "hang", "drop"], ids=str)
+@pytest.mark.parametrize("step", [*map(failure, (429, 500, 503, 408)), "hang", "drop"], ids=str)
 def test_a_failure_that_passes_is_tried_again(endpoint, step):
     endpoint.script = [step]
     assert ask(judge_for(endpoint)).values == YES
@@ -264,11 +259,8 @@ def test_a_failure_that_lasts_ends_after_the_retries(endpoint, step):
     with pytest.raises(EmberError, match=r"gave no answer in 3 attempts"):
         ask(judge_for(endpoint))
     assert len(endpoint.requests) == 3
-
-
-def test_nobody_listens(cache):
-    with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts: |Connect"):
-        ask(Judge(JudgeConfig(base_url="http://127.0.0.1:9/v1", model="m", **QUICK)))
+    with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts.* Connect"):
+        ask(judge_for(endpoint, base_url="http://127.0.0.1:9/v1"))  # nobody listens
 
 
 @pytest.mark.parametrize("asked", ["0.4", "date"])
@@ -281,13 +273,6 @@ def test_the_endpoint_s_own_wait_is_kept(endpoint, status, asked):
     assert np.diff(endpoint.times) >= (0.4 if asked != "date" else 0.9)
 
 
-def test_a_wait_beyond_the_limit_ends_at_once(endpoint):
-    endpoint.script = [failure(429, "daily quota", Retry_After="3600")]
-    with pytest.raises(EmberError, match=r"asks to wait 3600 s, and max_wait is 2 s: 429 daily quota"):
-        ask(judge_for(endpoint))
-    assert len(endpoint.requests) == 1
-
-
 def test_waits_grow(endpoint):
     endpoint.script = [failure(500)] * 3
     ask(judge_for(endpoint, retries=3, backoff=0.1))
@@ -295,12 +280,22 @@ def test_waits_grow(endpoint):
     assert (waits >= [0.1, 0.2, 0.4]).all() and waits.max() < 1
 
 
+REFUSED = r"refuses the request for judge-1: {} bad key \[key\].*"
+
+
 @pytest.mark.parametrize(
-    ("status", "advice"), [(400, "options"), (401, VARIABLE), (403, "accept its terms"), (404, "base_url"), (301, "")]
+    ("step", "said"),
+    [
+        *(
+            (failure(status, f"bad key {KEY}"), REFUSED.format(status) + advice)
+            for status, advice in ((400, "options"), (401, VARIABLE), (403, "its terms"), (404, "base_url"), (301, ""))
+        ),
+        (failure(429, "daily quota", Retry_After="3600"), "asks to wait 3600 s, and max_wait is 2 s: 429 daily quota"),
+    ],
 )
-def test_a_refusal_fails_at_once_with_what_to_do(endpoint, status, advice):
-    endpoint.script = [failure(status, f"bad key {KEY}")]
-    with pytest.raises(EmberError, match=rf"refuses the request for judge-1: {status} bad key \[key\].*{advice}"):
+def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpoint, step, said):
+    endpoint.script = [step]
+    with pytest.raises(EmberError, match=said):
         ask(judge_for(endpoint))
     assert len(endpoint.requests) == 1
 
@@ -308,10 +303,8 @@ def test_a_refusal_fails_at_once_with_what_to_do(endpoint, status, advice):
 # Replies that make no sense
 
 
-NONSENSE = [
-    reply("I think so."), reply('{"right": true}'), reply(""), (200, {}, b"<html>"), (200, {}, b"[1]"),
-    (200, {}, b'{"choices": []}'),
-]  # fmt: skip
+NONSENSE = [*map(reply, ("I think so.", '{"right": true}', ""))]
+NONSENSE += [(200, {}, body) for body in (b"<html>", b"[1]", b'{"choices": []}')]
 
 
 @pytest.mark.parametrize("step", NONSENSE, ids=lambda step: step[2].decode()[-60:])
@@ -325,18 +318,12 @@ def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cach
     assert ask(judge).values == YES
 
 
-def test_the_model_is_told_what_was_wrong(endpoint):
-    endpoint.script = [reply('{"right": 1}')]
-    assert ask(judge_for(endpoint)).values == YES
+def test_the_model_is_told_what_was_wrong_and_a_reply_that_is_no_unicode_can_be_kept(endpoint):
+    endpoint.script, judge = [reply('{"right": 1}'), reply('{"correct": true, "why": "\ud800"}')], judge_for(endpoint)
+    assert ask(judge).values == ask(judge).values == {"correct": True, "why": "?"}
     user, assistant, told = endpoint.requests[1]["messages"]
     assert (user["content"], assistant["content"]) == ("a", '{"right": 1}')
     assert "no 'correct'" in told["content"]
-
-
-def test_a_reply_that_is_no_unicode_can_be_kept(endpoint):
-    endpoint.script = [reply('{"correct": true, "why": "\ud800"}')]
-    judge = judge_for(endpoint)
-    assert ask(judge).values == ask(judge).values == {"correct": True, "why": "?"}
 
 
 # Budget
@@ -350,13 +337,10 @@ def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
     # What was answered is kept: a larger budget goes on from there.
     assert len(judge_for(endpoint, max_calls=5).ask_all(list("abcdefgh"), parsed)) == 8
     assert sorted(endpoint.prompts) == list("abcdefgh")
-
-
-def test_retries_count_as_calls(endpoint):
-    endpoint.script = [failure(500)] * 9
+    endpoint.script = [failure(500)] * 9  # what is tried again counts too
     with pytest.raises(EmberError, match="max_calls=2"):
-        ask(judge_for(endpoint, max_calls=2))
-    assert len(endpoint.requests) == 2
+        ask(judge_for(endpoint, max_calls=2), "i")
+    assert len(endpoint.requests) == 8 + 2
 
 
 def test_the_budget_in_tokens_stops_before_a_call_that_could_exceed_it(endpoint):
@@ -379,7 +363,7 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
     """Not even where the endpoint repeats it."""
     endpoint.script = [reply(json.dumps({"correct": True, "echo": KEY})), failure(429, KEY), failure(401, KEY)]
     judge = judge_for(endpoint)
-    shown = [repr(judge), repr(judge.config), repr(vars(judge.config)), repr(judge.about()), repr(ask(judge))]
+    shown = [repr(judge), repr(judge.config), repr(vars(judge.config)), repr(judge.settings), repr(ask(judge))]
     with pytest.raises(EmberError) as caught:
         ask(judge, "b")
     shown += [str(caught.value), repr(caught.value.__cause__), repr(caught.value.__context__)]
@@ -391,11 +375,8 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
 # A profile's judge
 
 
-def test_no_judge_is_no_judge():
-    assert open_judge({}) is None
-
-
 def test_without_a_key_there_is_one_note_and_no_judge_unless_it_is_required(endpoint, monkeypatch):
+    assert open_judge({}) is None
     monkeypatch.delenv(VARIABLE)
     with pytest.warns(UserWarning, match=rf"{VARIABLE}.*Judged scores will be missing") as noted:
         assert open_judge(settings_for(endpoint)) is None
@@ -453,7 +434,6 @@ def test_the_judge_sees_question_reference_and_answer(endpoint):
     assert (row.model, row.served_by, row.endpoint) == ("judge-1", "served-1", f"{endpoint.url}/chat/completions")
     assert json.loads(row["values"]) == YES
     assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
-    assert {"open", "coherence", "about", "describe"} == judged.about["prompts"].keys()
     assert judged.verdicts.columns.tolist() == no_verdicts().columns.tolist()
 
 

@@ -49,8 +49,8 @@ class Judge:
         }  # fmt: skip
         self._key = os.environ.get(config.key_variable, "").strip() if config.key_variable else ""
         if config.key_variable and not self._key:
-            missing = f"the environment variable {config.key_variable}, which is empty"
-            raise EmberError(f"the judge {config.model} needs a key in {missing}")
+            variable = f"the environment variable {config.key_variable}"
+            raise EmberError(f"the judge {config.model} needs a key in {variable}, which is empty")
         if not self._key.isascii() or not self._key.isprintable():
             raise EmberError(f"{config.key_variable} holds characters that no key has")
 
