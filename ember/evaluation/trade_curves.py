@@ -2,20 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from ember.evaluation.resampling import draw_weights, interval, pooled
 
-GAIN = ("concept", "gold_prob")
+REFERENCE = "EMBER"  # the edit that all others are compared with
 # What an edit should leave alone: the concept's words in another sense (KL, nats per token), questions on the
 # neighbour (fall of the right answer's log-likelihood, nats per character), and everyday text (``_everyday``).
 COSTS = ("other sense", "neighbour", "everyday")
-
-ConceptSeed = tuple[str, int]  # what tells the runs of a profile apart
-Part = tuple[float, np.ndarray]  # a run's value and its draws
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
 
 # x and y of a curve have one value for each strength, in rising order, along the last axis but one; draws run along the
 # last.
@@ -59,8 +56,7 @@ def _pieces(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
 class Curves:
     """One run's curves: edit → (x or y) [strengths, 1 + draws], the first of which is the point estimate.
 
-    ``gain[edit]`` is the fall in the right answer's probability, ``cost[name][edit]`` what is said of ``COSTS``. All
-    edits draw the same items.
+    ``gain[edit]`` is the fall in the right answer's probability, ``cost[name][edit]`` what is said of ``COSTS``.
     """
 
     strengths: tuple[float, ...]
@@ -68,17 +64,29 @@ class Curves:
     cost: Mapping[str, Mapping[str, np.ndarray]]
 
 
-def curves(items: pd.DataFrame, *, n_resamples: int = 1000, seed: int = 0) -> Curves:
+Runs = Mapping[tuple[str, int], Curves]  # by concept and seed
+
+
+def curves(items: pd.DataFrame, *, n_resamples: int = 1000) -> Curves:
     """The curves of one run from its item scores (edit, delta, set, item, metric, base, edited).
 
-    A cost is left out where no text tells it.
+    All edits draw the same items. A cost is left out where no text tells it.
     """
     strengths = tuple(sorted(items.delta.unique()))
-    mean = partial(_mean_changes, items, strengths, n_resamples, seed)
-    gain = {edit: -change for edit, change in mean(*GAIN).items()}
-    neighbour = {edit: -change for edit, change in mean("simdom", "gold_logprob").items()}
-    costs = {"other sense": mean("other_sense", "kl"), "neighbour": neighbour, "everyday": _everyday(items, mean)}
-    return Curves(strengths, gain, {name: by_edit for name, by_edit in costs.items() if by_edit})
+
+    def mean(set_: str, metric: str, sign: int = 1) -> dict[str, np.ndarray]:
+        """Mean change of one measure: edit → [strengths, 1 + draws]."""
+        mine = items[(items.set == set_) & (items.metric == metric)]
+        if mine.empty:
+            return {}
+        changes = mine.assign(change=sign * (mine.edited - mine.base))
+        wide = changes.pivot(index="item", columns=["edit", "delta"], values="change")
+        weights = draw_weights(len(wide), n_resamples=n_resamples)
+        return {edit: (weights @ wide[edit][list(strengths)].to_numpy()).T for edit in mine.edit.unique()}
+
+    costs = mean("other_sense", "kl"), mean("simdom", "gold_logprob", -1), _everyday(items, mean)
+    told = {name: by_edit for name, by_edit in zip(COSTS, costs, strict=True) if by_edit}
+    return Curves(strengths, mean("concept", "gold_prob", -1), told)
 
 
 def _everyday(items: pd.DataFrame, mean: Callable[[str, str], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -99,43 +107,17 @@ def _everyday(items: pd.DataFrame, mean: Callable[[str, str], dict[str, np.ndarr
     return everyday
 
 
-def _mean_changes(
-    items: pd.DataFrame, strengths: Sequence[float], n_resamples: int, seed: int, set_: str, metric: str
-) -> dict[str, np.ndarray]:
-    """Mean change of one measure: edit → [strengths, 1 + draws]. All edits draw the same items."""
-    mine = items[(items.set == set_) & (items.metric == metric)]
-    wide = mine.assign(change=mine.edited - mine.base).pivot(index="item", columns=["edit", "delta"], values="change")
-    if wide.empty:
-        return {}
-    weights = draw_weights(len(wide), n_resamples=n_resamples, seed=seed)
-    return {edit: (weights @ wide[edit][list(strengths)].to_numpy()).T for edit in mine.edit.unique()}
-
-
-def compare_areas(run: Curves, *, reference: str = "EMBER") -> dict[tuple[str, str], Part]:
-    """``area`` of every edit for every cost: (cost, edit) → value and draws.
+def compare_areas(run: Curves) -> dict[tuple[str, str], np.ndarray]:
+    """``area`` of every edit for every cost: (cost, edit) → value and draws [1 + draws].
 
     Costs run up to that of the reference at its greatest strength. NaN where the reference costs nothing.
     """
     areas = {}
     for cost, by_edit in run.cost.items():
-        limit = float(by_edit[reference][:, 0].max())
+        limit = float(by_edit[REFERENCE][:, 0].max())
         for edit, x in by_edit.items():
-            values = area(x, run.gain[edit], limit) if limit > 0 else np.full(x.shape[1], np.nan)
-            areas[cost, edit] = (float(values[0]), values[1:])
+            areas[cost, edit] = area(x, run.gain[edit], limit) if limit > 0 else np.full(x.shape[1], np.nan)
     return areas
-
-
-def costs_at_equal_gain(
-    run: Curves, edit: str, *, reference: str = "EMBER", share: float = 0.8
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Costs of the reference and of another edit where both have gained the same: cost → two arrays [1 + draws].
-
-    The gain is ``share`` of the smaller of their greatest gains.
-    """
-    pair = (reference, edit)
-    gain = share * min(float(run.gain[name][:, 0].max()) for name in pair)
-    first, second = ({cost: cost_at(x[name], run.gain[name], gain) for cost, x in run.cost.items()} for name in pair)
-    return {cost: (first[cost], second[cost]) for cost in run.cost}
 
 
 def point_table(run: Curves) -> pd.DataFrame:
@@ -148,22 +130,22 @@ def point_table(run: Curves) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["cost", "edit", "delta", "x", "x_low", "x_high", "y", "y_low", "y_high"])
 
 
-def area_table(runs: Mapping[ConceptSeed, Curves], *, reference: str = "EMBER") -> pd.DataFrame:
+def area_table(runs: Runs) -> pd.DataFrame:
     """``compare_areas`` pooled over runs, and each edit's difference from the reference, draw by draw.
 
     Columns: cost, edit, runs, area, ci_low, ci_high, difference, difference_low, difference_high; 95 % intervals over
     items, seeds and concepts. A run in which the reference costs nothing has no area, and is not among ``runs``.
     """
-    areas = {key: compare_areas(run, reference=reference) for key, run in runs.items()}
+    areas = {key: compare_areas(run) for key, run in runs.items()}
     rows = []
     for cost, edit in next(iter(areas.values())):
-        told = {key: by_cost for key, by_cost in areas.items() if np.isfinite(by_cost[cost, reference][0])}
-        own, others = ([by_cost[cost, name] for by_cost in told.values()] for name in (edit, reference))
-        rows.append((cost, edit, len(told), *(_pooled_beside(own, others, told) if told else (np.nan,) * 6)))
-    return pd.DataFrame(rows, columns=["cost", "edit", "runs", "area", *_ENDS])
+        told = {key: by_cost for key, by_cost in areas.items() if np.isfinite(by_cost[cost, REFERENCE][0])}
+        own, others = ([by_cost[cost, name] for by_cost in told.values()] for name in (edit, REFERENCE))
+        rows.append((cost, edit, len(told), *_pooled(own, told), *_pooled(np.subtract(own, others), told)))
+    return pd.DataFrame(rows, columns=["cost", "edit", "runs", "area", "ci_low", "ci_high", *_DIFFERENCE])
 
 
-def strength_table(runs: Mapping[ConceptSeed, Curves], *, reference: str = "EMBER") -> pd.DataFrame:
+def strength_table(runs: Runs) -> pd.DataFrame:
     """What each edit takes at each strength, pooled over runs, and the difference from the reference at the same one.
 
     Columns: edit, delta, runs, gain (fall in the probability of the right answer), ci_low, ci_high, difference,
@@ -174,38 +156,29 @@ def strength_table(runs: Mapping[ConceptSeed, Curves], *, reference: str = "EMBE
     rows = []
     for edit in first.gain:
         for k, delta in enumerate(first.strengths):
-            own, others = ([_part(run.gain[name][k]) for run in runs.values()] for name in (edit, reference))
-            rows.append((edit, delta, len(runs), *_pooled_beside(own, others, runs)))
-    return pd.DataFrame(rows, columns=["edit", "delta", "runs", "gain", *_ENDS])
+            own, others = ([run.gain[name][k] for run in runs.values()] for name in (edit, REFERENCE))
+            rows.append((edit, delta, len(runs), *_pooled(own, runs), *_pooled(np.subtract(own, others), runs)))
+    return pd.DataFrame(rows, columns=["edit", "delta", "runs", "gain", "ci_low", "ci_high", *_DIFFERENCE])
 
 
-def equal_gain_table(runs: Mapping[ConceptSeed, Curves], edit: str, *, reference: str = "EMBER") -> pd.DataFrame:
-    """``costs_at_equal_gain`` pooled over runs: what an edit saves, where both erase the same.
+def equal_gain_table(runs: Runs, edit: str) -> pd.DataFrame:
+    """What an edit saves where it and the reference erase the same, pooled over runs.
 
-    Columns: cost, edit, runs, reference (its cost), own (the edit's), difference and its 95 % interval over items,
-    seeds and concepts.
+    In each run that is 0.8 times the smaller of their greatest gains. Columns: cost, edit, runs, reference (its cost),
+    own (the edit's), difference and its 95 % interval over items, seeds and concepts.
     """
-    equal = [costs_at_equal_gain(run, edit, reference=reference) for run in runs.values()]
-    groups = [concept for concept, _ in runs]
+    pair = (REFERENCE, edit)
+    equal = [(run, 0.8 * min(float(run.gain[name][:, 0].max()) for name in pair)) for run in runs.values()]
     rows = []
-    for cost in equal[0]:
-        theirs, own = (np.stack([pair[cost][side] for pair in equal]) for side in (0, 1))
-        gap = pooled([_part(draws) for draws in own - theirs], groups=groups)
-        rows.append((cost, edit, len(runs), theirs[:, 0].mean(), own[:, 0].mean(), *gap))
-    return pd.DataFrame(rows, columns=["cost", "edit", "runs", "reference", "own", *_ENDS[2:]])
+    for cost in next(iter(runs.values())).cost:
+        paid = [[cost_at(run.cost[cost][name], run.gain[name], gain) for run, gain in equal] for name in pair]
+        theirs, own = np.array(paid)
+        means = (theirs[:, 0].mean(), own[:, 0].mean())
+        rows.append((cost, edit, len(runs), *means, *_pooled(own - theirs, runs)))
+    return pd.DataFrame(rows, columns=["cost", "edit", "runs", "reference", "own", *_DIFFERENCE])
 
 
-_ENDS = ("ci_low", "ci_high", "difference", "difference_low", "difference_high")
-
-
-def _part(values: np.ndarray) -> Part:
-    return float(values[0]), values[1:]
-
-
-def _pooled_beside(
-    own: Sequence[Part], others: Sequence[Part], runs: Mapping[ConceptSeed, object]
-) -> tuple[float, ...]:
-    """``pooled`` values, and pooled differences from others that drew the same items; each with its interval."""
-    groups = [concept for concept, _ in runs]
-    gaps = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(own, others, strict=True)]
-    return (*pooled(own, groups=groups), *pooled(gaps, groups=groups))
+def _pooled(values: Sequence[np.ndarray] | np.ndarray, runs: Mapping[tuple[str, int], object]) -> tuple[float, ...]:
+    """``pooled`` values and draws of runs [runs, 1 + draws]; NaN without a run."""
+    parts = [(float(one[0]), one[1:]) for one in values]
+    return pooled(parts, groups=[concept for concept, _ in runs]) if parts else (np.nan,) * 3
