@@ -237,9 +237,10 @@ def test_entries_are_whole_or_absent_after_an_interrupted_write(endpoint, cache,
         raise OSError("disk full")
 
     judge = judge_for(endpoint)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", broken)
-        ask(judge)
+        with pytest.raises(OSError, match="disk full"):
+            ask(judge)
     assert not files_of(cache) and ask(judge).values == YES
 
 
