@@ -1,6 +1,5 @@
 """Letter answers: what counts as one, in which order options stand, and batches against one at a time."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,33 +19,32 @@ from ember.store.paths import REPOSITORY
 QUESTIONS = list(make_concept().questions)
 
 
-def answering(monkeypatch, *texts: str) -> list[list[list[int]]]:
-    """The model answers with these texts in turn, for ever; the prompts of each call."""
-    seen: list[list[list[int]]] = []
-    loaded = make_loaded()
+def answering_a(monkeypatch) -> list[list[int]]:
+    """The model answers "A", for ever; the prompts."""
+    seen: list[list[int]] = []
+    answer = make_loaded().encode("A", bos=False)
 
     def generate(_, prompts, *, max_new_tokens, **__):
         assert max_new_tokens == NEW_TOKENS <= 4
-        seen.append([list(p) for p in prompts])
-        return [loaded.encode(texts[k % len(texts)], bos=False) for k in range(len(prompts))]
+        seen.extend(prompts)
+        return [answer] * len(prompts)
 
     monkeypatch.setattr("ember.evaluation.letters.generate_greedy", generate)
     return seen
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("A", "A"), ("B.", "B"), (" C)", "C"), ("(D)", "D"), ("**B**", "B"), ("b", "B"), ("\nC\n", "C"),
-        ("A.\nThe", "A"),
-        ("Answer: D", "D"), ("The answer is C", "C"), ("answer is **A**", "A"), ("B. Tiber", "B"), ("C The Tiber", "C"),
-        ("A: Rome", "A"), ("Option B", "B"),
-        ("", ""), ("E", ""), ("A Roman army", ""), ("A legion", ""), ("Because", ""), ("Caesar", ""), ("Dates", ""),
-        ("D'Artagnan", ""), ("The Tiber", ""), ("I think", ""), ("Rome, B", ""), ("AB", ""), ("bread", ""), ("1", ""),
-        ("B is a", ""),
-    ],
-)  # fmt: skip
-def test_what_is_a_letter(text, letter):
+LETTERS = {
+    "A": ("A", "A.\nThe", "answer is **A**", "A: Rome"),
+    "B": ("B.", "**B**", "b", "B. Tiber", "Option B"),
+    "C": (" C)", "\nC\n", "The answer is C", "C The Tiber"),
+    "D": ("(D)", "Answer: D"),
+    "": ("", "E", "A Roman army", "A legion", "Because", "Caesar", "Dates", "D'Artagnan", "The Tiber", "I think",
+         "Rome, B", "AB", "bread", "1", "B is a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("letter", "text"), [(letter, text) for letter, texts in LETTERS.items() for text in texts])
+def test_what_is_a_letter(letter, text):
     assert read_letter(text) == letter
 
 
@@ -59,53 +57,44 @@ def test_the_prompt_has_every_option_once_under_its_letter():
 
 
 def test_the_order_is_the_question_s_own_in_every_process():
-    here = [letter_prompt(q) for q in QUESTIONS]
     code = (
-        "import json; from helpers.tiny import make_concept; from ember.evaluation.letters import letter_prompt\n"
-        "print(json.dumps([letter_prompt(q) for q in make_concept().questions]))"
+        "from helpers.tiny import make_concept; from ember.evaluation.letters import letter_prompt\n"
+        "print(*map(letter_prompt, make_concept().questions), sep='\\n')"
     )
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "PATH": ""}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-        assert json.loads(done.stdout) == here
+        assert done.stdout == "\n".join(map(letter_prompt, QUESTIONS)) + "\n"
     assert len({q.gold for q in QUESTIONS}) > 1
 
 
-def test_right_wrong_and_no_letter(monkeypatch):
-    """All questions are equally long here, so they are asked in order."""
-    gold = QUESTIONS[0]
-    same = [replace(gold, set=f"{k}") for k in range(3)]
-    right, wrong = "ABCD"[gold.gold], "ABCD"[gold.gold - 1]
-    answering(monkeypatch, right, wrong, "The Tiber")
-    scores = letter_scores(make_loaded(), same)
-    assert scores.metric.tolist() == ["letter_correct", "letter_valid"] * 3
-    assert scores.value.tolist() == [1, 1, 0, 1, 0, 0]
-    assert set(scores.item) == {gold.id}
-
-
-def test_every_question_keeps_its_own_answer(monkeypatch):
+def test_right_wrong_and_no_letter_and_every_question_keeps_its_own(monkeypatch):
     """Whatever the order in which they are asked."""
     loaded = make_loaded()
     questions = [replace(q, question=q.question * (1 + k % 3)) for k, q in enumerate(QUESTIONS)]
-    table = {tuple(loaded.encode_chat(letter_prompt(q))): "ABCD"[k % 4] for k, q in enumerate(questions)}
+    answers = [("ABCD"[q.gold], "ABCD"[q.gold - 1], "The Tiber")[k % 3] for k, q in enumerate(questions)]
+    table = {tuple(loaded.encode_chat(letter_prompt(q))): answer for q, answer in zip(questions, answers, strict=True)}
     generate = lambda _, prompts, **__: [loaded.encode(table[tuple(p)], bos=False) for p in prompts]  # noqa: E731
     monkeypatch.setattr("ember.evaluation.letters.generate_greedy", generate)
-    assert letter_answers(loaded, questions) == ["ABCD"[k % 4] for k in range(len(questions))]
+    assert letter_answers(loaded, questions) == [answer if len(answer) == 1 else "" for answer in answers]
+    scores = letter_scores(loaded, questions)
+    assert scores.metric.tolist() == ["letter_correct", "letter_valid"] * len(questions)
+    assert scores.value.tolist()[:12] == [1, 1, 0, 1, 0, 0] * 2
+    assert scores["item"].tolist() == [q.id for q in questions for _ in range(2)]
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_chat_template_brings_the_only_bos(monkeypatch, bos):
-    seen = answering(monkeypatch, "A")
+    seen = answering_a(monkeypatch)
     letter_answers(make_loaded(bos=bos), QUESTIONS[:3])
-    assert all(ids.count(1) == 1 and ids[0] == 1 for ids in seen[0])
+    assert all(ids.count(1) == 1 and ids[0] == 1 for ids in seen) and len(seen) == 3
 
 
 def lettering(loaded):
     """A model whose answers are letters, different ones to different questions."""
     loaded = talkative(loaded)
-    letters = [loaded.encode(letter, bos=False)[0] for letter in "ABCD"]
     others = torch.ones(loaded.model.lm_head.weight.shape[0], dtype=torch.bool)
-    others[letters] = False
+    others[[loaded.encode(letter, bos=False)[0] for letter in "ABCD"]] = False
     with torch.no_grad():
         loaded.model.lm_head.weight[others] = 0
     return type(loaded)(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
@@ -138,7 +127,7 @@ def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
 
 
 def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(monkeypatch):
-    answering(monkeypatch, "A")
+    answering_a(monkeypatch)
     loaded = make_loaded()
     plain = evaluate(loaded, suite_of(), "test")
     found = evaluate(loaded, suite_of(letters=True), "test")

@@ -1,5 +1,6 @@
 """Trades of row edits: untouched items are left alone, areas and costs against computations by hand."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from helpers.edits import EMBED
 from helpers.suites import shared_data
-from helpers.tiny import make_concept, make_loaded
+from helpers.tiny import SENTENCES, make_concept, make_loaded
 
 from ember.errors import UnknownNameError
 from ember.evaluation import trade_off as trade
@@ -27,7 +28,7 @@ from ember.evaluation.trade_curves import (
     point_table,
     strength_table,
 )
-from ember.evaluation.trade_off import Probe
+from ember.evaluation.trade_off import RARE
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.models.scoring import sequence_scores
@@ -43,18 +44,14 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def probe(loaded):
-    concept = make_concept()
-    questions = {name: [q for q in concept.questions if q.set == name] for name in ("concept", "simdom")}
-    texts = {"other_sense": concept.paragraphs[:3], "neutral": (*concept.neutral, "?")[:4]}
-    frames = [question_scores(loaded, chosen).assign(set=name) for name, chosen in questions.items()]
-    frames += [text_scores(loaded, chosen).assign(set=name) for name, chosen in texts.items()]
-    return Probe(questions, texts, pd.concat(frames, ignore_index=True))
+    concept = replace(make_concept(), other_sense=SENTENCES * 2)
+    return trade.make_probe(loaded, load_suite(concept, shared=shared_data()), "train")
 
 
 @pytest.fixture(scope="module")
 def edits(loaded):
     """An edit of the input embeddings, and the same of the output embeddings."""
-    configs = {side: EmberConfig(**vars(CONFIG) | {"side": side}) for side in ("input", "output")}
+    configs = {side: replace(CONFIG, side=side) for side in ("input", "output")}
     return {side: METHODS["ember"].run(loaded, make_concept(), config) for side, config in configs.items()}
 
 
@@ -66,11 +63,9 @@ def test_scores_are_those_of_the_edited_model(loaded, probe, edits, side):
     assert (len(found) > len(measured)) == (side == "input")  # what is expected of general English
     expected = {name: question_scores(loaded, asked, edits[side]) for name, asked in probe.questions.items()}
     expected |= {name: text_scores(loaded, texts, edits[side]) for name, texts in probe.texts.items()}
-    for name, scores in expected.items():
-        mine = found[found.set == name].set_index(["item", "metric"]).edited
-        np.testing.assert_allclose(
-            mine.loc[list(zip(scores["item"], scores.metric, strict=True))], scores.value, atol=1e-4
-        )
+    mine, wanted = measured.set_index(["set", "item", "metric"]).edited, pd.concat(expected, names=["set"])
+    wanted = wanted.set_index(["item", "metric"], append=True).droplevel(1).value
+    pd.testing.assert_series_equal(mine, wanted.loc[mine.index], atol=1e-4, check_names=False)
 
 
 def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(loaded, probe, edits):
@@ -108,41 +103,41 @@ def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, edits
     assert 0 < len(holding) < sum(map(len, probe.texts.values()))
 
 
-def test_the_suite_s_probe_holds_the_base_model_s_scores(loaded):
-    for texts in (make_concept().other_sense, ()):  # released concepts have none
-        suite = load_suite(replace(make_concept(), other_sense=texts), shared=shared_data())
-        found = trade.make_probe(loaded, suite, "train").base
-        assert set(found.set) == {"concept", "simdom", "neutral"} | ({"other_sense"} if texts else set())
-        assert (found[found.metric == "kl"].value == 0).all()
+def test_a_probe_holds_the_base_model_s_scores(loaded, probe):
+    """Released concepts have no texts in another sense."""
+    released = load_suite(replace(make_concept(), other_sense=()), shared=shared_data())
+    sets = {"concept", "simdom", "neutral"}
+    for base, names in ((probe.base, sets | {"other_sense"}), (trade.make_probe(loaded, released).base, sets)):
+        assert set(base.set) == names
+        assert (base[base.metric == "kl"].value == 0).all()
 
 
 # Areas. A path is straight from (0, 0) on.
 
 
-def column(*values: float) -> np.ndarray:
+def column(values: list[float]) -> np.ndarray:
     return np.array(values, dtype=float)[:, None]
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "limit", "expected"),
+    ("x", "y", "expected"),
     [
-        (column(1.0), column(1.0), 1.0, 0.5),  # a straight line
-        (column(0.0), column(1.0), 1.0, 1.0),  # free
-        (column(-0.5), column(1.0), 1.0, 1.0),  # a negative cost counts as none
-        (column(1.0), column(-1.0), 1.0, 0.0),  # no edit is better
-        (column(0.5), column(1.0), 1.0, 0.75),  # flat after the last strength
-        (column(2.0), column(2.0), 1.0, 0.5),  # cut at the limit
-        (column(1.0, 0.5), column(0.5, 1.0), 1.0, 0.5625),  # coming back is better: 1 from 0.5 on
-        (column(0.0, 1.0), column(1.0, 0.0), 1.0, 1.0),  # the best so far counts
+        ([1], [1], 0.5),  # a straight line
+        ([0], [1], 1.0),  # free
+        ([-0.5], [1], 1.0),  # a negative cost counts as none
+        ([1], [-1], 0.0),  # no edit is better
+        ([0.5], [1], 0.75),  # flat after the last strength
+        ([2], [2], 0.5),  # cut at the limit
+        ([1, 0.5], [0.5, 1], 0.5625),  # coming back is better: 1 from 0.5 on
+        ([0, 1], [1, 0], 1.0),  # the best so far counts
     ],
 )
-def test_areas_of_simple_paths(x, y, limit, expected):
-    assert area(x, y, limit) == pytest.approx(expected, abs=0.01)
+def test_areas_of_simple_paths(x, y, expected):
+    assert area(column(x), column(y), 1.0) == pytest.approx(expected, abs=0.01)
 
 
 def test_a_better_edit_never_has_a_smaller_area():
-    generator = np.random.default_rng(0)
-    x, y = generator.random((4, 200)), generator.random((4, 200))
+    x, y = np.random.default_rng(0).random((2, 4, 200))
     assert (area(x, y + 0.1, 1.0) >= area(x, y, 1.0)).all()
     assert (area(0.5 * x, y, 1.0) >= area(x, y, 1.0) - 1e-12).all()
 
@@ -155,14 +150,12 @@ def test_draws_are_independent_of_each_other():
         np.testing.assert_allclose(cost_at(x, y, 0.5)[k], cost_at(*one, 0.5)[0])
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(0.5, 0.5), (1.0, 1.0), (1.5, 2.0), (2.5, np.nan), (0.0, 0.0)])
-def test_the_cost_of_a_gain_lies_on_the_path(gain, expected):
-    x, y = column(1.0, 3.0), column(1.0, 2.0)
-    np.testing.assert_allclose(cost_at(x, y, gain), [expected])
-
-
-def test_a_path_that_returns_reaches_a_gain_at_the_lesser_cost():
-    np.testing.assert_allclose(cost_at(column(1.0, 0.2), column(1.0, 2.0), 0.9), [0.2])
+@pytest.mark.parametrize(
+    ("x", "gain", "expected"),
+    [*[([1, 3], *pair) for pair in ((0.5, 0.5), (1, 1), (1.5, 2), (2.5, np.nan), (0, 0))], ([1, 0.2], 0.9, 0.2)],
+)
+def test_the_cost_of_a_gain_lies_on_the_path_and_is_the_least_where_it_returns(x, gain, expected):
+    np.testing.assert_allclose(cost_at(column(x), column([1, 2]), gain), [expected])
 
 
 def run_items(seed: int = 0, better: float = 0.0) -> pd.DataFrame:
@@ -172,12 +165,9 @@ def run_items(seed: int = 0, better: float = 0.0) -> pd.DataFrame:
     for set_, metric, sign in (
         ("concept", "gold_prob", -1), ("simdom", "gold_logprob", -1), ("other_sense", "kl", 1), ("neutral", "kl", 1),
     ):  # fmt: skip
-        noise = generator.random(40)
-        for edit, more in (("EMBER", 0.0), ("EMBER, rare tokens", better if set_ == "concept" else 0.0)):
-            for delta in (0.5, 1.0):
-                for item in range(40):
-                    change = sign * delta * (noise[item] + more)
-                    rows.append((edit, delta, set_, str(item), metric, 1.0, 1.0 + change))
+        noise, more = generator.random(40), better if set_ == "concept" else 0.0
+        for (edit, taken), delta in itertools.product((("EMBER", noise), (RARE, noise + more)), (0.5, 1.0)):
+            rows += [(edit, delta, set_, str(k), metric, 1.0, 1 + sign * delta * taken[k]) for k in range(40)]
     return pd.DataFrame(rows, columns=["edit", "delta", "set", "item", "metric", "base", "edited"])
 
 
@@ -187,7 +177,7 @@ def test_curves_are_mean_changes_and_all_edits_draw_the_same_items():
     assert found.strengths == (0.5, 1.0)
     mine = items[(items.set == "concept") & (items.edit == "EMBER") & (items.delta == 1.0)]
     assert found.gain["EMBER"][1, 0] == pytest.approx((mine.base - mine.edited).mean())
-    gaps = found.gain["EMBER, rare tokens"] - found.gain["EMBER"]
+    gaps = found.gain[RARE] - found.gain["EMBER"]
     np.testing.assert_allclose(gaps, np.array([[0.15], [0.3]]).repeat(51, 1), atol=1e-12)
     assert found.gain["EMBER"][1].std() > 0
     assert found.cost["neighbour"]["EMBER"][0, 0] > 0
@@ -200,7 +190,7 @@ def better_runs():
 
 def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero(better_runs):
     table = area_table(better_runs).set_index(["cost", "edit"])
-    own, better = table.loc["everyday", "EMBER"], table.loc["everyday", "EMBER, rare tokens"]
+    own, better = table.loc["everyday", "EMBER"], table.loc["everyday", RARE]
     assert better.runs == 2
     assert 0 < better.difference_low < better.difference < better.difference_high
     assert own.difference == own.difference_low == own.difference_high == 0
@@ -209,44 +199,42 @@ def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero(better_run
 
 def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw(better_runs):
     table = strength_table(better_runs).set_index(["edit", "delta"])
-    assert table.index.tolist() == [(edit, d) for edit in ("EMBER", "EMBER, rare tokens") for d in (0.5, 1.0)]
+    assert table.index.tolist() == [(edit, d) for edit in ("EMBER", RARE) for d in (0.5, 1.0)]
     differences = ["difference", "difference_low", "difference_high"]
     for delta in (0.5, 1.0):
-        own, better = table.loc["EMBER", delta], table.loc["EMBER, rare tokens", delta]
+        own, better = table.loc["EMBER", delta], table.loc[RARE, delta]
         assert own.ci_low < own.gain < own.ci_high and own.runs == 2
         assert own[differences].tolist() == [0, 0, 0]
         assert better[differences].tolist() == pytest.approx([0.3 * delta] * 3)
         assert better.gain == pytest.approx(own.gain + 0.3 * delta)
 
 
-def test_equal_edits_differ_by_nothing_and_free_ones_have_no_area():
-    found = curves(run_items(), n_resamples=20)
-    areas = compare_areas(found)
+def test_equal_edits_differ_by_nothing():
+    areas = compare_areas(curves(run_items(), n_resamples=20))
     for cost in COSTS:
-        assert areas[cost, "EMBER"][0] == pytest.approx(areas[cost, "EMBER, rare tokens"][0])
-    free = run_items().assign(edited=lambda f: np.where(f.set == "neutral", f.base, f.edited))
-    assert np.isnan(compare_areas(curves(free, n_resamples=20))["everyday", "EMBER"][0])
+        assert areas[cost, "EMBER"][0] == pytest.approx(areas[cost, RARE][0])
 
 
 def test_a_run_without_a_cost_is_left_out_of_its_areas_alone():
-    items, free = run_items(1, 0.3), run_items(2, 0.3)
-    free = free.assign(edited=np.where(free.set == "neutral", free.base, free.edited))
-    one, both = (area_table({("Rome", seed): curves(part, n_resamples=50) for seed, part in enumerate(parts)})
-                 .set_index(["cost", "edit"]) for parts in ([items], [items, free]))  # fmt: skip
+    items = run_items(2, 0.3)
+    items["edited"] = items.edited.where(items.set != "neutral", items.base)
+    run, free = (curves(part, n_resamples=50) for part in (run_items(1, 0.3), items))
+    one, both, none = (
+        area_table({("Rome", seed): part for seed, part in enumerate(parts)}).set_index(["cost", "edit"])
+        for parts in ([run], [run, free], [free])
+    )
     assert both.runs.groupby("cost").first().to_dict() == {"everyday": 1, "neighbour": 2, "other sense": 2}
     assert both.area["everyday"].to_list() == one.area["everyday"].to_list()
     assert both.area["neighbour"].to_list() != one.area["neighbour"].to_list()
-    none = area_table({("Rome", 1): curves(free, n_resamples=50)}).set_index(["cost", "edit"])
     assert none.loc["everyday"].runs.eq(0).all() and none.loc["everyday"].area.isna().all()
 
 
 def test_costs_are_compared_where_both_erase_the_same():
     """The second edit is everywhere half as costly."""
     items = run_items()
-    second = items.edit == "EMBER, rare tokens"
-    kl = items.metric == "kl"
-    items.loc[second & kl, "edited"] = 1 + (items.edited[second & kl] - 1) / 2
-    table = equal_gain_table({("Rome", 1): curves(items, n_resamples=100)}, "EMBER, rare tokens").set_index("cost")
+    cheaper = (items.edit == RARE) & (items.metric == "kl")
+    items["edited"] = items.edited.mask(cheaper, (1 + items.edited) / 2)
+    table = equal_gain_table({("Rome", 1): curves(items, n_resamples=100)}, RARE).set_index("cost")
     row = table.loc["everyday"]
     assert row.own == pytest.approx(row.reference / 2)
     assert row.difference_high < 0
@@ -261,13 +249,13 @@ def test_unknown_edits_list_the_known_ones():
 
 
 def test_the_figures_hold_every_edit():
-    table = point_table(curves(run_items(), n_resamples=50))
-    figure = edit_plots.trade_curves(table)
+    run = curves(run_items(), n_resamples=50)
+    figure = edit_plots.trade_curves(point_table(run))
     figure.canvas.draw()
-    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"EMBER", "EMBER, rare tokens", "base model"}
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"EMBER", RARE, "base model"}
     assert len(figure.axes) == len(COSTS)
-    figure = edit_plots.area_differences(area_table({("Rome", 1): curves(run_items(), n_resamples=50)}))
+    figure = edit_plots.area_differences(area_table({("Rome", 1): run}))
     figure.canvas.draw()
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER, rare tokens"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [RARE]
     assert set(edit_plots._EDIT_STYLES) == set(trade.EDITS)
     plt.close("all")
