@@ -113,6 +113,6 @@ for notebook in NOTEBOOKS:
             gpu=int(not SMALL and notebook != planning.REPORT),
             mem_mb=lambda wildcards, attempt: MEMORY_MB * attempt,
             runtime=lambda wildcards, attempt: MINUTES * attempt,
-        # Compute nodes have no connection: whatever comes from the Hub was fetched by the one rule before.
+        # Compute nodes have no connection: whatever comes from the Hub was fetched by the one rule before. Nobody watches bars.
         shell:
-            f"HF_HUB_OFFLINE=1 {PYTHON} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
+            f"HF_HUB_OFFLINE=1 TQDM_DISABLE=1 {PYTHON} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"
