@@ -1,7 +1,5 @@
 """The figures are drawn, and show what they promise: every arm and cell, the choice, the base model, error bars."""
 
-import itertools
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -30,11 +28,8 @@ def drawn():
 
 def scored(**keys) -> list[dict]:
     """The four scores with an interval, and a further one that no figure shows."""
-    rows = []
-    for k, metric in enumerate((*SCORES, "harmonic")):
-        value = 0.2 + 0.15 * k
-        rows.append({**keys, "metric": metric, "value": value, "ci_low": value - 0.05, "ci_high": value + 0.1})
-    return rows
+    values = {metric: 0.2 + 0.15 * k for k, metric in enumerate((*SCORES, "harmonic"))}
+    return [{**keys, "metric": m, "value": v, "ci_low": v - 0.05, "ci_high": v + 0.1} for m, v in values.items()]
 
 
 def apart(rows: list[dict]) -> pd.DataFrame:
@@ -63,9 +58,12 @@ def bars_of(ax) -> list:
 
 
 def points_of(ax) -> set[tuple[float, float]]:
-    return {
-        (round(float(x), 9), round(float(y), 9)) for bar in bars_of(ax) for x, y in zip(*bar[0].get_data(), strict=True)
-    }
+    return {tuple(np.round(point, 9).tolist()) for bar in bars_of(ax) for point in bar[0].get_xydata()}
+
+
+def special_of(ax) -> list:
+    """The bars in the colour of the concept."""
+    return [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
 
 
 # A grid
@@ -96,20 +94,12 @@ def test_trade_off_shows_every_cell_the_base_model_and_the_choice():
     assert len(set(markers)) == len(CELLS)
     assert markers == [line.get_marker() for line in ax.get_legend().get_lines()[1:]]
     assert any((line.get_xdata()[:1], line.get_ydata()[:1]) == ([1], [0]) for line in ax.lines)
-    special = [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
-    assert [bar[0].get_xdata()[0] for bar in special] == [wide.specificity_cont[CELLS[1]]]
-
-
-def test_trade_off_without_a_choice_draws_where_it_is_told():
+    assert [bar[0].get_xdata()[0] for bar in special_of(ax)] == [wide.specificity_cont[CELLS[1]]]
+    # Without a choice, where it is told; of a large grid only the choice has a name.
     own = plt.subplots()[1]
-    ax = plots.trade_off(grid_frame().rename(columns={"cell": "arm"}), by="arm", ax=own)
-    assert ax is own and legend_of(ax) == ["base model", *CELLS]
-    assert {to_hex(bar[0].get_color()).upper() for bar in bars_of(ax)} == {plots.PALETTE["simdom"]}
-
-
-def test_trade_off_of_a_large_grid_names_the_choice_alone():
-    cells = [f"mu={k}" for k in range(20)]
-    ax = plots.trade_off(grid_frame(cells), by="cell", choice=cells[11])
+    ax = plots.trade_off(frame.rename(columns={"cell": "arm"}), by="arm", ax=own)
+    assert ax is own and legend_of(ax) == ["base model", *CELLS] and not special_of(ax)
+    ax = plots.trade_off(grid_frame([f"mu={k}" for k in range(20)]), by="cell", choice="mu=11")
     assert legend_of(ax) == ["base model", "mu=11 (chosen)"] and len(points_of(ax)) == 20
 
 
@@ -122,7 +112,7 @@ def test_grid_panels_have_one_panel_an_arm(arms):
     assert [ax.get_title() for ax in shown] == [f"{'EMBER + ' if e else ''}{m.upper()}" for m, e in arms]
     for k, ax in enumerate(shown):
         assert len(points_of(ax)) == len(CELLS)
-        (special,) = (bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"])
+        (special,) = special_of(ax)
         frame = frames[k]
         wanted = frame[(frame.cell == CELLS[k % 4]) & (frame.metric == "efficacy_cont")].value.iloc[0]
         assert special[0].get_ydata()[0] == wanted
@@ -151,8 +141,7 @@ def test_arm_scores_have_a_panel_a_score_and_a_point_an_arm():
 
 
 def test_arm_scores_leave_out_what_was_not_run():
-    figure = plots.arm_scores(arm_frame([("ember", False), ("rmu", True)]))
-    assert [len(bars_of(ax)) for ax in figure.axes] == [2] * 4
+    assert [len(bars_of(ax)) for ax in plots.arm_scores(arm_frame([("ember", False), ("rmu", True)])).axes] == [2] * 4
 
 
 @pytest.mark.parametrize("arms", [ARMS, ARMS[:1]], ids=len)
@@ -203,12 +192,8 @@ def test_a_value_outside_its_interval_has_no_negative_bar(value):
 # Single runs
 
 
-def test_loss_curve_marks_the_best():
-    ax = feature_plots.loss_curve([8.0, 4.0, 2.0, 3.0], total=10.0)
-    assert legend_of(ax) == ["kept: 0.200"]
-
-
-def test_feature_scores_and_role_composition():
+def test_figures_of_a_fit_and_its_features():
+    assert legend_of(feature_plots.loss_curve([8.0, 4.0, 2.0, 3.0], total=10.0)) == ["kept: 0.200"]
     numbers = {"feature": range(6), "score": np.linspace(2, 0.1, 6), "ratio_abs": np.linspace(5, 0, 6)}
     features = pd.DataFrame({**numbers, "top_tokens": [" ".join(f"t{k}{i}" for i in range(12)) for k in range(6)]})
     ax = feature_plots.feature_scores(features, threshold=0.6, selected=[0, 2], top=4)
@@ -217,9 +202,6 @@ def test_feature_scores_and_role_composition():
     assert [colour == plots.PALETTE["concept"] for colour in colours] == [True, False, True, False]
     ax = feature_plots.role_composition(features, selected=[0, 2])
     assert [len(c.get_offsets()) for c in ax.collections] == [4, 2]
-
-
-def test_token_preview_shows_the_rows():
     frame = pd.DataFrame({"token": [" Rome", "x"], "change": [1.0, 0.2], "norm": 2.0, "ordinary": [False, True]})
     ax = feature_plots.token_preview(frame)
     assert labels_of(ax.yaxis) == ["␣Rome", "x"]
@@ -228,21 +210,16 @@ def test_token_preview_shows_the_rows():
 
 def test_item_changes_shows_every_question():
     sizes = {"concept": 9, "simdom": 5, "general": 7}
-    rows = itertools.chain.from_iterable([(name, -0.1 * k) for k in range(n)] for name, n in sizes.items())
+    rows = [(name, -0.1 * k) for name, n in sizes.items() for k in range(n)]
     ax = feature_plots.item_changes(pd.DataFrame(rows, columns=["set", "change"]))
     assert [len(c.get_offsets()) for c in ax.collections if len(c.get_offsets()) > 1] == list(sizes.values())
     assert [label.split("n = ")[1] for label in labels_of(ax.xaxis)] == ["9)", "5)", "7)"]
 
 
-def test_interval_bars_show_base_and_labels():
+def test_interval_bars_show_base_and_labels_and_a_text_panel_what_was_said():
     rows = pd.DataFrame({"label": ["a", "b"], "value": [0.1, 0.3], "ci_low": 0.0, "ci_high": 0.5})
     ax = plots.interval_bars(rows, title="t", xlabel="x", base=0.0)
-    assert labels_of(ax.yaxis) == ["a", "b"]
-    assert "base model" in legend_of(ax)
-
-
-def test_text_panel_shows_what_was_said():
-    samples = pd.DataFrame({"prompt": ["Who?"], "base": ["Caesar $5$ did."], "edited": [""]})
-    ax = plots.text_panel(samples)
-    texts = [text.get_text() for text in ax.texts]
-    assert {"prompt", "base model", "edited model", "Who?", r"Caesar \$5\$ did.", "(nothing)"} == set(texts)
+    assert labels_of(ax.yaxis) == ["a", "b"] and "base model" in legend_of(ax)
+    ax = plots.text_panel(pd.DataFrame({"prompt": ["Who?"], "base": ["Caesar $5$ did."], "edited": [""]}))
+    texts = {text.get_text() for text in ax.texts}
+    assert texts == {"prompt", "base model", "edited model", "Who?", r"Caesar \$5\$ did.", "(nothing)"}

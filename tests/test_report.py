@@ -77,21 +77,16 @@ def test_error_bars_are_lengths_and_never_negative():
 
 
 def test_markdown_keeps_texts_as_they_are():
-    lines = markdown(pd.DataFrame({"a": ["0.10", "1e-4"], "b": [7, "–"]})).splitlines()
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])] == [
-        ["a", "b"], ["0.10", "7"], ["1e-4", "–"],
-    ]  # fmt: skip
+    lines = markdown(pd.DataFrame({"a": ["0.10", "1e-4"], "b": [7, "–"]})).replace(" ", "").splitlines()
+    assert [lines[0], *lines[2:]] == ["|a|b|", "|0.10|7|", "|1e-4|–|"]
 
 
-@pytest.mark.parametrize(
-    ("method", "ember", "name"),
-    [
-        ("ember", False, "EMBER"), ("rmu", False, "RMU"), ("rmu", True, "EMBER + RMU"),
-        ("mean_rows", False, "mean rows"), (UNEDITED, False, "unedited"),
-    ],
-)  # fmt: skip
-def test_names_of_arms(method, ember, name):
-    assert Arm(method, ember).name == name
+def test_names_of_arms():
+    names = {
+        ("ember", False): "EMBER", ("rmu", False): "RMU", ("rmu", True): "EMBER + RMU",
+        ("mean_rows", False): "mean rows", (UNEDITED, False): "unedited",
+    }  # fmt: skip
+    assert {arm: Arm(*arm).name for arm in names} == names
 
 
 def test_figures_are_named_by_their_run():
@@ -128,39 +123,31 @@ def test_the_main_table_has_a_row_for_each_arm_and_score():
     table = main_table(compared, cells_of({run: f"cell of {run[1:3]}" for run in compared}))
     assert table.columns.tolist() == [*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"]
     assert list(zip(table.method, table.ember, table.metric, strict=True)) == [(*a, s) for a in ARMS for s in SCORES]
-    assert (table.runs == 1).all()
     for k, (method, ember) in enumerate(ARMS, 1):
         one = row(table, method=method, ember=ember, metric="final_cont")
         assert interval(one) == pytest.approx((0.1 * k, *np.percentile(0.1 * k + noise(k), [2.5, 97.5])))
-        assert one.cell == f"cell of {(method, ember)}"
+        assert (one.runs, one.cell) == (1, f"cell of {(method, ember)}")
 
 
 def test_the_main_table_pools_the_seeds_of_an_arm():
+    """A cell that several seeds chose is named once."""
     alone, after, greece = ("Rome", "rmu", False), ("Rome", "rmu", True, 2), ("Greece", "rmu", False, 1)
     compared = {
-        (*alone, 1): made(0.2, efficacy_cont=0.9), (*alone, 2): made(0.4, efficacy_cont=0.7), after: made(0.8),
-        greece: made(0.3),
+        (*alone, 1): made(0.2, efficacy_cont=0.9), (*alone, 2): made(0.4, efficacy_cont=0.7),
+        (*alone, 3): made(0.3, efficacy_cont=0.8), after: made(0.8), greece: made(0.3),
     }  # fmt: skip
-    table = main_table(
-        compared, cells_of({(*alone, 2): "b", (*alone, 1): "a", after: "c", greece: "d"}, (*alone, 1, "z"))
-    )
-    both = row(table, concept="Rome", ember=False, metric="final_cont")
-    assert (both.runs, both.cell) == (2, "a; b")
-    assert interval(both) == pytest.approx((0.3, 0.2, 0.4))
-    other = row(table, concept="Rome", ember=False, metric="efficacy_cont")
-    assert interval(other) == pytest.approx((0.8, 0.7, 0.9))
-    single = row(table, concept="Rome", ember=True, metric="final_cont")
-    assert (single.runs, single.cell, single.value) == (1, "c", pytest.approx(0.8))
-    assert row(table, concept="Greece", metric="final_cont").cell == "d"
-    everywhere = row(table, concept=ALL, ember=False, metric="final_cont")
-    assert (everywhere.runs, everywhere.cell, everywhere.value) == (3, "", pytest.approx(0.3))
-    assert row(table, concept=ALL, ember=True, metric="final_cont").value == pytest.approx(0.8)
+    chosen = {(*alone, 3): "a", (*alone, 2): "b", (*alone, 1): "a", after: "c", greece: "d"}
+    table = main_table(compared, cells_of(chosen, (*alone, 1, "z")))
+    for ember, concept, expected in (
+        (False, "Rome", (3, "a; b", 0.3)), (True, "Rome", (1, "c", 0.8)), (False, "Greece", (1, "d", 0.3)),
+        (False, ALL, (4, "", 0.3)), (True, ALL, (1, "", 0.8)),
+    ):  # fmt: skip
+        one = row(table, concept=concept, ember=ember, metric="final_cont")
+        assert (one.runs, one.cell, one.value) == (*expected[:2], pytest.approx(expected[2]))
+    rome = table[(table.concept == "Rome") & ~table.ember]
+    assert interval(row(rome, metric="final_cont")) == pytest.approx((0.3, 0.2, 0.4))
+    assert interval(row(rome, metric="efficacy_cont")) == pytest.approx((0.8, 0.7, 0.9))
     assert len(table) == 5 * len(SCORES)
-
-
-def test_a_cell_chosen_by_several_seeds_is_named_once():
-    chosen = {("Rome", "rmu", False, seed): cell for seed, cell in ((1, "a"), (2, "b"), (3, "a"))}
-    assert set(main_table(dict.fromkeys(chosen, made(0.2)), cells_of(chosen)).cell) == {"a; b"}
 
 
 def test_the_overview_has_one_row_an_arm():
@@ -199,8 +186,7 @@ def test_the_effect_is_over_the_seeds_that_both_arms_have():
     values = {True: {3: 0.6, 2: 0.5, 1: 0.9}, False: {1: 0.3, 2: 0.4, 4: 9.0}}
     compared = {("Rome", "rmu", ember, seed): made(v) for ember in values for seed, v in values[ember].items()}
     one = row(effect_table(compared), metric="final_cont")
-    assert one.runs == 2
-    assert interval(one) == pytest.approx((0.35, 0.1, 0.6))  # 0.6 and 0.1
+    assert (one.runs, *interval(one)) == pytest.approx((2, 0.35, 0.1, 0.6))  # 0.6 and 0.1
 
 
 def test_concepts_and_methods_have_effects_of_their_own():
@@ -353,10 +339,8 @@ def test_the_headline_is_of_ember_alone_and_its_first_seed():
     compared = comparisons(items)
     before = records_of(comparisons(items.assign(edited=items.base))).drop_duplicates(["concept", "set", "metric"])
     table = headline(before, records_of(compared, cell="delta=2"))
-    assert table.columns.tolist() == [
-        "concept", "cell", "measure (test split)", "base model", "edited", "change [95 % interval]",
-    ]  # fmt: skip
-    assert len(table) == 7 and set(table.cell) == {"delta=2"}
+    titles = ["concept", "cell", "measure (test split)", "base model", "edited", "change [95 % interval]"]
+    assert table.columns.tolist() == titles and len(table) == 7 and set(table.cell) == {"delta=2"}
     change = row(compared["Rome", "ember", False, 2].summary, set="concept", metric="delta_accuracy")
     expected = f"-0.500 [{change.ci_low:+.3f}, {change.ci_high:+.3f}]"
     assert table.iloc[0].tolist()[2:] == ["concept questions, accuracy", "0.750", "0.250", expected]
@@ -367,24 +351,29 @@ def frame(**columns) -> pd.DataFrame:
 
 
 def test_a_verdict_needs_an_interval_without_zero():
-    scores = frame(
-        method=["mean_rows"] * 2, metric=["final_cont", "final"], runs=3, value=[0.1, 9.0], ci_low=0.04, ci_high=0.17
-    )
-    left = frame(
-        method=["mean_rows", "random_direction"], metric="gold_prob", attack="all", precision="fp32", lr=1e-4, runs=3,
-        value=[-0.02, 0.05], ci_low=[-0.05, 0.02], ci_high=[0.01, 0.08],
-    )  # fmt: skip
     areas = frame(
-        edit=["EMBER", "zero rows"], cost="everyday", runs=2, difference=[0.0, -0.3], difference_low=[0.0, -0.5],
-        difference_high=[0.0, -0.1],
+        concept="Rome", edit=["EMBER", "zero rows"], cost="everyday", runs=2, difference=[0.0, -0.3],
+        difference_low=[0.0, -0.5], difference_high=[0.0, -0.1],
     )  # fmt: skip
-    spared = areas[1:].assign(edit="EMBER, rare tokens")
-    strengths = frame(
-        edit=["EMBER", "random direction", "random direction"], delta=[1.0, 1.0, 10.0], runs=2,
-        difference=[0.0, -0.1, 0.1], difference_low=[0.0, -0.2, 0.05], difference_high=[0.0, -0.05, 0.2],
-    )  # fmt: skip
-    table = verdict_table(scores, strengths, areas, left, spared, concept="Rome")
-    assert table.measure.tolist()[0] == "final score"
+    tables = {
+        "main": frame(concept=["Rome"]),
+        "controls": frame(
+            concept="Rome", method=["mean_rows"] * 2, metric=["final_cont", "final"], runs=3, value=[0.1, 9.0],
+            ci_low=0.04, ci_high=0.17,
+        ),
+        "controls_relearned": frame(
+            concept="Rome", method=["mean_rows", "random_direction"], metric="gold_prob", attack="all",
+            precision="fp32", lr=1e-4, runs=3, value=[-0.02, 0.05], ci_low=[-0.05, 0.02], ci_high=[0.01, 0.08],
+        ),
+        "strengths": frame(
+            concept="Rome", edit=["EMBER", "random direction", "random direction"], delta=[1.0, 1.0, 10.0], runs=2,
+            difference=[0.0, -0.1, 0.1], difference_low=[0.0, -0.2, 0.05], difference_high=[0.0, -0.05, 0.2],
+        ),
+        "trade": areas, "spared_tokens": areas[1:].assign(edit="EMBER, rare tokens"),
+    }  # fmt: skip
+    table = verdicts(tables)
+    assert set(table.concept) == {"Rome"}
+    assert table.measure.tolist()[:2] == ["final score", "probability of the right answer (fp32, lr 0.0001)"]
     assert table.set_index(["question", "beside"]).better.to_dict() == {
         ("scores before relearning", "mean rows"): "mean rows",
         ("left after relearning", "mean rows"): "not shown",
@@ -393,13 +382,10 @@ def test_a_verdict_needs_an_interval_without_zero():
         ("area under the trade", "zero rows"): "EMBER",
         ("cost at equal erasure", "EMBER, rare tokens"): "EMBER, rare tokens",
     }
-    assert verdict_table(*[pd.DataFrame()] * 5, concept="Rome").empty
-    # Of a profile: over all concepts, where there are several, from what there is.
-    of_all = {
-        "main": frame(concept=["Rome", ALL]),
-        "trade": pd.concat([areas.assign(concept=c) for c in ("Rome", ALL)]),
-    }
+    # Over all concepts, where there are several, from what there is.
+    of_all = {"main": frame(concept=["Rome", ALL]), "trade": pd.concat([areas, areas.assign(concept=ALL)])}
     assert verdicts(of_all).concept.tolist() == [ALL]
+    assert verdicts({"main": tables["main"]}).empty
 
 
 def test_single_runs_are_shown_with_the_first_seed_that_found_something():
