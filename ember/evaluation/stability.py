@@ -98,25 +98,23 @@ def compare_fits(a: ConceptFeatures, b: ConceptFeatures, **selection: Any) -> di
     ``tokens_jaccard``: overlap of the 20 tokens, of any role, that the selected features reach most. NaN where there is
     no feature, or nothing to overlap.
     """
-    mates, measured = concept_mates(a, b, **selection), dict.fromkeys(MEASURES, math.nan)
-    if len(mates):
-        best = mates.iloc[0]
-        measured |= {"cosine": best.cosine, "sibling": best.sibling, "mate_selected": best.returned}
-        measured["returned"] = mates.returned.mean()
+    mates = concept_mates(a, b, **selection)
+    best = mates.iloc[0] if len(mates) else pd.Series(math.nan, mates.columns)
     every = match_features(a.factorization.F, b.factorization.F).cosine
-    measured |= {"cosine_all": float(np.median(every)), "same": float(np.mean(every >= 0.99))}
     chosen = [selected_features(fit, **selection) for fit in (a, b)]
     moved_a, moved_b = map(_displacements, (a, b), chosen)
-    measured |= {"rows_a": len(moved_a), "rows_b": len(moved_b), "rows_jaccard": _jaccard(set(moved_a), set(moved_b))}
     product = sum(float(moved_a[i] @ moved_b[i]) for i in moved_a.keys() & moved_b.keys())
     norm = math.prod(sum(float(c.square().sum()) for c in moved.values()) for moved in (moved_a, moved_b)) ** 0.5
-    measured["edit_cosine"] = product / norm if norm else math.nan
-    measured["tokens_jaccard"] = _jaccard(*map(_top_tokens, (a, b), chosen))
-    return {name: float(value) for name, value in measured.items()}
+    values = (
+        best.cosine, best.sibling, best.returned, mates.returned.mean(), np.median(every), np.mean(every >= 0.99),
+        len(moved_a), len(moved_b), _jaccard(set(moved_a), set(moved_b)), product / norm if norm else math.nan,
+        _jaccard(*map(_top_tokens, (a, b), chosen)),
+    )  # fmt: skip
+    return {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
 
 
 def _displacements(features: ConceptFeatures, selected: list[int]) -> dict[int, torch.Tensor]:
-    return {i: c.double() for i, c in features.contributions(selected).items()} if selected else {}
+    return {i: c.double() for i, c in features.contributions(selected).items()}
 
 
 def _top_tokens(features: ConceptFeatures, selected: list[int], top: int = 20) -> set[int]:
@@ -154,9 +152,9 @@ def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection:
     return pd.DataFrame(rows, columns=["fit", *_VARIED, *columns])
 
 
-def pair_table(fits: Mapping[str, ConceptFeatures], *, reference: str | None = None, **selection: Any) -> pd.DataFrame:
-    """``compare_fits`` of all ordered pairs of fits, or of the reference with the others: fit, other, ``MEASURES``."""
-    pairs = [(a, b) for a, b in itertools.permutations(fits, 2) if reference in (None, a)]
+def pair_table(fits: Mapping[str, ConceptFeatures], **selection: Any) -> pd.DataFrame:
+    """``compare_fits`` of all ordered pairs of fits: fit, other, ``MEASURES``."""
+    pairs = itertools.permutations(fits, 2)
     rows = [(a, b, *compare_fits(fits[a], fits[b], **selection).values()) for a, b in pairs]
     return pd.DataFrame(rows, columns=["fit", "other", *MEASURES])
 
@@ -190,10 +188,8 @@ def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def outcome_table(
-    scores: Mapping[str, pd.DataFrame], *, reference: str, n_resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
-    """Change of the right answer's probability by each fit's edit (``scores``: fit → ``trade.probe_edit``'s frame).
+def outcome_table(scores: Mapping[str, pd.DataFrame], *, reference: str) -> pd.DataFrame:
+    """Change of the right answer's probability by each fit's edit (``scores``: fit → ``trade_off.probe_edit``'s frame).
 
     Columns: fit, set, n, change, ci_low, ci_high and the same of its ``difference`` from the reference's edit, item by
     item (NaN if that has none). 95 % bootstrap intervals over items; all fits draw the same.
@@ -202,11 +198,11 @@ def outcome_table(
     rows = []
     for name in dict.fromkeys(key for frame in gold.values() for key, _ in frame.index):
         wide = pd.DataFrame({fit: (frame.edited - frame.base)[name] for fit, frame in gold.items()})
-        drawn = draws(len(wide), n_resamples=n_resamples, seed=seed)
+        drawn = draws(len(wide))
         for fit in wide:
-            parts = [wide[fit], wide[fit] - wide.get(reference, math.nan)]
-            spans = [(part.mean(), *interval(part.to_numpy()[drawn].mean(1))) for part in parts]
-            rows.append((fit, name, len(wide), *map(float, (*spans[0], *spans[1]))))
+            changes = wide[fit], wide[fit] - wide.get(reference, math.nan)
+            spans = [float(x) for one in changes for x in (one.mean(), *interval(one.to_numpy()[drawn].mean(1)))]
+            rows.append((fit, name, len(wide), *spans))
     columns = ["change", "ci_low", "ci_high", "difference", "difference_low", "difference_high"]
     return pd.DataFrame(rows, columns=["fit", "set", "n", *columns])
 
@@ -226,19 +222,16 @@ def refit(
 
     def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         X = scaled_rows(loaded, features.table, precision)
-        order = torch.arange(X.shape[1])
-        if reordered:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(reordered))
+        generator = torch.Generator().manual_seed(reordered)
+        order = torch.randperm(X.shape[1], generator=generator) if reordered else torch.arange(X.shape[1])
         fit = sparse_mf(X[:, order], **settings)
-        F = torch.empty_like(fit.F)
-        F[order] = fit.F
         curve = torch.tensor(fit.loss_curve, dtype=torch.float64)
-        return {"F": F.float(), "G": fit.G.float(), "loss_curve": curve}, {"converged": fit.converged}
+        kept = {"F": fit.F[order.argsort()].float(), "G": fit.G.float(), "loss_curve": curve}
+        return kept, {"converged": fit.converged}
 
     ids = features.table.token_id.tolist()
     key = digest(loaded.weights_hash, ids, sorted(settings.items()), precision, reordered)
     kept, about = cached_tensors("refits", key, compute)
     result = Factorization(kept["F"], kept["G"], tuple(kept["loss_curve"].tolist()), about["converged"])
-    chosen = features.settings | {"precision": precision, "reordered": reordered}
-    scores = score_features(features.table, result.G)
-    return replace(features, factorization=result, scores=scores, settings=chosen)
+    scores, changed = score_features(features.table, result.G), {"precision": precision, "reordered": reordered}
+    return replace(features, factorization=result, scores=scores, settings=features.settings | changed)

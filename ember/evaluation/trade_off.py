@@ -3,7 +3,7 @@
 ``trade_curves`` puts the strengths together.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -32,19 +32,12 @@ EDITS: Mapping[str, tuple[str, Mapping[str, object]]] = {
 }
 
 
-def known_edits(names: Iterable[str]) -> dict[str, tuple[str, Mapping[str, object]]]:
-    """The chosen entries of ``EDITS``.
-
-    Raises
-    ------
-    UnknownNameError
-        If there is no such edit.
-    """
-    chosen = list(names)
-    for name in chosen:
+def known_edits(names: Sequence[str]) -> dict[str, tuple[str, Mapping[str, object]]]:
+    """The chosen entries of ``EDITS``; ``UnknownNameError`` if there is no such edit."""
+    for name in names:
         if name not in EDITS:
             raise UnknownNameError("edit", name, EDITS)
-    return {name: EDITS[name] for name in chosen}
+    return {name: EDITS[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -79,21 +72,21 @@ def probe_edit(loaded: LoadedModel, probe: Probe, edit: Edit) -> pd.DataFrame:
     """
     inputs = set(edit.tensors) == {loaded.embedding_name}
     marked = edit.rows_of(loaded.embedding_name) if inputs else None
-    frames = []
+
+    def touched(*texts: str) -> bool:
+        return marked is None or any(i in marked for text in texts for i in loaded.encode(text))
+
+    keys, frames = ["set", "item", "metric"], [probe.base.head(0)]
     for name, questions in probe.questions.items():
-        touched = [q for q in questions if _touches(loaded, _asked(q), marked)]
-        if touched:
-            frames.append(question_scores(loaded, touched, edit).assign(set=name))
+        asked = {q: [f"{PROMPT.format(question=q.question)} {option}" for option in q.options] for q in questions}
+        if again := [q for q, texts in asked.items() if touched(*texts)]:
+            frames.append(question_scores(loaded, again, edit).assign(set=name))
     for name, texts in probe.texts.items():
-        places = [i for i, text in enumerate(texts) if _touches(loaded, [text], marked)]
-        if places:
+        if places := [i for i, text in enumerate(texts) if touched(text)]:
             scores = text_scores(loaded, [texts[i] for i in places], edit)
-            scores["item"] = scores.item.astype(int).map(lambda k, places=places: str(places[k]))
-            frames.append(scores.assign(set=name))
-    keys = ["set", "item", "metric"]
-    base = probe.base.rename(columns={"value": "base"})
-    again = pd.concat(frames, ignore_index=True) if frames else probe.base.head(0)
-    items = base.merge(again.rename(columns={"value": "edited"}), on=keys, how="left")
+            frames.append(scores.assign(set=name, item=[str(places[int(k)]) for k in scores["item"]]))
+    edited = pd.concat(frames, ignore_index=True).rename(columns={"value": "edited"})
+    items = probe.base.rename(columns={"value": "base"}).merge(edited, on=keys, how="left")
     items = items.assign(edited=items.edited.fillna(items.base))[[*keys, "base", "edited"]]
     if marked is None:
         return items
@@ -109,12 +102,3 @@ def _occurrences(loaded: LoadedModel, probe: Probe, items: pd.DataFrame, marked:
         rows.append(("other_sense", str(i), "occurrences", 0.0, float(sum(token in marked for token in ids))))
     rows.append(("general English", "", "per_thousand", 0.0, expected_per_thousand(loaded, marked)))
     return pd.DataFrame(rows, columns=["set", "item", "metric", "base", "edited"])
-
-
-def _asked(question: Question) -> list[str]:
-    return [f"{PROMPT.format(question=question.question)} {option}" for option in question.options]
-
-
-def _touches(loaded: LoadedModel, texts: Sequence[str], marked: Collection[int] | None) -> bool:
-    """Whether a token of the texts is marked; always, if all are (None)."""
-    return marked is None or any(i in marked for text in texts for i in loaded.encode(text))
