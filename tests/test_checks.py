@@ -10,7 +10,7 @@ import pytest
 from helpers.sound import invented, sound_concept, sound_shared, with_gold
 from helpers.sound_folder import write_sound
 from helpers.tiny import make_concept, make_loaded
-from helpers.wordings import DIFFERENT_PAIRS, PARAPHRASES, question
+from helpers.wordings import PARAPHRASES, question
 
 from ember.data.types import Concept, Question
 from ember.errors import EmberError
@@ -86,25 +86,18 @@ def assert_only(report: CheckReport, expected: dict[str, list[str]], *said: str)
 
 
 def test_sound_data_pass_every_check():
-    report = check_concept(SOUND)
-    assert report.findings.empty
-    assert_only(report, {})
-    assert set(report.table.subject) == {"Sound Rome"}
+    """Though their lengths are at the bounds."""
+    assert {len(text.split()) for text in SOUND.paragraphs} == {60, 120}
+    assert {len(text.split()) for text in (*SOUND.sentences, *SOUND.other_sense)} == {5, 45}
+    report, shared = check_concept(SOUND), check_shared(SHARED)
+    assert set(report.table.subject) == {"Sound Rome"} and set(shared.table.subject) == {"shared"}
+    for one in (report, shared):
+        assert_only(one, {})
+        assert one.findings.empty
+        assert not one.table.check.str.contains("empty question").any()  # nothing is said of it without a model
     assert value(report, "concept test answers in neither") == 100
     for name, part in itertools.product(GUESSES, PARTS):
         assert value(report, f"{name}, {part}") == 0.25
-    shared = check_shared(SHARED)
-    assert shared.findings.empty and set(shared.table.subject) == {"shared"}
-    assert_only(shared, {})
-    for one in (report, shared):  # without a model nothing is said of it
-        assert not one.table.check.str.contains("empty question").any()
-
-
-def test_the_sound_data_have_no_item_too_many():
-    sizes = {kind: len(getattr(SOUND, kind)) for kind in ("sentences", "paragraphs", "other_sense")}
-    assert sizes == {"sentences": 150, "paragraphs": 80, "other_sense": 60}
-    assert {len(text.split()) for text in SOUND.paragraphs} == {60, 120}
-    assert {len(text.split()) for text in (*SOUND.sentences, *SOUND.other_sense)} == {5, 45}
 
 
 def test_items_tell_where_the_answers_occur():
@@ -120,7 +113,6 @@ def test_items_tell_where_the_answers_occur():
     assert list(marks.loc[third.id]) == [True, False, "9"]
     assert len(items) == 320
     assert items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
-    assert check_concept(concept).items.set_index("id").equals(items)
 
 
 # One question in two splits
@@ -145,44 +137,28 @@ def test_same_question_twice_in_one_split():
     assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
-def test_every_paraphrase_in_two_splits_is_named():
-    """All of them at once, within a set and from the one to the other; those in one split alone are no leak."""
-    for data, check, file, test in (
+@pytest.mark.parametrize(
+    ("data", "check", "file", "test"),
+    [
         (SOUND, check_concept, "questions.jsonl", TEST),
         (SOUND, check_concept, "questions.jsonl", SIMDOM_TEST),
         (SHARED, check_shared, "general.jsonl", GENERAL_TEST),
-    ):
-        lines = {TRAIN + k: asking(*pair[:2]) for k, pair in enumerate(PARAPHRASES)}
-        asked = {test + k: asking(*pair[2:]) for k, pair in enumerate(PARAPHRASES)}
-        report = check(with_questions(data, lines | asked))
-        leaks = report.findings[report.findings.check == LEAK]
-        assert list(leaks["where"]) == line_of(file, *asked)
-        said = [f"{pair[2]} | {file}, line {TRAIN + k}: {pair[0]}" for k, pair in enumerate(PARAPHRASES)]
-        assert list(leaks.what) == said
-    together = {TRAIN + 2 * k + side: asking(*pair[2 * side : 2 * side + 2])
-                for k, pair in enumerate(PARAPHRASES) for side in (0, 1)}  # fmt: skip
-    assert LEAK not in failing(check_concept(with_questions(SOUND, together)))
-
-
-def test_a_paraphrase_fails_nothing_else():
-    pair = PARAPHRASES[1]
-    concept = with_questions(SOUND, {TRAIN + 4: asking(*pair[:2]), TEST + 7: asking(*pair[2:])})
-    assert_only(check_concept(concept), {LEAK: line_of("questions.jsonl", TEST + 7)})
-
-
-def test_questions_for_two_facts_are_no_leak():
-    """With the same answer, the same wording, or one's answer in the other: none is flagged."""
-    train = {TRAIN + k: asking(*pair[:2]) for k, pair in enumerate(DIFFERENT_PAIRS)}
-    test = {SIMDOM_TEST + k: asking(*pair[2:]) for k, pair in enumerate(DIFFERENT_PAIRS)}
-    assert LEAK not in failing(check_concept(with_questions(SOUND, train | test)))
+    ],
+    ids=["within a set", "from one to the other", "general"],
+)
+def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else(data, check, file, test):
+    """In one split alone it is no leak. Which questions are paraphrases: test_wording."""
+    first, answer, second, other = PARAPHRASES[1]
+    lines = {TRAIN + 4: asking(first, answer), test + 7: asking(second, other)}
+    said = f"{second} | {file}, line {TRAIN + 4}: {first}"
+    assert_only(check(with_questions(data, lines)), {LEAK: line_of(file, test + 7)}, said)
+    assert_only(check(with_questions(data, dict(enumerate(lines.values(), test)))), {})
 
 
 # A fit sentence that states a test fact
 
 STATEMENTS = [
     ("Who turned everything to gold?", "Midas", "Whatever King Midas touched turned to gold."),
-    ("Which river flows through Rome?", "the Tiber", "Muddy and slow, a river called Tiber flows past Rome."),
-    ("How many legions fought at Cannae?", "eight legions", "At Cannae some eight legions fought and fell."),
     ("What is a legionary's curved shield?", "a scutum", "Scuta, the curved shields, were heavy."),  # an alias
 ]
 STATED = "fit sentence states a test fact"
@@ -190,30 +166,30 @@ STATED = "fit sentence states a test fact"
 
 @pytest.mark.parametrize("first", FIRST)
 def test_a_fit_sentence_states_a_test_fact(first):
-    """Those of train questions may be stated."""
+    """Those of train questions may be stated. What states a fact: test_wording."""
     lines = {first + 11 + k: asking(*row[:2]) for k, row in enumerate(STATEMENTS)}
     concept = with_texts(with_questions(SOUND, lines), "sentences", {21 + k: r[2] for k, r in enumerate(STATEMENTS)})
     report = check_concept(concept)
-    stated = report.findings[report.findings.check == STATED]
-    test = first in (TEST, SIMDOM_TEST)
-    assert list(stated["where"]) == (line_of("sentences.txt", *range(21, 25)) if test else [])
     said = [f"answers {concept.questions[line - 1].id}: {fields['question']}" for line, fields in lines.items()]
-    assert list(stated.what) == (said if test else [])
-    assert failing(report) <= {STATED} and test == (STATED in failing(report))
-    assert set(report.items.stated) == {"", "21", "22", "23", "24"}
+    if first in (TEST, SIMDOM_TEST):
+        assert_only(report, {STATED: line_of("sentences.txt", 21, 22)}, *said)
+    else:
+        assert_only(report, {})
+    assert set(mark_answers(concept).stated) == {"", "21", "22"}
 
 
 def test_other_texts_may_use_the_same_words():
     """A paragraph may even state the fact: it is what relearning relearns."""
-    concept = with_questions(SOUND, {TEST: asking("Who turned everything to gold?", "Midas")})
+    asked, answer, stating = STATEMENTS[0]
     harmless = [
         "Midas was the last king of a rich old town.",  # the answer, another fact
         "Everything in the temple had turned to gold.",  # the fact, without the answer
         "The king thought of gold, and of nothing but gold.",
     ]
-    concept = with_texts(concept, "sentences", dict(enumerate(harmless, 23)))
-    concept = with_texts(concept, "paragraphs", {3: f"{words(60)} Whatever King Midas touched turned to gold."})
-    assert_only(check_concept(concept), {})
+    concept = with_texts(
+        with_questions(SOUND, {TEST: asking(asked, answer)}), "sentences", dict(enumerate(harmless, 23))
+    )
+    assert_only(check_concept(with_texts(concept, "paragraphs", {3: f"{words(60)} {stating}"})), {})
 
 
 # Sizes and lengths
@@ -246,13 +222,13 @@ def test_too_few_shared():
         assert_only(check_shared(dataclasses.replace(SHARED, **changes)), {check: []})
 
 
-@pytest.mark.parametrize("bounds", [("sentences", 5, 45), ("paragraphs", 60, 120), ("other_sense", 5, 45)])
-def test_texts_too_short_or_too_long(bounds):
-    kind, least, most = bounds
+@pytest.mark.parametrize(
+    ("kind", "least", "most"), [("sentences", 5, 45), ("paragraphs", 60, 120), ("other_sense", 5, 45)]
+)
+def test_texts_too_short_or_too_long(kind, least, most):
     report = check_concept(with_texts(SOUND, kind, {31: words(least - 1), 32: words(most + 1)}))
     said = [f"{count} words, wanted {least}-{most}: " for count in (least - 1, most + 1)]
-    expected = {f"length of {kind.replace('_', ' ')}": line_of(f"{kind}.txt", 31, 32)}
-    assert_only(report, expected, *said)
+    assert_only(report, {f"length of {kind.replace('_', ' ')}": line_of(f"{kind}.txt", 31, 32)}, *said)
 
 
 def test_questions_and_options_too_short_or_too_long():
@@ -274,15 +250,14 @@ def test_questions_and_options_too_short_or_too_long():
 def test_repeated_text():
     """In capitals and with other punctuation it is still the same text; in another order it is not."""
     concept, places, said = SOUND, [], []
-    for kind, line, other, other_line, where in (
-        ("sentences", 12, "sentences", 2, "sentences.txt, line 12"),
-        ("paragraphs", 80, "paragraphs", 1, "paragraphs.txt, line 80"),
-        ("other_sense", 5, "sentences", 150, "other_sense.txt, line 5"),
-        ("other_sense", 60, "other_sense", 7, "other_sense.txt, line 60"),
-        ("neutral", 1, "sentences", 1, "neutral sentence 1"),
-        ("neutral", 300, "neutral", 299, "neutral sentence 300"),
-        ("further_neutral", 2, "other_sense", 3, "neutral sentence 302"),
-        ("further_neutral", 30, "neutral", 4, "neutral sentence 330"),
+    for kind, line, where, other, other_line in (
+        ("sentences", 12, "sentences.txt, line 12", "sentences", 2),
+        ("paragraphs", 80, "paragraphs.txt, line 80", "paragraphs", 1),
+        ("other_sense", 5, "other_sense.txt, line 5", "sentences", 150),
+        ("neutral", 1, "neutral sentence 1", "sentences", 1),
+        ("neutral", 300, "neutral sentence 300", "neutral", 299),
+        ("further_neutral", 2, "neutral sentence 302", "other_sense", 3),
+        ("further_neutral", 30, "neutral sentence 330", "neutral", 4),
     ):
         copy = f"“{getattr(SOUND, other)[other_line - 1].removesuffix('.').upper()}”!"
         concept = with_texts(concept, kind, {line: copy})
@@ -297,26 +272,21 @@ def test_repeated_text():
 
 
 def test_a_question_holds_its_answer_or_an_alias():
+    """It may hold a part of its answer, or a wrong option."""
     lines = {}
     for line, article in ((TRAIN + 2, ""), (TEST + 2, "the "), (SIMDOM_TEST + 8, "")):
         asked = SOUND.questions[line - 1]
         text = f"{asked.question[:-1]} or the {asked.answer.title()}?"
         lines[line] = {"question": text, "answer": article + asked.answer}
     said = [f"{fields['question']} [{fields['answer']}]" for fields in lines.values()]
-    alias = SOUND.questions[SIMDOM_TEST + 19].question.split()[2]
-    lines[SIMDOM_TEST + 20] = {"aliases": ("other", alias)}
-    said.append(SOUND.questions[SIMDOM_TEST + 19].question)
+    asked = SOUND.questions[SIMDOM_TEST + 19]
+    lines[SIMDOM_TEST + 20] = {"aliases": ("other", asked.question.split()[2])}
+    said.append(asked.question)
     expected = {"question holds its answer": line_of("questions.jsonl", *lines)}
-    assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
-
-
-def test_a_question_may_hold_a_part_of_its_answer_or_a_wrong_option():
     first, second = SOUND.questions[TEST - 1 : TEST + 1]
-    lines = {
-        TEST: {"question": f"{first.question[:-1]} or the {first.answer[:4]}?"},
-        TEST + 1: {"question": f"{second.question[:-1]} or the {second.distractors[0]}?"},
-    }
-    assert_only(check_concept(with_questions(SOUND, lines)), {})
+    for line, q, part in ((TEST, first, first.answer[:4]), (TEST + 1, second, second.distractors[0])):
+        lines[line] = {"question": f"{q.question[:-1]} or the {part}?"}
+    assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
 def longest(q: Question, right: bool) -> Question:
