@@ -49,9 +49,6 @@ def reference(loaded: LoadedModel, text: str) -> dict[Site, torch.Tensor]:
     return seen
 
 
-# Sites
-
-
 def test_every_site_equals_what_plain_hooks_see(tiny):
     batch = text_batch(tiny, SENTENCES[:1])
     found = activations(tiny, batch.ids, batch.mask, SITES)
@@ -128,9 +125,6 @@ def test_replaced_neurons_are_written_out(tiny):
     torch.testing.assert_close(out, expected.expand_as(out), atol=1e-5, rtol=1e-5)
 
 
-# Which positions count
-
-
 @pytest.mark.parametrize("bos", [True, False])
 def test_padding_and_the_first_position_are_not_scored(bos):
     loaded = make_loaded(bos=bos)
@@ -180,9 +174,6 @@ def test_other_sites_and_unknown_layers_are_refused(tiny):
         with pytest.raises(EmberError, match=r"tiny-\w+: only edits of embeddings are known"):
             use(tiny)
     assert hooks(tiny.model) == 0
-
-
-# Contrast of features
 
 
 def contrasted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, ContrastText]:

@@ -93,8 +93,6 @@ def test_the_scaled_embedding_moves_by_the_contribution(tiny, cache, delta):
     torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
 
 
-# Undoing
-
 EVERYWHERE = {EMBED: [5, 300, 6], HEAD: [5, 0], UP: [2], NORM: [31]}
 
 
@@ -178,9 +176,6 @@ def fit_fresh(loaded: LoadedModel, settings: dict) -> ConceptFeatures:
     return concept_features(loaded, make_concept(), cache=False, **settings)
 
 
-# Applying for good
-
-
 @pytest.mark.parametrize("as_module", [True, False])
 def test_apply_keeps_the_edit_once_and_tells_the_model(as_module, tiny):
     """Caches, features and later edits are keyed by the hash, which a bare module does not have."""
@@ -196,9 +191,6 @@ def test_apply_keeps_the_edit_once_and_tells_the_model(as_module, tiny):
     with pytest.raises(WrongWeightsError):
         edit.apply(tiny.model if as_module else tiny)
     assert weights_hash(tiny.model) == kept
-
-
-# Refusals
 
 
 @pytest.mark.parametrize("how", ["apply", "applied"])
@@ -277,8 +269,6 @@ def test_values_of_another_shape_are_refused(tiny, shape):
         Edit.from_values(tiny, {EMBED: (torch.tensor([5, 6]), torch.zeros(shape))}, provenance_of(tiny))
 
 
-# Composition
-
 PAIRS = {
     "overlapping rows": ({EMBED: [5, 300, 6]}, {EMBED: [7, 6, 5]}),
     "the same rows": ({EMBED: [5, 6]}, {EMBED: [6, 5]}),
@@ -323,9 +313,6 @@ def test_then_refuses_an_edit_that_does_not_follow(tiny):
         use(other, tiny, "applied")
     with pytest.raises(WrongWeightsError):
         first.then(other)
-
-
-# What an edit is composed of, and its identity
 
 
 @pytest.mark.parametrize("config", [{"scale": 0.5}, {}, {"steps": 30}], ids=repr)
@@ -379,9 +366,6 @@ def test_identity_tells_edits_apart(tiny):
         noise_edit(tiny, {EMBED: [5, 6, 7]}),
     ]  # fmt: skip
     assert len({edit.identity, *(other.identity for other in others)}) == 1 + len(others)
-
-
-# Saving
 
 
 def entries(folder: Path) -> list[str]:
@@ -443,9 +427,6 @@ def test_what_a_user_keeps_with_an_edit_stays(tiny, tmp_path, name):
     with pytest.raises(EmberError, match=rf"{folder} holds other files, or changed ones \({name}\)"):
         noise_edit(tiny, {EMBED: [6]}).save(folder)
     assert (folder / name).read_text() == "mine" and entries(folder) == sorted({*FILES, name})
-
-
-# Damage
 
 
 def in_file(change):

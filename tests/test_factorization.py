@@ -172,9 +172,6 @@ def test_semi_nmf_follows_the_scale_of_its_input(scale):
     torch.testing.assert_close(other.F / scale, one.F, rtol=1e-4, atol=1e-4)
 
 
-# Where it starts
-
-
 @METHODS
 def test_the_start_is_the_seed_s_unless_it_is_given(method):
     """To the bit; what is given is left as it was."""
@@ -204,9 +201,6 @@ def test_an_all_zero_column_stays_zero(method):
     assert torch.isfinite(found.F).all() and torch.isfinite(found.G).all()
     assert (found.G[:, 2] == 0).all() and (found.G[:, [0, 1, 3, 4]] != 0).any(dim=0).all()
     assert torch.isfinite(found.normalized().F).all()
-
-
-# When it stops
 
 
 @METHODS
@@ -272,9 +266,6 @@ def test_in_float64_the_order_of_summation_does_not_matter():
     torch.testing.assert_close(other.F, one.F[order])
 
 
-# Scale and sign
-
-
 @METHODS
 def test_normalized_is_the_same_product(method):
     found = method(noise(), 5, sparsity=0.3, max_iter=20)
@@ -295,24 +286,17 @@ def test_normalized_undoes_scale_and_makes_peaks_positive():
     torch.testing.assert_close(other.normalized().G, found.normalized().G)
 
 
-# Errors
-
-
 @METHODS
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rank": 0}, "rank .*got 0"), ({"rank": 17}, r"rank .*16 .*got 17"), ({"sparsity": 0.0}, "sparsity .*got 0.0"),
-        ({"sparsity": 1.5}, "sparsity .*got 1.5"), ({"sparsity": math.nan}, "sparsity .*got nan"),
-        ({"ridge": -0.5}, "ridge .*got -0.5"), ({"max_iter": 0}, "max_iter .*got 0"),
-        ({"patience": 0}, "patience .*got 0"), ({"X": torch.ones(60, 16, dtype=torch.int64)}, "int64"),
-        ({"X": noise().index_fill(0, torch.tensor([3]), math.nan)}, "X holds NaN"),
-        ({"X": noise().index_fill(0, torch.tensor([3]), math.inf)}, "X holds .*infinite"),
-        ({"X": torch.ones(60)}, r"shape \(60,\)"), ({"init": torch.ones(60, 4)}, r"init .*\(60, 5\).*\(60, 4\)"),
-        ({"init": torch.ones(5, 60)}, r"init .*\(60, 5\).*\(5, 60\)"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rank": 0}, "rank .*got 0"), ({"rank": 17}, r"rank .*16 .*got 17"), ({"sparsity": 0.0}, "sparsity .*got 0.0"),
+    ({"sparsity": 1.5}, "sparsity .*got 1.5"), ({"sparsity": math.nan}, "sparsity .*got nan"),
+    ({"ridge": -0.5}, "ridge .*got -0.5"), ({"max_iter": 0}, "max_iter .*got 0"), ({"patience": 0}, "patience .*got 0"),
+    ({"X": torch.ones(60, 16, dtype=torch.int64)}, "int64"),
+    ({"X": noise().index_fill(0, torch.tensor([3]), math.nan)}, "X holds NaN"),
+    ({"X": noise().index_fill(0, torch.tensor([3]), math.inf)}, "X holds .*infinite"),
+    ({"X": torch.ones(60)}, r"shape \(60,\)"), ({"init": torch.ones(60, 4)}, r"init .*\(60, 5\).*\(60, 4\)"),
+    ({"init": torch.ones(5, 60)}, r"init .*\(60, 5\).*\(5, 60\)"),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else None)  # fmt: skip
 def test_errors_name_the_bad_value(method, changes, message):
     arguments = {"X": noise(), "rank": 5, "max_iter": 2} | changes
     with pytest.raises(ValueError, match=message):

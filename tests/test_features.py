@@ -70,21 +70,12 @@ def fits(monkeypatch) -> list[dict]:
     return made
 
 
-# Scores
-
-
-@pytest.mark.parametrize(
-    ("column", "values"),
-    [
-        ("score", [0, (2 * 3 + 1 * 2) / 4, 0, 0, 0]),
-        ("key_share", [0, 3 / 4, 0, 0, 0]),
-        ("concept_share", [0, 3 / 4, 3 / 8, 4 / 5, 0]),
-        ("ordinary_share", [0, 0, 1, 1, 0]),
-        ("ratio_abs", [0, math.nan, (3 / 3) / (4 / 2), (4 / 3) / (1 / 2), math.nan]),
-        ("rows", [0, 2, 1, 1, 0]),
-        ("top_tokens", ["train-", "Rome Roman the*", "army train- ,- the*", "army train-", ""]),
-    ],
-)
+@pytest.mark.parametrize(("column", "values"), [
+    ("score", [0, (2 * 3 + 1 * 2) / 4, 0, 0, 0]), ("key_share", [0, 3 / 4, 0, 0, 0]),
+    ("concept_share", [0, 3 / 4, 3 / 8, 4 / 5, 0]), ("ordinary_share", [0, 0, 1, 1, 0]),
+    ("ratio_abs", [0, math.nan, (3 / 3) / (4 / 2), (4 / 3) / (1 / 2), math.nan]), ("rows", [0, 2, 1, 1, 0]),
+    ("top_tokens", ["train-", "Rome Roman the*", "army train- ,- the*", "army train-", ""]),
+])  # fmt: skip
 def test_scores_by_hand(column, values):
     """Feature 1 is the concept's; 0 neutral, 2 mixed, 3 an ordinary word of the concept text, 4 dead."""
     found = score_features(TABLE, G).set_index("feature")[column].sort_index().tolist()
@@ -118,38 +109,24 @@ def test_top_tokens_shows_each_form_once():
     assert scores.top_tokens[0] == "Rome army Rome-"
 
 
-# Selection
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, [1]), ({"threshold": 2.0}, [1]), ({"rule": "paper"}, [3]), ({"rule": "paper", "threshold": 0.4}, [3, 2]),
-        ({"features": [2, 0]}, [2, 0]), ({"features": [2], "rule": "paper", "threshold": 99.0}, [2]),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ({}, [1]), ({"threshold": 2.0}, [1]), ({"rule": "paper"}, [3]), ({"rule": "paper", "threshold": 0.4}, [3, 2]),
+    ({"features": [2, 0]}, [2, 0]), ({"features": [2], "rule": "paper", "threshold": 99.0}, [2]),
+], ids=str)  # fmt: skip
 def test_select(arguments, expected):
     """Feature 1 has no ratio_abs, feature 3 no score."""
     assert hand_made().select(**arguments) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"features": [5]}, r"0\.\.4, got \[5\]"), ({"features": [1, -1]}, r"0\.\.4, got \[1, -1\]"),
-        ({"features": []}, r"0\.\.4, got \[\]"), ({"rule": "judge"}, "'judge'; known: keyness, paper"),
-        ({"threshold": 99}, r"Tiny Rome.* ≥ 99.*1 \(2\.00: Rome Roman the\*\)"),
-        ({"rule": "paper", "threshold": 99}, r"Tiny Rome.* ≥ 99.*3 \(2\.67: army train-\)"),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"features": [5]}, r"0\.\.4, got \[5\]"), ({"features": [1, -1]}, r"0\.\.4, got \[1, -1\]"),
+    ({"features": []}, r"0\.\.4, got \[\]"), ({"rule": "judge"}, "'judge'; known: keyness, paper"),
+    ({"threshold": 99}, r"Tiny Rome.* ≥ 99.*1 \(2\.00: Rome Roman the\*\)"),
+    ({"rule": "paper", "threshold": 99}, r"Tiny Rome.* ≥ 99.*3 \(2\.67: army train-\)"),
+], ids=str)  # fmt: skip
 def test_select_refuses_what_is_unknown_and_names_the_best_where_nothing_is_selected(arguments, said):
     with pytest.raises(EmberError, match=said):
         hand_made().select(**arguments)
-
-
-# Contributions
 
 
 @pytest.mark.parametrize("selected", [[1], [2, 3], [0, 1, 2, 3, 4], [3, 1], [0, 4]])
@@ -162,9 +139,6 @@ def test_contributions_row_by_row(selected):
     assert found.keys() == expected.keys() and bool(expected) == (selected != [0, 4])
     for i, vector in expected.items():
         torch.testing.assert_close(found[i], vector)
-
-
-# Files
 
 
 def test_round_trip_to_the_bit(tmp_path, tiny, tiny_concept):
@@ -217,9 +191,6 @@ def test_json_of_another_form_is_a_damaged_file(tmp_path, content):
     assert not (tmp_path / "nowhere").exists()
 
 
-# The fit and its cache
-
-
 def test_the_second_call_reads_the_cache_unless_it_must_not(tiny, tiny_concept, cache, fits):
     concept_features(tiny, tiny_concept, cache=False, **SMALL)
     assert not cache.exists()
@@ -230,14 +201,10 @@ def test_the_second_call_reads_the_cache_unless_it_must_not(tiny, tiny_concept, 
     assert len(fits) == 3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rank": 7}, {"sparsity": 0.0500001}, {"ridge": 1.0000001e-4}, {"max_iter": 16}, {"patience": 11},
-        {"tol": 1.0000001e-4}, {"seed": 2},
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("change", [
+    {"rank": 7}, {"sparsity": 0.0500001}, {"ridge": 1.0000001e-4}, {"max_iter": 16}, {"patience": 11},
+    {"tol": 1.0000001e-4}, {"seed": 2},
+], ids=str)  # fmt: skip
 def test_the_key_depends_on_each_setting(tiny_concept, cache, fits, change):
     loaded = make_loaded()
     concept_features(loaded, tiny_concept, **SMALL)

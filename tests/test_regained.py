@@ -67,9 +67,6 @@ def test_bad_parts_are_refused(part, message):
         share_regained([part])
 
 
-# Tables
-
-
 def scores(values, metric="gold_prob", **columns) -> pd.DataFrame:
     items = [f"q{k}" for k in range(len(values))]
     return pd.DataFrame({"set": "concept", "item": items, "metric": metric, "value": values}).assign(**columns)
@@ -129,9 +126,6 @@ def test_the_summary_holds_accuracy_changes_and_shares():
     assert end.value["accuracy"] == pytest.approx((BASE > 0.5).mean())
     assert end.value["regained_gold_logprob"] == pytest.approx(1.0)
     assert end.value["delta_gold_prob"] == pytest.approx((BASE - ERASED).mean())
-
-
-# The report
 
 
 def attacked(method="ember", *, after=BASE, scale=1.0, concept="Rome", **labels):
@@ -284,9 +278,6 @@ def test_what_is_left_with_ember_is_set_against_the_method_alone():
     assert (row.method, row.runs) == ("rmu", 1)
     assert row.value == pytest.approx((ERASED - BASE).mean())
     assert row.ci_low < row.value < row.ci_high < 0
-
-
-# Figures
 
 
 @pytest.fixture

@@ -58,9 +58,6 @@ def losses_of(relearning) -> list[float]:
     return [step["loss"] for step in relearning.steps]
 
 
-# The loss
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_steps_in_the_backward_pass_hold_one_gradient_and_change_nothing(kind):
     plain, other = (make_loaded(kind) for _ in range(2))
@@ -112,9 +109,6 @@ def test_the_loss_is_that_of_the_model_itself(tiny):
     torch.testing.assert_close(packed_loss(tiny, [ids]), expected)
 
 
-# The plan
-
-
 def test_every_text_is_seen_before_any_is_seen_again_and_budgets_are_equal(tiny):
     plan = training_plan(tiny, SENTENCES, RelearnConfig(points=(200,), batch_size=1), seed=1)
     texts = [tuple(s) for step in plan for s in step]
@@ -129,9 +123,6 @@ def test_texts_are_cut_and_empty_ones_are_left_out(tiny):
     assert {len(s) for step in plan for s in step} == {5}
     with pytest.raises(EmberError, match="no texts"):
         training_plan(tiny, [""], RelearnConfig(), seed=0)
-
-
-# What an attack trains
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -217,9 +208,6 @@ def test_unknown_choices_list_the_known_ones(kind, change, known):
 def test_wrong_settings_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         RelearnConfig(**change)
-
-
-# The run
 
 
 def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
@@ -341,9 +329,6 @@ def test_a_diverging_run_is_recorded_as_such(tiny, edit, tmp_path):
     assert first.tokens < 2000
     assert set(first.items.tokens) <= {0, *[s["tokens"] for s in first.steps]}
     assert run(tiny, edit, config=config, store=tmp_path / "run").diverged == first.diverged
-
-
-# Movement
 
 
 def test_small_steps_are_lost_in_bfloat16_and_kept_by_float32_masters(tiny, edit):

@@ -66,9 +66,6 @@ def assert_same_scores(one, other, tolerance: float = TOLERANCE):
             np.testing.assert_allclose(before, after, atol=tolerance, rtol=0)
 
 
-# Splitting
-
-
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_parts_are_the_tokens_of_the_whole_and_all_that_is_asked_for_is_scored(bos):
     loaded = make_loaded(bos=bos)
@@ -95,9 +92,6 @@ def test_nothing_to_score_and_nothing_before_it_are_refused():
         with pytest.raises(ValueError, match="no token of"):
             continuation_ids(make_loaded(bos=False), prompt, continuation)
         assert continuation_ids(make_loaded(bos=True), prompt, continuation)[0] == [1]
-
-
-# Options
 
 
 def test_options_equal_the_reference_and_do_not_depend_on_the_batch(loaded):
@@ -135,9 +129,6 @@ def test_options_need_a_list_for_each_prompt(tiny):
         option_logprobs(tiny, PROMPTS, [OPTIONS])
 
 
-# Padding
-
-
 def score_everything(loaded: LoadedModel) -> np.ndarray:
     edit, _ = blank_rows(loaded, " Roman")
     options = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
@@ -160,9 +151,6 @@ def test_padding_does_not_leak(tiny):
 def test_mixed_lengths_give_numbers(kind, dtype):
     loaded = make_loaded(kind, dtype=dtype)
     assert np.isfinite(score_everything(loaded)).all()
-
-
-# Texts
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -236,9 +224,6 @@ def test_the_size_of_a_group_changes_no_score(tiny, limit, batch_size):
     assert {1: len(applied) == batches, 120: 1 < len(applied) < batches, 10**9: len(applied) == 1}[limit]
 
 
-# Generation
-
-
 @torch.inference_mode()
 def argmax_loop(loaded: LoadedModel, ids: list[int], steps: int) -> list[int]:
     out: list[int] = []
@@ -272,8 +257,6 @@ def test_generation_stops_before_a_special_token(tiny, special):
     assert after[i] == before[i][:k]
     assert after == [argmax_loop(tiny, ids, 6) for ids in prompts]
 
-
-# Questions
 
 WORDS = ("Rome", "Gaul", "the long river", "the forum")
 

@@ -35,9 +35,6 @@ def invented():
     return load_invented()
 
 
-# The material.
-
-
 def test_sizes_lengths_and_halves(invented):
     assert 30 <= len(invented.questions) <= 40
     assert len(invented.sentences) == 160 and len(invented.paragraphs) == 24
@@ -84,15 +81,11 @@ def test_options_give_nothing_away(invented):
         assert np.mean([GUESSES[name](q) for q in invented.questions]) < 0.31, name
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda fact: fact.pop("answer"), "answer"),
-        (lambda fact: fact["distractors"].append("x"), "distractors"),
-        (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "distractors"),
-        (lambda fact: fact.__setitem__("id", "ulreth-capital"), "'id': 'ulreth-capital' occurs twice"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda fact: fact.pop("answer"), "answer"), (lambda fact: fact["distractors"].append("x"), "distractors"),
+    (lambda fact: fact["distractors"].__setitem__(0, fact["answer"]), "distractors"),
+    (lambda fact: fact.__setitem__("id", "ulreth-capital"), "'id': 'ulreth-capital' occurs twice"),
+])  # fmt: skip
 def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):
     for part in ("invented", "shared"):
         shutil.copytree(data_dir() / part, tmp_path / part)
@@ -103,9 +96,6 @@ def test_broken_facts_are_named(tmp_path, monkeypatch, change, message):
     monkeypatch.setenv("EMBER_DATA", str(tmp_path))
     with pytest.raises(DataError, match=rf"invented/facts\.json, fact 3.*{message}"):
         load_invented()
-
-
-# Teaching.
 
 
 def test_a_copy_learns_and_the_original_stays(tiny):
@@ -168,9 +158,6 @@ def test_scores_with_an_edit_are_those_of_the_edited_model():
     assert not np.allclose(edited.value, plain.value)
 
 
-# Arrival.
-
-
 def scores(values, metric="gold_prob", set_="concept") -> pd.DataFrame:
     return pd.DataFrame({"set": set_, "item": [f"q{k}" for k in range(len(values))], "metric": metric, "value": values})
 
@@ -178,10 +165,9 @@ def scores(values, metric="gold_prob", set_="concept") -> pd.DataFrame:
 TAUGHT, UNTAUGHT = np.array([0.9, 0.8, 0.7, 0.8]), np.array([0.3, 0.2, 0.1, 0.4])
 
 
-@pytest.mark.parametrize(
-    ("erased", "expected"),
-    [(TAUGHT, 0.0), (UNTAUGHT, 1.0), (TAUGHT - 0.5 * (TAUGHT - UNTAUGHT), 0.5), (UNTAUGHT - 0.11, 1 + 0.11 / 0.55)],
-)
+@pytest.mark.parametrize(("erased", "expected"), [
+    (TAUGHT, 0.0), (UNTAUGHT, 1.0), (TAUGHT - 0.5 * (TAUGHT - UNTAUGHT), 0.5), (UNTAUGHT - 0.11, 1 + 0.11 / 0.55),
+])  # fmt: skip
 def test_arrival_by_hand(erased, expected):
     found = arrival(scores(TAUGHT), scores(UNTAUGHT), scores(erased))
     assert found.share == pytest.approx(expected, abs=1e-12)
@@ -243,9 +229,6 @@ def test_damage_by_hand():
         damage(before, scores(UNTAUGHT))
     with pytest.raises(ValueError, match="a score is missing"):
         damage(scores(TAUGHT), scores([np.nan, *UNTAUGHT[1:]]))
-
-
-# The figure.
 
 
 def test_figure_renders():

@@ -29,14 +29,11 @@ def set_background(monkeypatch, loaded: LoadedModel, **frequencies: float) -> No
     monkeypatch.setattr(tokens, "background_frequency", lambda _: background)
 
 
-@pytest.mark.parametrize(
-    ("token", "role", "concept_count", "neutral_count"),
-    [
-        (" Roman", "concept", 3, 0), (" Rome", "concept", 3, 0), (" Romans", "concept", 2, 0),
-        ("Rome", "concept", 1, 0), (" the", "shared", 5, 7), (" ships", "shared", 1, 1), (".", "shared", 4, 4),
-        (" train", "neutral", 0, 1), (" was", "neutral", 0, 2),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("token", "role", "concept_count", "neutral_count"), [
+    (" Roman", "concept", 3, 0), (" Rome", "concept", 3, 0), (" Romans", "concept", 2, 0), ("Rome", "concept", 1, 0),
+    (" the", "shared", 5, 7), (" ships", "shared", 1, 1), (".", "shared", 4, 4), (" train", "neutral", 0, 1),
+    (" was", "neutral", 0, 2),
+])  # fmt: skip
 def test_roles_and_counts_by_hand(loaded, tiny_concept, token, role, concept_count, neutral_count):
     row = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral).loc[token]
     assert (row.role, row.concept_count, row.neutral_count) == (role, concept_count, neutral_count)
@@ -77,9 +74,6 @@ def test_no_or_blank_sentences_are_an_error(loaded, name, bad):
     sentences = {"concept": ["Rome stood."], "neutral": ["The train."]} | {name: bad}
     with pytest.raises(ValueError, match=f"the {name} sentences"):
         token_table(loaded, **sentences)
-
-
-# Keyness
 
 
 @pytest.fixture
@@ -126,9 +120,6 @@ def test_tokens_without_letters_are_never_key(loaded, mark):
     assert not row.key and not row.ordinary
 
 
-# Background
-
-
 @pytest.mark.parametrize("word", ["the", "was", "ships", "Roman"])
 def test_background_is_an_upper_bound(loaded, word):
     ids = loaded.encode(f" {word}")
@@ -147,9 +138,6 @@ def test_background_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
     forms = {word: (f" {word}", f" {word.capitalize()}", word.title()) for word in listed}
     counts = {word: sum(loaded.encode(form).count(piece) for form in forms[word]) for word in listed}
     assert background[piece] == pytest.approx(sum(listed[word] * counts[word] for word in listed))
-
-
-# Preview
 
 
 def test_preview_begins_with_the_largest_change(tiny, tiny_concept):
