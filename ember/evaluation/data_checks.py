@@ -37,13 +37,11 @@ class CheckReport:
     """What the checks found.
 
     ``table``: subject, check, value, wanted, ok, one row a check. ``findings``: subject, check, where, what, one row
-    for each single thing to mend. ``items``: one row a question with id, set, split and ``in_sentences``,
-    ``in_paragraphs`` (its answer occurs there) and ``stated`` (a fit sentence states the fact).
+    for each single thing to mend.
     """
 
     table: pd.DataFrame
     findings: pd.DataFrame
-    items: pd.DataFrame
 
     @property
     def ok(self) -> bool:
@@ -58,31 +56,22 @@ class _Ledger:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     findings: list[tuple[str, ...]] = field(default_factory=list)
 
-    def count(self, check: str, value: int) -> None:
-        """For the record; nothing is demanded."""
-        self.rows.append((self.subject, check, value, "", True))
+    def add(self, check: str, value: float, wanted: str = "", ok: bool = True) -> None:
+        self.rows.append((self.subject, check, value, wanted, ok))
 
-    def at_least(self, check: str, value: float, least: float) -> None:
-        self.rows.append((self.subject, check, value, f"≥ {least}", value >= least))
-
-    def at_most(self, check: str, value: float, most: float) -> None:
-        self.rows.append((self.subject, check, value, f"≤ {most}", value <= most))
-
-    def near(self, check: str, value: float, target: float, margin: float) -> None:
-        ok = abs(value - target) <= margin + 1e-9
-        self.rows.append((self.subject, check, value, f"{target - margin:.2f}-{target + margin:.2f}", ok))
+    def at_least(self, check: str, value: int, least: int) -> None:
+        self.add(check, value, f"≥ {least}", value >= least)
 
     def none(self, check: str, findings: Iterable[tuple[str, str]]) -> None:
-        before = len(self.findings)
-        self.findings += [(self.subject, check, where, what) for where, what in findings]
-        count = len(self.findings) - before
-        self.rows.append((self.subject, check, count, "0", count == 0))
+        found = [(self.subject, check, where, what) for where, what in findings]
+        self.findings += found
+        self.add(check, len(found), "0", not found)
 
-    def report(self, items: pd.DataFrame) -> CheckReport:
+    def report(self) -> CheckReport:
         # As objects, so that counts stay whole numbers.
         table = pd.DataFrame(self.rows, columns=["subject", "check", "value", "wanted", "ok"], dtype=object)
-        table["ok"] = table.ok.astype(bool)
-        return CheckReport(table, pd.DataFrame(self.findings, columns=["subject", "check", "where", "what"]), items)
+        findings = pd.DataFrame(self.findings, columns=["subject", "check", "where", "what"])
+        return CheckReport(table.astype({"ok": bool}), findings)
 
 
 def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckReport:
@@ -110,17 +99,16 @@ def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckR
         ledger.at_least(f"questions, {set_} {split}", count, MINIMUM[split])
     lines = {q.id: q.id if released else f"questions.jsonl, line {k}" for k, q in enumerate(concept.questions, 1)}
     _check_questions(ledger, concept.questions, ("concept", "simdom"), lines, loaded)
-    items = mark_answers(concept)
-    test = items[items.split == "test"]
-    stated = test[test.stated != ""]
-    answers = zip(stated.stated, stated.id, stated.question, strict=True)
-    stating = [(texts["sentences"][int(k) - 1][0], f"answers {name}: {asked}") for k, name, asked in answers]
+    marks = mark_answers(concept)
+    test = marks[marks.split == "test"]
+    answers = test[test.stated != ""].itertuples()
+    stating = [(texts["sentences"][int(a.stated) - 1][0], f"answers {a.id}: {a.question}") for a in answers]
     ledger.none("fit sentence states a test fact", stating)
     asked = test[test.set == "concept"]
-    ledger.count("concept test answers in fit sentences", int(asked.in_sentences.sum()))
-    ledger.count("concept test answers in paragraphs", int(asked.in_paragraphs.sum()))
+    ledger.add("concept test answers in fit sentences", int(asked.in_sentences.sum()))
+    ledger.add("concept test answers in paragraphs", int(asked.in_paragraphs.sum()))
     ledger.at_least("concept test answers in neither", int((~asked.in_sentences & ~asked.in_paragraphs).sum()), UNSEEN)
-    return ledger.report(items)
+    return ledger.report()
 
 
 def check_shared(shared: SharedData, loaded: LoadedModel | None = None) -> CheckReport:
@@ -135,7 +123,7 @@ def check_shared(shared: SharedData, loaded: LoadedModel | None = None) -> Check
     ledger.none("repeated text", _repeated([*neutral, *instructions]))
     lines = {q.id: f"general.jsonl, line {k}" for k, q in enumerate(shared.questions, 1)}
     _check_questions(ledger, shared.questions, ("general",), lines, loaded)
-    return ledger.report(pd.DataFrame())
+    return ledger.report()
 
 
 def check_data(
@@ -181,41 +169,37 @@ def mark_answers(concept: Concept) -> pd.DataFrame:
 
 
 def _check_questions(
-    ledger: _Ledger,
-    questions: Sequence[Question],
-    sets: Sequence[str],
-    where: Mapping[str, str],
+    ledger: _Ledger, questions: Sequence[Question], sets: Sequence[str], where: Mapping[str, str],
     loaded: LoadedModel | None,
-) -> None:
+) -> None:  # fmt: skip
     """``where`` maps ids to places."""
     ledger.none("repeated question", _repeated([(where[q.id], q.question) for q in questions]))
     train, test = ([q for q in questions if q.split == split] for split in SPLITS)
     pairs = [(train[i], test[j]) for i, j in paraphrases(train, test)]
-    ledger.none(
-        "question in two splits",
-        [(where[b.id], f"{b.question} | {where[a.id]}: {a.question}") for a, b in pairs],
-    )
+    leaks = [(where[b.id], f"{b.question} | {where[a.id]}: {a.question}") for a, b in pairs]
+    ledger.none("question in two splits", leaks)
     least, most = WORDS["question"]
     counted = [(q, len(q.question.split())) for q in questions]
     unfit = [(where[q.id], f"{n} words: {q.question}") for q, n in counted if not least <= n <= most]
-    unfit += [
-        (where[q.id], f"option of more than {OPTION_WORDS} words: {option}")
-        for q in questions for option in q.options if len(option.split()) > OPTION_WORDS
-    ]  # fmt: skip
+    long = [(q, option) for q in questions for option in q.options if len(option.split()) > OPTION_WORDS]
+    unfit += [(where[q.id], f"option of more than {OPTION_WORDS} words: {option}") for q, option in long]
     ledger.none("length of questions and options", unfit)
     given = [(where[q.id], f"{q.question} [{q.answer}]") for q in questions if Texts([q.question]).holding(q)]
     ledger.none("question holds its answer", given)
     blind = blind_scores(loaded, questions).pivot(index="item", columns="metric", values="value") if loaded else None
+    near = f"{CHANCE - GUESS_MARGIN:.2f}-{CHANCE + GUESS_MARGIN:.2f}"
     for set_, split in itertools.product(sets, SPLITS):
         part = [q for q in questions if (q.set, q.split) == (set_, split)]
         if not part:
             continue
         for name, guess in GUESSES.items():
-            ledger.near(f"{name}, {set_} {split}", float(np.mean([guess(q) for q in part])), CHANCE, GUESS_MARGIN)
+            value = float(np.mean([guess(q) for q in part]))
+            ledger.add(f"{name}, {set_} {split}", value, near, abs(value - CHANCE) <= GUESS_MARGIN + 1e-9)
         if blind is not None:
-            scores = blind.loc[[q.id for q in part]]
-            ledger.at_most(f"empty question, probability, {set_} {split}", scores.gold_prob.mean(), EMPTY_LIMIT)
-            ledger.at_most(f"empty question, accuracy, {set_} {split}", scores.correct.mean(), EMPTY_LIMIT)
+            means = blind.loc[[q.id for q in part]].mean()
+            for name, value in (("probability", means.gold_prob), ("accuracy", means.correct)):
+                check = f"empty question, {name}, {set_} {split}"
+                ledger.add(check, value, f"≤ {EMPTY_LIMIT}", value <= EMPTY_LIMIT)
 
 
 def _located(texts: Sequence[str], place: str, start: int = 1) -> Located:
