@@ -25,7 +25,7 @@ from ember.evaluation.localization import (
 )
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
-from ember.reporting import edit_plots
+from ember.reporting import localization_plots
 from ember.tokens import background_frequency
 
 TEXTS = {"paragraph": SENTENCES, "neutral": NEUTRAL}
@@ -157,7 +157,7 @@ def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled():
     assert table.tokens.tolist() == [4] * 4
     assert table.kl.tolist() == pytest.approx([1.5, 2.5, 2.5, 3.5])
     assert table.share_of_kl[1] == pytest.approx(5 / 8)
-    figure = edit_plots.arm_exposure(table)
+    figure = localization_plots.arm_exposure(table)
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["EMBER", "RMU"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == list(EXPOSED)
@@ -165,15 +165,15 @@ def test_arms_are_split_at_the_first_edited_token_and_seeds_pooled():
 
 
 def test_the_figures_show_every_set_and_group(changes):
-    ax = edit_plots.exposure_bars(by_exposure(changes))
+    ax = localization_plots.exposure_bars(by_exposure(changes))
     ax.figure.canvas.draw()
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["concept text", "neutral text"]
-    bars = edit_plots.share_bars(by_distance(changes), title="x")
+    bars = localization_plots.share_bars(by_distance(changes), title="x")
     bars.figure.canvas.draw()
     labels = [f"{name}: {what}" for name in ("concept text", "neutral text") for what in ("tokens", "KL")]
     assert [t.get_text() for t in bars.get_yticklabels()] == labels
     assert sum(patch.get_width() for patch in bars.patches) == pytest.approx(3)  # neutral texts do not change
     assert [t.get_text() for t in bars.texts] == ["no change"]
     text = changes[(changes.set == "paragraph") & (changes.text == 0)]
-    assert len(edit_plots.token_strip(text).patches) == len(text)
+    assert len(localization_plots.token_strip(text).patches) == len(text)
     plt.close("all")

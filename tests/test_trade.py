@@ -32,7 +32,7 @@ from ember.evaluation.trade_off import RARE
 from ember.methods import METHODS
 from ember.methods.ember import EmberConfig
 from ember.models.scoring import sequence_scores
-from ember.reporting import edit_plots
+from ember.reporting import control_plots
 
 CONFIG = EmberConfig(rank=8, sparsity=0.1, max_iter=60, patience=20, features=(0, 1), delta=3.0)
 
@@ -250,12 +250,12 @@ def test_unknown_edits_list_the_known_ones():
 
 def test_the_figures_hold_every_edit():
     run = curves(run_items(), n_resamples=50)
-    figure = edit_plots.trade_curves(point_table(run))
+    figure = control_plots.trade_curves(point_table(run))
     figure.canvas.draw()
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {"EMBER", RARE, "base model"}
     assert len(figure.axes) == len(COSTS)
-    figure = edit_plots.area_differences(area_table({("Rome", 1): run}))
+    figure = control_plots.area_differences(area_table({("Rome", 1): run}))
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [RARE]
-    assert set(edit_plots._EDIT_STYLES) == set(trade.EDITS)
+    assert set(control_plots._EDIT_STYLES) == set(trade.EDITS)
     plt.close("all")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 from ember.evaluation import localization, stability
 from ember.evaluation import trade_curves as trade
 from ember.evaluation.trade_off import RARE
-from ember.reporting import edit_plots, feature_plots, plots, relearn_plots
+from ember.reporting import control_plots, feature_plots, localization_plots, plots, relearn_plots
 from ember.reporting import relearn_tables as relearned
 from ember.reporting import tables as erased
 from ember.store.paths import slug
@@ -146,10 +146,10 @@ def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.
 
 def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
     """KL before and after an edited token by arm, and by the number of them for EMBER alone."""
-    yield from by_concept(table, localization=edit_plots.arm_exposure)
+    yield from by_concept(table, localization=localization_plots.arm_exposure)
     alone = tokens[(tokens.method == "ember") & ~tokens.ember]
     alone = alone.assign(text=alone.seed.astype(str) + " " + alone.text.astype(str))
-    yield from by_concept(alone, exposure=lambda part: edit_plots.exposure_bars(localization.by_exposure(part)))
+    yield from by_concept(alone, exposure=lambda part: localization_plots.exposure_bars(localization.by_exposure(part)))
 
 
 Runs = Mapping[tuple[str, int], trade.Curves]  # by concept and seed
@@ -175,10 +175,10 @@ def trade_tables(runs: Runs) -> Tables:
 
 def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
     """The areas of every concept, and the curves of one seed each."""
-    yield from by_concept(areas, trade_areas=edit_plots.area_differences)
+    yield from by_concept(areas, trade_areas=control_plots.area_differences)
     for (concept, seed), run in runs.items():
         if seed == seeds[concept]:
-            yield f"trade__{slug(concept)}", edit_plots.trade_curves(trade.point_table(run))
+            yield f"trade__{slug(concept)}", control_plots.trade_curves(trade.point_table(run))
 
 
 def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
