@@ -200,7 +200,8 @@ def test_a_run_that_stops_is_named_and_only_its_copy_is_kept_apart(folder, sourc
     with pytest.raises(EmberError, match=message):
         run_notebook("20_x", {"value": 2.0})
     (kept,) = path.parent.iterdir()
-    assert kept.name == f"{path.stem}.failed.ipynb" and printed(kept).startswith("so far") and "never" not in printed(kept)
+    assert kept.name == f"{path.stem}.failed.ipynb"
+    assert printed(kept).startswith("so far") and "never" not in printed(kept)
 
 
 def test_a_stale_manifest_goes_before_anything_runs(folder, monkeypatch):

@@ -26,7 +26,7 @@ def test_runs_are_put_together_with_their_names():
     for run in ("03_x__seed=2", "03_x__seed=1", "04_y__seed=1"):
         write(run)
     assert read_runs("p", "03_x", "records").run.tolist() == ["03_x__seed=1"] * 2 + ["03_x__seed=2"] * 2
-    with pytest.raises(FileNotFoundError, match="'cells' of 03_x .*: python -m ember reproduce --profile p$"):
+    with pytest.raises(FileNotFoundError, match=r"'cells' of 03_x .*: python -m ember reproduce --profile p$"):
         read_runs("p", "03_x", "cells")
 
 

@@ -12,6 +12,7 @@ import yaml
 from ember.batch.pages import PAGES, render_page
 from ember.store.paths import REPOSITORY
 
+
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -94,7 +95,8 @@ def test_public_names_load_and_rooms_state_their_charter():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for path in (REPOSITORY / "ember").glob("*/__init__.py"):
         charter = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        assert charter and f"| `{path.parent.name}/` | {charter.splitlines()[0].rstrip('.')} |" in readme, path.parent.name
+        assert charter, path
+        assert f"| `{path.parent.name}/` | {charter.splitlines()[0].rstrip('.')} |" in readme
 
 
 def test_modules_can_be_read_in_one_sitting():
