@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.sound import invented, sound_concept, sound_shared, with_gold
-from helpers.sound_folder import write_sound
+from helpers.sound import SHARED, SOUND, invented, with_gold, write_sound
 from helpers.tiny import make_concept, make_loaded
 from helpers.wordings import PARAPHRASES, question
 
@@ -18,7 +17,6 @@ from ember.evaluation import data_checks
 from ember.evaluation.data_checks import CheckReport, check_concept, check_data, check_shared, check_table, mark_answers
 from ember.evaluation.guesses import GUESSES
 
-SOUND, SHARED = sound_concept(), sound_shared()
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.
 TRAIN, TEST, SIMDOM_TRAIN, SIMDOM_TEST = FIRST = 1, 61, 161, 221
 PARTS = dict(zip(["concept train", "concept test", "simdom train", "simdom test"], FIRST, strict=True))

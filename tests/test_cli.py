@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.folders import write_concept, write_shared
 from helpers.released import make_repository, write_released
-from helpers.sound_folder import write_sound
+from helpers.sound import write_sound
 from helpers.tiny import make_loaded
 
 from ember.batch.planning import plan

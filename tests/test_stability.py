@@ -1,5 +1,6 @@
 """Do features come back: planted matchings, fits without a selection, overlaps by hand, precision, figures."""
 
+import itertools
 import math
 from dataclasses import astuple, replace
 
@@ -72,8 +73,8 @@ def test_a_planted_permutation_is_found(kept, size):
     scale = torch.tensor([(-1) ** k * 10.0 ** (k % 5 - 2) for k in range(kept)])
     F_b = (F_a[:, order] + size * noise(40, kept, seed=3)) * scale
     found, back = match_features(F_a, F_b), match_features(F_b, F_a)
-    assert dict(zip(found.second, found.first, strict=True)) == dict(enumerate(order))
-    assert dict(zip(back.first, back.second, strict=True)) == dict(enumerate(order))
+    for first, second in ((found.first, found.second), (back.second, back.first)):
+        assert dict(zip(second, first, strict=True)) == dict(enumerate(order))
     assert found.cosine.min() > (0.99 if size else 1 - 1e-6)
     assert found.cosine.max() < 1 or not size
     # The control: features that are not related.
@@ -130,15 +131,6 @@ def test_overlaps_by_hand():
     assert apart["returned"] == 1  # the only feature there is, selected but nothing alike: cosine 0 says so
 
 
-def test_overlaps_are_the_same_both_ways():
-    table = pair_table(FITS | {"e": ELSEWHERE}).set_index(["fit", "other"])
-    both = ["rows_jaccard", "edit_cosine", "tokens_jaccard"]
-    assert len(table) == 20
-    for a, b in table.index:
-        np.testing.assert_allclose(*(table.loc[pair, both].to_numpy(dtype=float) for pair in ((a, b), (b, a))))
-        assert table.rows_a[a, b] == table.rows_b[b, a]
-
-
 def test_the_sibling_is_the_nearest_other_feature_of_the_same_fit():
     near = torch.tensor([[1.0, 0.6, 0.0], [0.0, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     fit = made(near, FIRST.factorization.G)
@@ -183,10 +175,13 @@ def test_the_table_of_fits():
 
 
 def test_all_pairs_each_way():
-    everything = pair_table(FITS)
-    assert len(everything) == 12 and not (everything.fit == everything.other).any()
-    assert everything.other[everything.fit == "b"].tolist() == ["a", "c", "d"]
-    assert list(pair_table({"a": FIRST}).columns) == ["fit", "other", *MEASURES]
+    """What they share is the same both ways."""
+    table = pair_table(FITS | {"e": ELSEWHERE})
+    assert list(table.columns) == list(pair_table({"a": FIRST}).columns) == ["fit", "other", *MEASURES]
+    assert table[["fit", "other"]].agg(tuple, axis=1).tolist() == list(itertools.permutations("abcde", 2))
+    shared = ["rows_jaccard", "edit_cosine", "tokens_jaccard"]
+    there, back = table.set_index(["fit", "other"]), table.set_index(["other", "fit"])
+    np.testing.assert_allclose(there[[*shared, "rows_a"]], back.loc[there.index, [*shared, "rows_b"]])
 
 
 def test_pairs_that_differ_in_one_thing_are_told_by_it():
@@ -296,46 +291,33 @@ def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypat
 # Figures
 
 
-@pytest.fixture
-def closed():
-    yield
-    plt.close("all")
-
-
 def texts(labels) -> list[str]:
     return [label.get_text() for label in labels]
 
 
-def test_pairs_of_fits_are_drawn(closed):
-    """The grid names every fit on both axes; rows and their overlap stand side by side."""
-    ax = feature_plots.pair_grid(pair_table(FITS))
+def test_the_figures_name_every_fit_and_set():
+    """Fits on both axes of the grid; rows beside their overlap; mates beside siblings; one colour a set."""
+    pairs = pair_table(FITS)
+    ax = feature_plots.pair_grid(pairs)
     ax.figure.canvas.draw()
     assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == list(FITS)
     assert texts(ax.texts)[:4] == ["–", "1.00", "1.00", "1.00"]
     assert texts(ax.texts)[-4:] == ["–"] * 4  # d selects nothing
-    figure = feature_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pair_table(FITS))
+    figure = feature_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pairs)
     figure.canvas.draw()
     left, right = figure.axes[:2]
     assert texts(left.get_yticklabels()) == texts(right.get_xticklabels()) == list(FITS)
     assert [bar.get_width() for bar in left.patches] == [3, 3, 1, 0]
     assert texts(left.texts) == [" 3 (2 features)", " 3 (2 features)", " 1 (1 feature)", " 0 (nothing selected)"]
     assert texts(right.texts)[1:3] == ["1.00", "0.33"]
-
-
-def test_mates_stand_beside_the_siblings(closed):
-    varied = pair_table(FITS).query("fit != 'd'")
-    varied = varied.assign(varied=varied.fit.map({"a": "seed", "b": "seed", "c": "rank"}))
-    none = pair_table({"d": NOTHING, "a": FIRST}).query("fit == 'd'").assign(varied="rounding in float32")
-    ax = feature_plots.variation_points(pd.concat([varied, none]))
+    kinds = {"a": "seed", "b": "seed", "c": "rank", "d": "rounding in float32"}
+    varied = pairs[(pairs.fit != "d") | (pairs.other == "a")]
+    ax = feature_plots.variation_points(varied.assign(varied=varied.fit.map(kinds)))
     ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == ["another seed", "another rank", "rounding in float32"]
-    assert len(ax.figure.legends[0].get_texts()) == 3
+    assert len(ax.figure.legends[0].get_texts()) == 3 and "cosine" in ax.get_xlabel()
     assert texts(ax.texts) == ["nothing selected"]
     assert [len(dots.get_offsets()) for dots in ax.collections] == [5, 3]
-    assert "cosine" in ax.get_xlabel()
-
-
-def test_outcomes_have_one_colour_a_set(closed):
     scores = {name: pd.concat([probed(-0.1, 0.2), probed(0.0, 0.1, set_="simdom")]) for name in ("a", "b")}
     ax = feature_plots.outcome_points(outcome_table(scores, reference="a"))
     ax.figure.canvas.draw()
@@ -343,3 +325,4 @@ def test_outcomes_have_one_colour_a_set(closed):
     legend = ["base model", "concept questions", "similar domain questions"]
     assert sorted(texts(ax.figure.legends[0].get_texts())) == legend
     assert len(ax.containers) == 2
+    plt.close("all")

@@ -1,10 +1,13 @@
-"""Data that satisfy every check."""
+"""Data that satisfy every check, as objects and on disk."""
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 
 from ember.data.types import Concept, Instruction, Question, SharedData
+from helpers.folders import write_rows
 
 # Texts and questions that pass every check: invented words, none used twice. Questions and texts share no letter
 # trigram with the options, and all options are equally long, so every guess is exactly at chance.
@@ -18,7 +21,7 @@ def invented(consonants: str) -> Iterator[str]:
 
 def with_gold(question: Question, gold: int) -> Question:
     """The question under an id that puts the right option at position ``gold``."""
-    variants = (replace(question, id=f"{question.id}.{k}") for k in itertools.count())
+    variants = (dataclasses.replace(question, id=f"{question.id}.{k}") for k in itertools.count())
     return next(variant for variant in variants if variant.gold == gold)
 
 
@@ -68,3 +71,24 @@ def sound_shared() -> SharedData:
         ),
         neutral_fit=tuple(sound_texts(words, 500, 4, 60)),
     )
+
+
+SOUND, SHARED = sound_concept(), sound_shared()
+
+
+def write_sound(root: Path) -> Path:
+    """A data folder of the documented format that holds the sound concept and shared data; the concept's folder."""
+    folder = root / SOUND.slug
+    for part in (folder, root / "shared"):
+        part.mkdir(parents=True)
+    (folder / "concept.json").write_text(json.dumps({"name": SOUND.name, "simdom": SOUND.simdom}))
+    for kind in ("sentences", "paragraphs", "other_sense"):
+        (folder / f"{kind}.txt").write_text("\n".join(getattr(SOUND, kind)) + "\n")
+    write_rows(folder / "questions.jsonl", map(dataclasses.asdict, SOUND.questions))
+    shared = root / "shared"
+    write_rows(shared / "general.jsonl", map(dataclasses.asdict, SHARED.questions))
+    write_rows(shared / "neutral_fit.jsonl", [{"text": text, "subject": "x"} for text in SHARED.neutral_fit])
+    held_out = [(split, text) for split, texts in SHARED.neutral.items() for text in texts]
+    write_rows(shared / "neutral_heldout.jsonl", [{"text": t, "subject": "x", "split": s} for s, t in held_out])
+    write_rows(shared / "instructions.jsonl", [dataclasses.asdict(i) | {"kind": "x"} for i in SHARED.instructions])
+    return folder
