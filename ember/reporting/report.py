@@ -26,6 +26,11 @@ def first_seeds(items: pd.DataFrame, order: Sequence[int]) -> pd.Series:
     return alone.groupby("concept").seed.agg(lambda seeds: min(seeds, key=list(order).index))
 
 
+def of_seeds(frame: pd.DataFrame, seeds: pd.Series) -> pd.DataFrame:
+    """The rows of one seed a concept: figures of single runs show no more."""
+    return frame[frame.seed == frame.concept.map(seeds)]
+
+
 def figure_name(kind: str, frame: pd.DataFrame) -> str:
     """File name of a run's figure: its kind and what the frame's first row says of concept, method and seed."""
     row = frame.iloc[0]
@@ -135,7 +140,7 @@ def relearning_figures(table: pd.DataFrame, precisions: pd.DataFrame) -> Figures
 
 def localization_tables(tokens: pd.DataFrame, everyday: pd.DataFrame, seeds: pd.Series) -> Tables:
     """Where predictions change, from the frames of notebook 05; the tokens hurt most are those of ``seeds``."""
-    alone = tokens[(tokens.method == "ember") & ~tokens.ember & (tokens.seed == tokens.concept.map(seeds))]
+    alone = of_seeds(tokens[(tokens.method == "ember") & ~tokens.ember], seeds)
     worst = [localization.most_damaged(part).assign(concept=name) for name, part in alone.groupby("concept")]
     everyday = everyday.drop(columns=["method", "ember"]).drop_duplicates(["concept", "seed", "set"])
     return {
