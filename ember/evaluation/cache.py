@@ -12,8 +12,6 @@ from ember.models.loading import LoadedModel
 from ember.store.files import digest, read_sealed, sealed_dir
 from ember.store.frames import read_frame, write_frame
 
-KEPT_EDITS = 2e9  # bytes
-
 
 @dataclass(frozen=True)
 class EvaluationCache:
@@ -48,12 +46,12 @@ class EvaluationCache:
 class KeptEdits:
     """The edits of a grid by label, each made when it is asked for and kept while those kept stay small.
 
-    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same.
+    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same. All are
+    given up once they have more than ``limit`` bytes.
     """
 
-    def __init__(self, make: Callable[[str], Edit], *, limit: float = KEPT_EDITS) -> None:
-        self._make, self._limit = make, limit
-        self._kept: dict[str, Edit] = {}
+    def __init__(self, make: Callable[[str], Edit], *, limit: float = 2e9) -> None:
+        self._make, self._limit, self._kept = make, limit, dict[str, Edit]()
 
     def __call__(self, label: str) -> Edit:
         if label not in self._kept:

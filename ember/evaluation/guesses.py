@@ -8,25 +8,16 @@ from collections.abc import Callable, Sequence
 from ember.data.types import Question
 
 
-def longest_option(question: Question) -> float:
-    """Chance that guessing the longest option is right; equally long ones share."""
-    return _share(question, [len(option) for option in question.options])
-
-
-def first_option(question: Question) -> float:
-    """Whether the first option as shown is right."""
-    return float(question.gold == 0)
-
-
-def similar_option(question: Question) -> float:
-    """Chance that guessing the option most like the question is right (cosine of letter trigrams); ties share."""
-    asked = _trigrams(question.question)
-    return _share(question, [round(_cosine(asked, _trigrams(option)), 9) for option in question.options])
-
-
 def _share(question: Question, values: Sequence[float]) -> float:
+    """Chance that guessing an option of the greatest value is right; equal ones share."""
     best = max(values)
     return (values[question.gold] == best) / sum(value == best for value in values)
+
+
+def _likeness(question: Question) -> list[float]:
+    """Of each option to the question: cosine of their letter trigrams."""
+    asked = _trigrams(question.question)
+    return [round(_cosine(asked, _trigrams(option)), 9) for option in question.options]
 
 
 def _trigrams(text: str) -> Counter[str]:
@@ -39,8 +30,9 @@ def _cosine(a: Counter[str], b: Counter[str]) -> float:
     return product / math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values())) if product else 0.0
 
 
+# How likely each guess is right.
 GUESSES: dict[str, Callable[[Question], float]] = {
-    "longest option": longest_option,
-    "first option": first_option,
-    "most similar option": similar_option,
+    "longest option": lambda question: _share(question, [len(option) for option in question.options]),
+    "first option": lambda question: float(question.gold == 0),
+    "most similar option": lambda question: _share(question, _likeness(question)),
 }

@@ -13,8 +13,7 @@ import pandas as pd
 from ember.evaluation.resampling import interval, statistic_draws, wilson
 
 CHANCE = 0.25
-Pair = tuple[np.ndarray, np.ndarray]  # of the base model and the edited one
-Pairs = Mapping[tuple[str, str], Pair]  # by set and metric
+Pairs = Mapping[tuple[str, str], np.ndarray]  # (set, metric) → of the base model and the edited one [2, …]
 PROPORTIONS = ("accuracy", "letter_correct", "letter_valid", "open_correct")
 
 
@@ -65,25 +64,23 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000
     - ``coherence`` = HM(``instruction``, ``fluency``, ``neutral``), each in 0..1: exp(−rise in loss per token) of
       reference responses and of held-out text, and for greedy text exp(−rise of its loss under the base model)
       times its share of unrepeated trigrams relative to the base model's (left out where nothing was generated);
-    - where such rows exist (letters, judge), the paper's own variants: ``efficacy_letter``,
-      ``specificity_letter``, ``harmonic_letter`` on letter answers; ``efficacy_open``, ``specificity_open``,
-      ``harmonic_open`` on open answers, of which a share min(1, accuracy/base accuracy) is left (general questions
-      have no open form: by letter, or else by likelihood); ``coherence_judged`` = HM(``instruction_judged``,
-      ``fluency_judged``), each min(1, score/base score); and with it ``final_judged``, ``final_letter``,
-      ``final_open``. A judged score whose verdicts are all missing is NaN, and so is all that needs it.
+    - where such rows exist (letters, judge), the paper's own variants: efficacy, specificity and harmonic with
+      ``_letter`` on letter answers, and with ``_open`` on open answers, of which a share min(1, accuracy/base accuracy)
+      is left (general questions have no open form: by letter, or else by likelihood); ``coherence_judged`` =
+      HM(``instruction_judged``, ``fluency_judged``), each min(1, score/base score); and with it ``final_judged``,
+      ``final_letter``, ``final_open``. A judged score whose verdicts are all missing is NaN, as is all that needs it.
 
     The same ``seed`` draws the same items, so the draws of two comparisons with one base are paired.
     """
     pairs = _pair(base, edited)
-    sizes = {name: len(before) for (name, _), (before, _) in pairs.items()}
+    sizes = {name: pair.shape[1] for (name, _), pair in pairs.items()}
 
     @np.errstate(divide="ignore", invalid="ignore")
     def scores(*positions: np.ndarray, axis: int = -1) -> dict[tuple[str, str], np.ndarray]:
         chosen = dict(zip(sizes, positions, strict=True))
-        means = {
-            (set_, metric): (_mean(before[chosen[set_]], axis), _mean(after[chosen[set_]], axis))
-            for (set_, metric), (before, after) in pairs.items()
-        }
+        drawn = {key: pair[:, chosen[key[0]]] for key, pair in pairs.items()}
+        # NaN items are left out: an empty generation has no loss.
+        means = {key: np.nansum(pair, axis=axis) / np.isfinite(pair).sum(axis=axis) for key, pair in drawn.items()}
         table = {}
         for (set_, metric), (before, after) in means.items():
             table[set_, metric] = after
@@ -99,8 +96,7 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000
     rows = []
     for (set_, metric), value, low, high in zip(point, point.values(), *interval(drawn), strict=True):
         if metric in PROPORTIONS:
-            scored = pairs[set_, metric][1][np.isfinite(pairs[set_, metric][1])]
-            low, high = wilson(scored.sum(), len(scored))
+            low, high = wilson(np.nansum(pairs[set_, metric][1]), int(np.isfinite(pairs[set_, metric][1]).sum()))
         n = sizes.get(set_, sum(sizes.values()))
         rows.append((set_, metric, float(value), low, high, _effect_size(pairs, set_, metric), n))
     columns = ["set", "metric", "value", "ci_low", "ci_high", "effect_size", "n"]
@@ -108,8 +104,8 @@ def compare(base: pd.DataFrame, edited: pd.DataFrame, *, n_resamples: int = 2000
     return Comparison(pd.DataFrame(rows, columns=columns), dict(zip(names, drawn, strict=True)))
 
 
-def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pair]:
-    """(set, metric) → (base [n], edited [n]), aligned by item."""
+def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> Pairs:
+    """Item scores of both, aligned by item."""
     keys = ["set", "metric", "item"]
     frames = [frame.assign(metric=frame.metric.replace("correct", "accuracy")) for frame in (base, edited)]
     before, after = (frame.set_index(keys).value.sort_index() for frame in frames)
@@ -117,17 +113,11 @@ def _pair(base: pd.DataFrame, edited: pd.DataFrame) -> dict[tuple[str, str], Pai
         raise ValueError("the two evaluations do not hold the same items")
     both = pd.DataFrame({"base": before, "edited": after}, dtype=float)
     both[~np.isfinite(both).all(axis=1)] = np.nan  # a mean over other items is no paired change
-    pairs: dict[tuple[str, str], Pair] = {}
-    for (set_, metric), part in both.groupby(level=["set", "metric"]):
-        if len(part) < 2:
+    pairs = {(str(s), str(m)): part.to_numpy().T.copy() for (s, m), part in both.groupby(level=["set", "metric"])}
+    for (set_, _), pair in pairs.items():
+        if pair.shape[1] < 2:
             raise ValueError(f"set {set_!r} holds one item; intervals need at least two")
-        pairs[str(set_), str(metric)] = (part.base.to_numpy(), part.edited.to_numpy())
     return pairs
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over items; NaN items (an empty generation has no loss) are left out."""
-    return np.asarray(np.nansum(values, axis=axis) / np.isfinite(values).sum(axis=axis))
 
 
 def _composites(means: Pairs) -> dict[str, np.ndarray]:
@@ -143,8 +133,7 @@ def _composites(means: Pairs) -> dict[str, np.ndarray]:
 
     out = {"instruction": loss_ratio("instruction", "loss"), "neutral": loss_ratio("neutral", "loss")}
     if ("generation", "distinct") in means:
-        variety = _kept(means["generation", "distinct"])
-        out["fluency"] = np.nan_to_num(loss_ratio("generation", "gen_loss") * variety)
+        out["fluency"] = np.nan_to_num(loss_ratio("generation", "gen_loss") * _kept(means["generation", "distinct"]))
     out["coherence"] = harmonic_mean(*out.values())
     kinds = [("accuracy", True, ""), ("gold_prob", False, "_cont"), ("letter_correct", True, "_letter")]
     for metric, clip, tag in kinds if ("concept", "letter_correct") in means else kinds[:2]:
@@ -156,9 +145,8 @@ def _composites(means: Pairs) -> dict[str, np.ndarray]:
         if tag != "_letter":
             out[f"final{tag}"] = harmonic_mean(capped, specificity, out["coherence"])
     out |= _judged_composites(means, out)
-    lost = {name: means[name, "gold_logprob"][0] - means[name, "gold_logprob"][1] for name in ("concept", "simdom")}
-    out["selectivity"] = lost["concept"] - lost["simdom"]
-    return out
+    lost = [before - after for before, after in (means[name, "gold_logprob"] for name in ("concept", "simdom"))]
+    return out | {"selectivity": lost[0] - lost[1]}
 
 
 def _judged_composites(means: Pairs, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -185,7 +173,7 @@ def _judged_composites(means: Pairs, scores: Mapping[str, np.ndarray]) -> dict[s
     return out
 
 
-def _kept(pair: Pair) -> np.ndarray:
+def _kept(pair: np.ndarray) -> np.ndarray:
     """Share of the base model's score that is left, at most 1; NaN where that is 0."""
     before, after = pair
     return np.where(before > 0, np.minimum(1.0, after / before), np.nan)

@@ -76,9 +76,8 @@ def pooled_mean_draws(parts: Sequence[np.ndarray], *, n_resamples: int = 2000, s
     Each part holds k measures of its own items [k, n]; every draw resamples the parts and, in each, its items.
     """
     generator = np.random.default_rng(seed)
-    means = np.stack(
-        [part[:, generator.integers(0, part.shape[1], (n_resamples, part.shape[1]))].mean(-1) for part in parts]
-    )
+    items = [generator.integers(0, part.shape[1], (n_resamples, part.shape[1])) for part in parts]
+    means = np.stack([part[:, drawn].mean(-1) for part, drawn in zip(parts, items, strict=True)])
     chosen = generator.integers(0, len(parts), (len(parts), n_resamples))
     return np.asarray(np.take_along_axis(means, chosen[:, None, :], axis=0).mean(0))
 

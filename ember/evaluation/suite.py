@@ -20,12 +20,8 @@ class Sizes(Strict):
     ``generations`` or ``other_texts`` 0 these are left out, and with ``divergence`` False the divergence from the base
     model is: a grid needs none of them. With ``letters`` questions are also answered by letter. ``open_answers``
     questions of the concept and of the similar domain each, answered in the model's own words, and with ``judge`` the
-    generations are for a judge (``ember.judging.grading``); ``evaluate`` leaves both alone.
-
-    Raises
-    ------
-    ValueError
-        If a size is unknown, of another type or too small; in one line that names it and its value.
+    generations are for a judge (``ember.judging.grading``); ``evaluate`` leaves both alone. A ``ValueError`` names a
+    size that is unknown, of another type or too small, and its value.
     """
 
     questions: PositiveInt | None = None
@@ -88,20 +84,17 @@ def load_suite(
     """Collect a concept's questions and texts with the shared ones; ``sizes`` maps a split to its limits.
 
     ``source`` says whose shared questions and instructions these are (``load_shared``), unless they are given as
-    ``shared``. Released concepts have no texts in another sense: that set is empty then, and nothing is scored on it.
-
-    Texts of the concept are split by turns: even positions are train, odd ones test.
+    ``shared``. Texts of the concept are split by turns: even positions are train, odd ones test. Released concepts have
+    no texts in another sense: that set is empty then, and nothing is scored on it.
     """
     shared = shared or load_shared(source)
     sizes = {split: (sizes or {}).get(split, Sizes()) for split in SPLITS}
     everything = (*concept.questions, *shared.questions)
     questions = {
-        name: {
-            split: tuple(q for q in everything if (q.set, q.split) == (name, split))[: sizes[split].questions]
-            for split in SPLITS
-        }
+        name: {split: tuple(q for q in everything if (q.set, q.split) == (name, split))[: size.questions]
+               for split, size in sizes.items()}
         for name in QUESTION_SETS
-    }
+    }  # fmt: skip
     texts: dict[str, dict[str, tuple[str, ...]]] = {name: {} for name in TEXT_SETS}
     for i, (split, size) in enumerate(sizes.items()):
         texts["neutral"][split] = shared.neutral[split][: size.texts]
