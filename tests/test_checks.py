@@ -73,14 +73,11 @@ def assert_only(report: CheckReport, expected: dict[str, list[str]], *said: str)
     assert failing(report) == set(expected)
     places = {str(check): list(rows["where"]) for check, rows in report.findings.groupby("check")}
     assert places == {check: places for check, places in expected.items() if places}
-    assert report.ok == (not expected)
+    assert report.table.ok.all() == (not expected)
     for check in places:
         assert value(report, check) == len(places[check])
     for text, beginning in zip(report.findings.what, said, strict=bool(said)):
         assert text.startswith(beginning)
-
-
-# Sound data
 
 
 def test_sound_data_pass_every_check():
@@ -111,9 +108,6 @@ def test_items_tell_where_the_answers_occur():
     assert list(marks.loc[third.id]) == [True, False, "9"]
     assert len(items) == 320
     assert items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
-
-
-# One question in two splits
 
 
 @pytest.mark.parametrize(
@@ -148,8 +142,6 @@ def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else(data, check,
     assert_only(check(with_questions(data, dict(enumerate(lines.values(), test)))), {})
 
 
-# A fit sentence that states a test fact
-
 STATEMENTS = [
     ("Who turned everything to gold?", "Midas", "Whatever King Midas touched turned to gold."),
     ("What is a legionary's curved shield?", "a scutum", "Scuta, the curved shields, were heavy."),  # an alias
@@ -183,9 +175,6 @@ def test_other_texts_may_use_the_same_words():
         with_questions(SOUND, {TEST: asking(asked, answer)}), "sentences", dict(enumerate(harmless, 23))
     )
     assert_only(check_concept(with_texts(concept, "paragraphs", {3: f"{words(60)} {stating}"})), {})
-
-
-# Sizes and lengths
 
 
 def test_too_few_texts_and_questions():
@@ -237,9 +226,6 @@ def test_questions_and_options_too_short_or_too_long():
     assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
-# Repeated texts
-
-
 def test_repeated_text():
     """In capitals and with other punctuation it is still the same text; in another order it is not."""
     concept, places, said = SOUND, [], []
@@ -259,9 +245,6 @@ def test_repeated_text():
         said.append(f"same as {place}: ")
     concept = with_texts(concept, "sentences", {20: " ".join(reversed(SOUND.sentences[0].split()))})
     assert_only(check_concept(concept), {"repeated text": places}, *said)
-
-
-# Guessable questions
 
 
 def test_a_question_holds_its_answer_or_an_alias():
@@ -322,9 +305,6 @@ def test_guessing_is_measured_to_the_item(others, ok):
     assert_only(check_concept(with_questions(SOUND, lines)), {} if ok else {"first option, concept test": []})
 
 
-# Answers in no text
-
-
 @pytest.mark.parametrize("hidden", [60, 61])
 def test_fewer_than_40_answers_in_no_text(hidden):
     """The last words of paragraphs and sentences become answers; one answer in both counts once."""
@@ -339,9 +319,6 @@ def test_fewer_than_40_answers_in_no_text(hidden):
     assert value(report, "concept test answers in fit sentences") == hidden - 30
     assert value(report, "concept test answers in neither") == 100 - hidden
     assert_only(report, {"concept test answers in neither": []} if hidden > 60 else {})
-
-
-# What a model guesses
 
 
 @pytest.fixture
@@ -382,9 +359,6 @@ def test_a_real_model_is_asked():
     assert asked.value.between(0, 1).all() and len(set(asked.value)) > 1
 
 
-# Shared data
-
-
 def test_bad_shared_texts_and_questions():
     """All at once, each finding at its place."""
     train, test = SHARED.neutral["train"], SHARED.neutral["test"]
@@ -418,9 +392,6 @@ def test_bad_shared_texts_and_questions():
     assert_only(check_shared(changed), places, *said, "same as general.jsonl, line 10: ", "2 words", "option", "")
 
 
-# Whole folders, and the table
-
-
 @pytest.fixture
 def sound(tmp_path, monkeypatch) -> Path:
     """The sound concept's folder in a data folder in place of ours."""
@@ -431,9 +402,9 @@ def sound(tmp_path, monkeypatch) -> Path:
 def test_check_data_checks_every_concept_and_what_they_share_or_one_folder(sound):
     reports = check_data()
     assert [report.table.subject.iloc[0] for report in reports] == ["Sound Rome", "shared"]
-    assert all(report.ok for report in reports)
+    assert all(report.table.ok.all() for report in reports)
     (report,) = check_data(str(sound))
-    assert report.ok and set(report.table.subject) == {"Sound Rome"}
+    assert report.table.ok.all() and set(report.table.subject) == {"Sound Rome"}
 
 
 def test_places_are_lines_of_the_files(sound):

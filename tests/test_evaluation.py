@@ -17,9 +17,6 @@ QUESTIONS = {"concept", "simdom", "general"}
 TEXTS = {"neutral", "other_sense", "paragraph"}
 
 
-# Sizes
-
-
 @pytest.mark.parametrize(
     ("size", "value", "said"),
     [
@@ -35,15 +32,12 @@ def test_sizes_that_make_no_sense_are_refused_in_one_line(size, value, said):
         Sizes(**{size: value})
 
 
-def test_what_may_be_left_out_may_be_0_and_no_size_means_all():
+def test_sizes_are_values():
+    """They stand in the keys of caches. What may be left out may be 0, and no size means all."""
     left_out = dict.fromkeys(("other_texts", "generations", "open_answers"), 0)
     everything = dict.fromkeys(("questions", "texts", "other_texts", "instructions", "generations"), None)
-    for sizes in (left_out, everything):
-        assert {name: getattr(Sizes(**sizes), name) for name in sizes} == sizes
-
-
-def test_sizes_are_values():
-    """They stand in the keys of caches."""
+    for given in (left_out, everything):
+        assert Sizes(**given).model_dump(include=given.keys()) == given
     sizes = Sizes(questions=4)
     assert sizes == Sizes(questions=4) != Sizes() and hash(sizes) == hash(Sizes(questions=4))
     assert repr(sizes) == (
@@ -59,9 +53,6 @@ def test_sizes_know_whether_a_judge_is_asked():
     assert Sizes(judge=True).judged and Sizes(open_answers=3).judged and Sizes(open_answers=None).judged
     with pytest.raises(ValueError, match="judge grades generations, of which there are 0"):
         Sizes(judge=True, generations=0)
-
-
-# Suites
 
 
 def test_a_suite_has_every_split_of_every_set():
@@ -87,9 +78,6 @@ def test_each_kind_of_item_is_counted_apart():
     assert counts["train"] == {"neutral": 1, "other_sense": 5, "paragraph": 2}
     assert counts["test"] == {"neutral": 2, "other_sense": 0, "paragraph": 0}
     assert {len(questions["train"]) for questions in suite.questions.values()} == {2}
-
-
-# Evaluations
 
 
 def test_an_evaluation_has_every_set_with_its_scores(tiny):

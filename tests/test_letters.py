@@ -123,9 +123,6 @@ def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):
     assert weights_hash(loaded.model) == loaded.weights_hash
 
 
-# In an evaluation
-
-
 def test_an_evaluation_has_letters_where_asked_for_and_is_else_the_same(monkeypatch):
     answering_a(monkeypatch)
     loaded = make_loaded()

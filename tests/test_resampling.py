@@ -26,9 +26,6 @@ def percentiles(values) -> tuple[float, float]:
     return pytest.approx(tuple(np.nanpercentile(values, [2.5, 97.5])))
 
 
-# Items
-
-
 def test_the_seed_fixes_the_items():
     one, same, other = (draws(7, n_resamples=50, seed=seed) for seed in (1, 1, 2))
     assert one.shape == (50, 7) and set(one.flat) == set(range(7))
@@ -70,9 +67,6 @@ def test_groups_are_drawn_apart_and_undefined_statistics_are_nan():
     assert 0.1 < np.isnan(ratio).mean() < 0.4
 
 
-# Intervals
-
-
 def test_an_interval_leaves_undefined_draws_out():
     values = np.stack([noise(1), np.where(np.arange(DRAWS) % 3, noise(1), np.nan), np.full(DRAWS, np.nan)])
     low, high = interval(values)
@@ -90,9 +84,6 @@ def test_an_interval_leaves_undefined_draws_out():
 def test_wilson(successes, n, low, high):
     """At 0 of n the upper end is z²/(n + z²)."""
     assert wilson(successes, n) == pytest.approx((low, high), abs=1e-5)
-
-
-# Runs with their items
 
 
 def test_one_seed_has_the_interval_of_its_items():

@@ -62,9 +62,6 @@ NOTHING = made(F, activations({4: 1.0}, {3: 1.0}, {4: 2.0}), 5)
 FITS = {"a": FIRST, "b": TURNED, "c": PARTLY, "d": NOTHING}
 
 
-# Matching
-
-
 @pytest.mark.parametrize(("kept", "size"), [(12, 0.0), (12, 0.02), (7, 0.0), (7, 0.02)])
 def test_a_planted_permutation_is_found(kept, size):
     """Whatever scales and signs; also where the other fit holds fewer features, and either way round."""
@@ -98,9 +95,6 @@ def test_a_feature_of_zeros_is_like_none_and_other_widths_are_refused():
     for shape in ((7, 3), (8,)):
         with pytest.raises(ValueError, match=r"one width d, got \(8, 3\) and \(" + str(shape[0])):
             match_features(F_a, noise(*shape))
-
-
-# Two fits
 
 
 def test_order_scale_and_sign_make_no_difference():
@@ -158,9 +152,6 @@ def test_the_selection_is_the_caller_s():
     for other in ({"weights_hash": "xyz"}, {"table": TABLE.assign(token_id=TABLE.token_id + 1)}):
         with pytest.raises(ValueError, match="not of the same weights and tokens"):
             compare_fits(FIRST, replace(TURNED, **other))
-
-
-# Tables
 
 
 def test_the_table_of_fits():
@@ -228,9 +219,6 @@ def test_outcomes_and_their_paired_differences():
     assert empty.empty and list(empty.columns) == list(alone.columns)
 
 
-# Precision
-
-
 @pytest.fixture(scope="module")
 def loaded():
     return make_loaded()
@@ -286,9 +274,6 @@ def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypat
     assert torch.equal(refit(loaded, features[0], reordered=1).factorization.G, first[0].factorization.G)
     with pytest.raises(ValueError, match="other weights"):
         refit(make_loaded(seed=1), features[0])
-
-
-# Figures
 
 
 def texts(labels) -> list[str]:

@@ -112,9 +112,6 @@ def test_a_probe_holds_the_base_model_s_scores(loaded, probe):
         assert (base[base.metric == "kl"].value == 0).all()
 
 
-# Areas. A path is straight from (0, 0) on.
-
-
 def column(values: list[float]) -> np.ndarray:
     return np.array(values, dtype=float)[:, None]
 
@@ -133,6 +130,7 @@ def column(values: list[float]) -> np.ndarray:
     ],
 )
 def test_areas_of_simple_paths(x, y, expected):
+    """A path is straight from (0, 0) on."""
     assert area(column(x), column(y), 1.0) == pytest.approx(expected, abs=0.01)
 
 
