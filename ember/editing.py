@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ember.errors import DamagedFileError, EmberError, WrongWeightsError
-from ember.models.hashes import tensor_hash
 from ember.models.loading import LoadedModel, weights_hash
+from ember.models.weights import tensor_hash
 from ember.rows import TensorEdit, write
 from ember.store.files import digest, read_sealed, sealed_dir
 

@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import NEUTRAL, SENTENCES, make_concept, make_loaded
 
 from ember.errors import DamagedFileError, EmberError
-from ember.methods.selection import ContrastText, contrast_table, keyness_bits, require_some, strongest
+from ember.methods.selection import contrast_table, keyness_bits, require_some, strongest
 from ember.models.activations import Site, activations, collect, layer_name, n_layers, tapped, text_batch
 from ember.models.loading import LoadedModel
 from ember.store.files import cached_tensors
@@ -50,31 +50,29 @@ def reference(loaded: LoadedModel, text: str) -> dict[Site, torch.Tensor]:
 
 
 def test_every_site_equals_what_plain_hooks_see(tiny):
+    """The stream is the model's hidden state, but for the last layer, after which transformers puts the final norm."""
     batch = text_batch(tiny, SENTENCES[:1])
-    found = activations(tiny, batch.ids, batch.mask, SITES)
-    expected = reference(tiny, SENTENCES[0])
+    found, expected = activations(tiny, batch.ids, batch.mask, SITES), reference(tiny, SENTENCES[0])
     assert found.keys() == expected.keys()
     for site, value in found.items():
         torch.testing.assert_close(value[0], expected[site], atol=1e-5, rtol=1e-5)
-
-
-def test_the_residual_stream_is_the_models_hidden_state(tiny):
-    """Of every layer but the last, after which transformers puts the final norm."""
-    batch, site = text_batch(tiny, SENTENCES[:1]), Site("residual", 0)
     with torch.no_grad():
         hidden = tiny.model(batch.ids, output_hidden_states=True).hidden_states
-        assert torch.equal(activations(tiny, batch.ids, batch.mask, [site])[site], hidden[1])
+    assert torch.equal(found[Site("residual", 0)], hidden[1])
 
 
-def test_a_pass_ends_after_the_deepest_site(tiny):
-    calls = []
+def test_a_pass_ends_after_the_deepest_site_and_gradients_reach_the_weights_before_it(tiny):
+    calls, batch = [], text_batch(tiny, SENTENCES)
     handle = tiny.model.model.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    batch = text_batch(tiny, SENTENCES)
     activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0)])
     assert calls == []
     activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0), Site("neurons", 1)])
     assert calls == [1]
     handle.remove()
+    site = Site("residual", 0)
+    activations(tiny, batch.ids, batch.mask, [site])[site].sum().backward()
+    assert tiny.model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
+    assert tiny.model.model.layers[1].mlp.down_proj.weight.grad is None
 
 
 def test_no_hook_is_left(tiny):
@@ -93,40 +91,29 @@ def test_no_hook_is_left(tiny):
     assert hooks(tiny.model) == before
 
 
-def test_gradients_reach_the_weights(tiny):
-    batch, site = text_batch(tiny, SENTENCES), Site("residual", 0)
-    activations(tiny, batch.ids, batch.mask, [site])[site].sum().backward()
-    assert tiny.model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
-    assert tiny.model.model.layers[1].mlp.down_proj.weight.grad is None
-
-
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_replaced_activations_are_what_the_rest_reads(tiny, site):
-    """Those of another text in their place: the pass goes on as if they were its own."""
+    """Those of another text in their place: the pass goes on as if they were its own; neurons are written out."""
     one, other = (text_batch(tiny, [text], max_tokens=10) for text in SENTENCES[:2])
     with torch.no_grad():
         theirs = activations(tiny, other.ids, other.mask, [site])[site]
         own, full = (tiny.model(batch.ids).logits for batch in (one, other))
         with tapped(tiny, [site], lambda *_: theirs) as kept:
             mixed = tiny.model(one.ids).logits
+            written = activations(tiny, one.ids, one.mask, [out := Site("mlp_out", site.layer)])[out]
         with tapped(tiny, [site], lambda *_: None):
             assert torch.equal(tiny.model(one.ids).logits, own)
         assert torch.equal(kept[site], activations(tiny, one.ids, one.mask, [site])[site])
     assert not torch.equal(mixed, own)
     # Later layers see nothing but the stream.
     assert torch.equal(mixed, full) == (site.kind == "residual")
-
-
-def test_replaced_neurons_are_written_out(tiny):
-    batch = text_batch(tiny, SENTENCES)
-    with tapped(tiny, [Site("neurons", 0)], lambda _, x: torch.ones_like(x)), torch.no_grad():
-        out = activations(tiny, batch.ids, batch.mask, [Site("mlp_out", 0)])[Site("mlp_out", 0)]
-    expected = tiny.model.model.layers[0].mlp.down_proj.weight.sum(1)
-    torch.testing.assert_close(out, expected.expand_as(out), atol=1e-5, rtol=1e-5)
+    if site.kind == "neurons":
+        expected = theirs @ tiny.model.model.layers[site.layer].mlp.down_proj.weight.T
+        torch.testing.assert_close(written, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_padding_and_the_first_position_are_not_scored(bos):
+def test_padding_and_the_first_position_are_not_scored_and_long_texts_are_cut(bos):
     loaded = make_loaded(bos=bos)
     batch, rows = text_batch(loaded, TEXTS), [loaded.encode(text) for text in TEXTS]
     longest = max(map(len, rows))
@@ -137,17 +124,13 @@ def test_padding_and_the_first_position_are_not_scored(bos):
         assert batch.mask[k].tolist() == [1] * len(row) + [0] * padding
         assert batch.scored[k].tolist() == [False] + [True] * (len(row) - 1) + [False] * padding
     assert (batch.ids[:, 0] == 1).all() == bos
-
-
-def test_long_texts_are_cut(tiny):
-    batch = text_batch(tiny, SENTENCES, max_tokens=5)
-    assert batch.ids.tolist() == [tiny.encode(text)[:5] for text in SENTENCES]
-    _, ids = collect(tiny, SENTENCES, [Site("neurons", 0)], max_tokens=5)
-    assert len(ids) == 4 * len(SENTENCES)
+    assert text_batch(loaded, SENTENCES, max_tokens=5).ids.tolist() == [loaded.encode(text)[:5] for text in SENTENCES]
+    assert len(collect(loaded, SENTENCES, [Site("neurons", 0)], max_tokens=5)[1]) == 4 * len(SENTENCES)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_collected_are_all_tokens_but_each_texts_first(tiny, batch_size):
+    """In float32, whatever the model's type."""
     states, ids = collect(tiny, TEXTS, SITES, batch_size=batch_size)
     order = sorted(TEXTS, key=len)
     assert ids.tolist() == [i for text in order for i in tiny.encode(text)[1:]]
@@ -155,12 +138,8 @@ def test_collected_are_all_tokens_but_each_texts_first(tiny, batch_size):
     for site in SITES:
         expected = torch.cat([seen[site][1:] for seen in alone])
         torch.testing.assert_close(states[site], expected, atol=2e-5, rtol=1e-4)
-
-
-def test_collected_activations_are_float32():
-    states, _ = collect(make_loaded(dtype=torch.bfloat16), SENTENCES, SITES)
-    assert {value.dtype for value in states.values()} == {torch.float32}
-    assert not any(value.requires_grad for value in states.values())
+    half, _ = collect(make_loaded(dtype=torch.bfloat16), SENTENCES, SITES, batch_size=batch_size)
+    assert {(value.dtype, value.requires_grad) for value in half.values()} == {(torch.float32, False)}
 
 
 def test_other_sites_and_unknown_layers_are_refused(tiny):
@@ -176,7 +155,7 @@ def test_other_sites_and_unknown_layers_are_refused(tiny):
     assert hooks(tiny.model) == 0
 
 
-def contrasted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, ContrastText]:
+def contrasted(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
     """Sparse activations of six features on tokens of the tiny vocabulary; feature 4 never fires on retain text."""
     generator = torch.Generator().manual_seed(seed)
     forget, retain = (torch.rand(n, 6, generator=generator) for n in (40, 70))
@@ -184,46 +163,32 @@ def contrasted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, ContrastText]
     retain[:, 4] = 0
     forget[:, 5] = retain[:, 5] = 0
     ids = [torch.randint(3, 40, (len(x),), generator=generator) for x in (forget, retain)]
-    return forget, retain, ContrastText(*ids, torch.rand(512, generator=generator) * 3)
+    return [forget, retain], ids, torch.rand(512, generator=generator) * 3
 
 
 def test_contrast_equals_a_slow_loop():
-    loaded = make_loaded()
-    forget, retain, text = contrasted()
-    table = contrast_table(loaded, forget, retain, text, top=3)
+    loaded, (states, ids, keyness) = make_loaded(), contrasted()
+    table = contrast_table(loaded, states, ids, keyness, top=3)
     assert table.feature.tolist() == list(range(6))
     for k, row in table.iterrows():
-        pairs = [
-            (float(x[t, k]), int(ids[t]))
-            for x, ids in ((forget, text.forget), (retain, text.retain))
-            for t in range(len(x))
-        ]
+        pairs = [*zip(torch.cat(states)[:, k].tolist(), torch.cat(ids).tolist(), strict=True)]
         mass = sum(value for value, _ in pairs)
-        means = [float(sum(x[:, k])) / len(x) for x in (forget, retain)]
+        means = [float(sum(x[:, k])) / len(x) for x in states]
         assert (row.forget, row.retain) == pytest.approx(means)
-        bits = sum(value * float(text.keyness[i]) for value, i in pairs)
+        bits = sum(value * float(keyness[i]) for value, i in pairs)
         assert row.keyness == pytest.approx(bits / mass if mass else 0, rel=1e-5)
-        words: list[str] = []
-        for value, i in sorted(pairs, reverse=True):
-            word = loaded.tokenizer.decode([i]).strip()
-            if value > 0 and word not in words:
-                words.append(word)
-        assert row.top_tokens == " ".join(words[:3])
-        if k < 4:
-            assert row.ratio == pytest.approx(means[0] / means[1], rel=1e-5)
-    assert table.ratio[4] == math.inf
-    assert math.isnan(table.ratio[5])
+        ranked = [loaded.tokenizer.decode([i]).strip() for value, i in sorted(pairs, reverse=True) if value > 0]
+        assert row.top_tokens == " ".join([*dict.fromkeys(ranked)][:3])
+        assert k > 3 or row.ratio == pytest.approx(means[0] / means[1], rel=1e-5)
+    assert table.ratio[4] == math.inf and math.isnan(table.ratio[5])
 
 
 def test_the_strongest_differ_most_among_those_above_the_ratio():
-    table = pd.DataFrame(
-        {"feature": range(5), "forget": [9.0, 8.0, 1.0, 4.0, 0.0], "retain": [6.0, 2.0, 0.0, 1.0, 0.0]}
-    )
+    table = pd.DataFrame({"feature": range(5), "forget": [9.0, 8, 1, 4, 0], "retain": [6.0, 2, 0, 1, 0]})
     table["ratio"] = table.forget / table.retain
-    assert strongest(table, 9, min_ratio=3).feature.tolist() == [1, 3, 2]
-    assert strongest(table, 9, min_ratio=4).feature.tolist() == [1, 3, 2]
-    assert strongest(table, 2, min_ratio=0).feature.tolist() == [1, 0]
-    assert list(strongest(table, 2, min_ratio=0)) == list(table)
+    for count, ratio, expected in ((9, 3, [1, 3, 2]), (9, 4, [1, 3, 2]), (2, 0, [1, 0])):
+        found = strongest(table, count, min_ratio=ratio)
+        assert found.feature.tolist() == expected and list(found) == list(table)
     with pytest.raises(EmberError, match="no SAE feature is much more active on 'Tiny Rome'"):
         require_some([strongest(table, 2, min_ratio=99).head(0)], make_concept(), "SAE")
 

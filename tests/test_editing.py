@@ -34,8 +34,8 @@ from ember.errors import DamagedFileError, EmberError, WrongWeightsError
 from ember.evaluation.evaluate import question_scores, text_scores
 from ember.features import ConceptFeatures, concept_features
 from ember.methods.ember import EmberConfig, fit, run
-from ember.models.hashes import parameter_hashes
 from ember.models.loading import LoadedModel, load_model, untie, weights_hash
+from ember.models.weights import parameter_hashes
 from ember.store.files import sha256_of
 
 # What an edit changes

@@ -19,10 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
 from ember.models import loading, weights
-from ember.models.hashes import parameter_hashes
 from ember.models.loading import DTYPES, load_model, untie, weights_hash
 from ember.models.specs import ARCHITECTURES, MODELS, find_spec
-from ember.models.weights import fetch_model
+from ember.models.weights import fetch_model, parameter_hashes
 from ember.store.files import sha256_of
 
 IDS = torch.tensor([[1, 30, 94, 297, 5, 271]])

@@ -20,6 +20,7 @@ from ember.data.ours import load_concept
 from ember.data.wording import Texts, content_stems, rarity
 from ember.errors import DataError, EmberError
 from ember.evaluation.guesses import GUESSES
+from ember.methods.training import as_many_tokens
 from ember.models.loading import weights_hash
 from ember.relearning import teaching
 from ember.relearning.teaching import arrival, arrival_table, damage, item_scores, nearest, teach
@@ -134,9 +135,9 @@ def test_training_stops_at_the_budget(monkeypatch):
 
 def test_as_many_tokens_are_the_first_texts_that_suffice(tiny):
     lengths = [len(tiny.encode(text)) for text in SENTENCES]
-    assert teaching.as_many_tokens(tiny, SENTENCES, lengths[0]) == tuple(SENTENCES[:1])
-    assert teaching.as_many_tokens(tiny, SENTENCES, lengths[0] + 1) == tuple(SENTENCES[:2])
-    assert teaching.as_many_tokens(tiny, SENTENCES, 10**6) == tuple(SENTENCES)
+    assert as_many_tokens(tiny, SENTENCES, lengths[0]) == tuple(SENTENCES[:1])
+    assert as_many_tokens(tiny, SENTENCES, lengths[0] + 1) == tuple(SENTENCES[:2])
+    assert as_many_tokens(tiny, SENTENCES, 10**6) == tuple(SENTENCES)
 
 
 def test_teaching_refuses_low_precision_and_divergence(monkeypatch):

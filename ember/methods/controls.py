@@ -1,6 +1,7 @@
 """Control edits: other displacements of the very rows that EMBER edits. Is it the rows, or the direction?"""
 
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch.nn.functional import normalize
@@ -30,11 +31,6 @@ def towards_matched_mean(target: RowTarget, *, matched: int = 100) -> torch.Tens
         nearest = ids[(logs - own).abs().argsort(stable=True)[:matched]]
         means.append(target.matrix[nearest.to(target.matrix.device)].float().mean(0))
     return target.old - torch.stack(means)
-
-
-def towards_zero(target: RowTarget) -> torch.Tensor:
-    """e_i ← (1 − δ) e_i for the rows i that EMBER would edit; δ = 1 makes them zero."""
-    return target.old
 
 
 def aside(target: RowTarget) -> torch.Tensor:
@@ -72,7 +68,7 @@ def other_rows(target: RowTarget) -> torch.Tensor:
 CONTROLS = {
     "mean_rows": partial(run, displacement=towards_mean),
     "matched_rows": partial(run, displacement=towards_matched_mean),
-    "zero_rows": partial(run, displacement=towards_zero),
+    "zero_rows": partial(run, displacement=attrgetter("old")),  # e_i ← (1 − δ) e_i; δ = 1 makes them zero
     "random_direction": partial(run, displacement=aside),
     "leace": partial(run, displacement=concept_subspace),
     "random_rows": partial(run, others=other_rows),

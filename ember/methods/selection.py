@@ -11,10 +11,12 @@ from ember.data.types import Concept
 from ember.errors import NothingFoundError, require_at_least
 from ember.methods.sae import TRAINING, SaeTraining, SparseAutoencoder, load_saes
 from ember.models.activations import collect, n_layers
-from ember.models.hashes import tensor_hash
 from ember.models.loading import LoadedModel
+from ember.models.weights import tensor_hash
 from ember.store.files import cached_tensors, digest
 from ember.tokens import token_table
+
+Pair = Sequence[torch.Tensor]  # on forget and on retain text
 
 
 def contrast_texts(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -23,15 +25,6 @@ def contrast_texts(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Paragraphs are for relearning, and questions for the evaluation: neither is here.
     """
     return concept.sentences, (*concept.neutral, *concept.further_neutral)
-
-
-@dataclass(frozen=True)
-class ContrastText:
-    """Token ids of the forget and retain activations, and the keyness (bits) of each token of the vocabulary."""
-
-    forget: torch.Tensor
-    retain: torch.Tensor
-    keyness: torch.Tensor
 
 
 def keyness_bits(loaded: LoadedModel, concept: Concept) -> torch.Tensor:
@@ -44,24 +37,25 @@ def keyness_bits(loaded: LoadedModel, concept: Concept) -> torch.Tensor:
 
 
 def contrast_table(
-    loaded: LoadedModel, forget: torch.Tensor, retain: torch.Tensor, text: ContrastText, *, top: int = 10
+    loaded: LoadedModel, states: Pair, ids: Pair, vocabulary_keyness: torch.Tensor, *, top: int = 10
 ) -> pd.DataFrame:
-    """Evidence on every feature from its activations on forget [n, K] and retain [m, K] tokens, all ≥ 0.
+    """Evidence on every feature from its activations ``states`` on forget [n, K] and retain [m, K] tokens, all ≥ 0.
 
-    Columns: feature (index k); forget and retain, the mean activation on either text; ratio, forget ÷ retain (infinite
-    where no retain token is active); keyness, the activation-weighted mean (bits) over both texts as in
-    ``ember.features``; top_tokens, the most activating tokens, each once.
+    ``ids`` are the tokens'. Columns: feature (index k); forget and retain, the mean activation on either text; ratio,
+    forget ÷ retain (infinite where no retain token is active); keyness, the activation-weighted mean (bits) over both
+    texts as in ``ember.features``; top_tokens, the most activating tokens, each once.
     """
+    forget, retain = states
     mass = (forget.sum(0) + retain.sum(0)).clamp_min(torch.finfo(forget.dtype).tiny)
-    bits = text.keyness[text.forget].to(forget) @ forget + text.keyness[text.retain].to(retain) @ retain
-    both, ids = torch.cat([forget, retain]), torch.cat([text.forget, text.retain])
+    on_forget, on_retain = (vocabulary_keyness[part].to(forget) @ x for part, x in zip(ids, states, strict=True))
+    both, tokens_of = torch.cat([*states]), torch.cat([*ids])
     best = both.topk(min(5 * top, len(both)), dim=0)
     tokens = []
     for k in range(both.shape[1]):
         active = best.indices[:, k][best.values[:, k] > 0]
-        words = dict.fromkeys(loaded.tokenizer.decode([i]).strip() for i in ids[active].tolist())
+        words = dict.fromkeys(loaded.tokenizer.decode([i]).strip() for i in tokens_of[active].tolist())
         tokens.append(" ".join(list(words)[:top]))
-    columns = {"forget": forget.mean(0), "retain": retain.mean(0), "keyness": bits / mass}
+    columns = {"forget": forget.mean(0), "retain": retain.mean(0), "keyness": (on_forget + on_retain) / mass}
     table = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
     ratio = (columns["forget"].double() / columns["retain"].double()).tolist()
     return table.assign(feature=range(len(table)), ratio=ratio, top_tokens=tokens)
@@ -74,7 +68,7 @@ def strongest(table: pd.DataFrame, count: int, *, min_ratio: float) -> pd.DataFr
 
 
 def require_some(chosen: Sequence[pd.DataFrame], concept: Concept, what: str) -> pd.DataFrame:
-    """All selected features in one table; none at all is an error."""
+    """All selected features in one table; that there is none is a ``NothingFoundError``."""
     table = pd.concat(chosen, ignore_index=True) if chosen else pd.DataFrame()
     if table.empty:
         raise NothingFoundError(f"no {what} feature is much more active on {concept.name!r} than on neutral text")
@@ -128,21 +122,19 @@ def select_features(
     texts = contrast_texts(concept)
 
     def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        both_states, (forget_ids, retain_ids) = zip(*(collect(loaded, part, sites) for part in texts), strict=True)
-        text = ContrastText(forget_ids, retain_ids, keyness_bits(loaded, concept))
-        tables = []
+        read, ids = zip(*(collect(loaded, part, sites) for part in texts), strict=True)
+        keyness, tables = keyness_bits(loaded, concept), []
         for sae in saes:
-            forget, retain = (sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states in both_states)
-            table = contrast_table(loaded, forget, retain, text)
+            features = [sae.encode(states[sae.site].to(sae.W_enc)).cpu() for states in read]
+            table = contrast_table(loaded, features, ids, keyness)
             tables.append(strongest(table, config.features, min_ratio=config.min_ratio).assign(layer=sae.site.layer))
         chosen = require_some(tables, concept, "SAE")
         return {}, {c: chosen[c].tolist() for c in ("layer", "feature", "forget", "retain", "keyness", "top_tokens")}
 
     sites, encoders = [sae.site for sae in saes], []
     for sae in saes:  # all that its activations depend on
-        tensors = (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)
-        hashes = [None if tensor is None else tensor_hash(tensor) for tensor in tensors]
-        encoders.append((sae.k, sae.scale, sae.centred, *hashes))
+        weights = (sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold)
+        encoders.append((sae.k, sae.scale, sae.centred, *(x if x is None else tensor_hash(x) for x in weights)))
     key = digest(loaded.weights_hash, loaded.dtype, texts, sites, encoders, config.features, config.min_ratio)
     return pd.DataFrame(cached_tensors("selection", f"{concept.slug}-{key}", compute)[1])
 

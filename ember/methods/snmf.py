@@ -1,8 +1,6 @@
 """SNMF: factorize a layer's MLP neurons into features and project the concept's out of the neurons that carry them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import pandas as pd
 import torch
@@ -11,8 +9,8 @@ from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import require_at_least
 from ember.factorization import semi_nmf
-from ember.methods.selection import ContrastText, contrast_table, contrast_texts, keyness_bits, require_some
-from ember.methods.training import weights_edit
+from ember.methods.selection import contrast_table, contrast_texts, keyness_bits, require_some
+from ember.methods.training import as_many_tokens, weights_edit
 from ember.models.activations import Site, collect, layer_name, n_layers
 from ember.models.loading import LoadedModel
 from ember.store.files import cached_tensors, digest
@@ -98,19 +96,21 @@ def factorize(
     def compute():  # type: ignore[no-untyped-def]
         sites = [Site("neurons", layer) for layer in layers]
         generator = torch.Generator().manual_seed(seed)
-        samples = [sampled(loaded, part, config.tokens, generator) for part in texts]
+        samples = []
+        for part in texts:
+            order = [part[k] for k in torch.randperm(len(part), generator=generator).tolist()]
+            samples.append(as_many_tokens(loaded, order, config.tokens, skip=1))
         read = [collect(loaded, sample, sites) for sample in samples]
         picks = [torch.randperm(len(ids), generator=generator)[: config.tokens] for _, ids in read]
         ids = [ids[pick] for (_, ids), pick in zip(read, picks, strict=True)]
-        text = ContrastText(*ids, keyness_bits(loaded, concept))
-        tensors, tables = {}, {}
+        keyness, tensors, tables = keyness_bits(loaded, concept), {}, {}
         for site in bar(sites, desc="SNMF"):
             X = torch.cat([states[site][pick] for (states, _), pick in zip(read, picks, strict=True)])
             fit = semi_nmf(
                 X, min(config.rank, *X.shape), sparsity=config.sparsity, max_iter=config.max_iter,
                 patience=config.patience, tol=config.tol * float(X.square().sum()), seed=seed,
             )  # fmt: skip
-            table = contrast_table(loaded, fit.G[: len(ids[0])], fit.G[len(ids[0]) :], text)
+            table = contrast_table(loaded, fit.G.split([len(part) for part in ids]), ids, keyness)
             tensors[str(site.layer)] = fit.F
             tables[str(site.layer)] = table.drop(columns="ratio").assign(layer=site.layer).to_dict("list")
         return tensors, tables
@@ -118,13 +118,6 @@ def factorize(
     tensors, tables = cached_tensors("snmf", f"{concept.slug}-{key}", compute)
     table = pd.concat([pd.DataFrame(tables[str(layer)]) for layer in layers], ignore_index=True)
     return {layer: tensors[str(layer)] for layer in layers}, table
-
-
-def sampled(loaded: LoadedModel, texts: Sequence[str], tokens: int, generator: torch.Generator) -> list[str]:
-    """Texts in random order, as many as it takes for ``tokens`` tokens without each text's first, or all of them."""
-    order = [texts[k] for k in torch.randperm(len(texts), generator=generator).tolist()]
-    totals = accumulate(len(loaded.encode(text)) - 1 for text in order)
-    return order[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(order))]
 
 
 def carriers(column: torch.Tensor, mass: float) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import count, islice
-from typing import Any
+from itertools import accumulate, islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +18,28 @@ from ember.models.loading import LoadedModel
 from ember.store.environment import library_versions
 from ember.store.progress import bar
 
+T = TypeVar("T")
+
+
+def shuffled(items: Sequence[T], generator: torch.Generator) -> Iterator[T]:
+    """The items without end, in a new random order each time round; an ``EmberError`` if there are none."""
+    if not items:
+        raise EmberError("no texts to train on")
+    while True:
+        yield from (items[k] for k in torch.randperm(len(items), generator=generator).tolist())
+
 
 def batches(loaded: LoadedModel, texts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Endless batches of ``size`` texts, in a new random order each time round."""
-    if not texts:
-        raise EmberError("no texts to train on")
-    shuffled = (texts[k] for _ in count() for k in torch.randperm(len(texts), generator=generator).tolist())
+    stream = shuffled(texts, generator)
     while True:
-        yield text_batch(loaded, list(islice(shuffled, size)))
+        yield text_batch(loaded, list(islice(stream, size)))
+
+
+def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int, *, skip: int = 0) -> tuple[str, ...]:
+    """The first texts that together have so many tokens without each text's first ``skip``; all if they have fewer."""
+    totals = accumulate(len(loaded.encode(text)) - skip for text in texts)
+    return tuple(texts[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(texts))])
 
 
 def scored_states(loaded: LoadedModel, batch: Batch, sites: Iterable[Site]) -> dict[Site, Tensor]:
@@ -126,13 +140,7 @@ def made_edit(
 
 
 def weights_edit(
-    loaded: LoadedModel,
-    concept: Concept,
-    method: str,
-    config: Any,
-    values: Mapping[str, Tensor],
-    seed: int,
-    **extra: Any,
+    loaded: LoadedModel, concept: Concept, method: str, config: Any, values: dict[str, Tensor], seed: int, **extra: Any
 ) -> Edit:
     """The edit that sets whole parameters, kept to the rows that differ; ``extra`` joins the config on record."""
     changed = {}

@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ember.errors import DamagedFileError, DownloadError, EmberError, UnknownNameError
-from ember.models.hashes import combined_hash, parameter_hashes
 from ember.models.specs import ARCHITECTURES, Architecture, ModelSpec, find_spec
-from ember.models.weights import converted
+from ember.models.weights import combined_hash, converted, parameter_hashes
 from ember.store.devices import choose_device
 from ember.store.files import digest
 

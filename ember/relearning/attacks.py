@@ -88,9 +88,11 @@ class Trained:
         self.push()
 
     @torch.no_grad()
-    def push(self) -> None:
-        """Write the leaf's values into the parameter and forget the gradients."""
+    def push(self, value: torch.Tensor | None = None) -> None:
+        """Write the leaf's values, or a new one of it, into the parameter and forget the gradients."""
         self.live.grad = self.leaf.grad = None
+        if value is not None:
+            self.leaf.copy_(value)
         if self.rows is not None:
             self.live[self.rows] = self.leaf.to(self.live.dtype)
         elif self.leaf is not self.live:

@@ -1,7 +1,7 @@
 """How much of what an edit erased has come back, as a ratio with an interval."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,7 @@ from ember.evaluation.resampling import interval, pooled_mean_draws
 KEYS = ["set", "item", "metric"]
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What has come ``back``, after − erased, as a share of the ``gap`` base − erased, all with intervals.
 
     The share and its interval are NaN where the gap's interval reaches 0: then nothing sure was erased, and ``note``,
@@ -33,7 +32,7 @@ class Share:
     note: str
 
 
-SHARE = [column.name for column in fields(Share)]
+SHARE = list(Share._fields)
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -41,9 +40,8 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
     """Share of the erased score that has come back, pooled over parts (seeds, concepts).
 
     Each part holds one score a question: base, erased and after [n]. Numerator and denominator are means over parts of
-    means over questions. Each bootstrap draw resamples the parts and, in each of them, the questions; the interval is
-    the middle 95 % of the draws' ratios. A part that is empty, holds NaN, or whose three scores are not equally many is
-    a ``ValueError``.
+    means over questions; a bootstrap draw resamples parts and, in each, questions, and the interval is the middle 95 %
+    of the draws' ratios. A part that is empty, holds NaN, or whose scores are not equally many is a ``ValueError``.
     """
     changes = []
     for base, erased, after in parts:
@@ -60,11 +58,8 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
     if gap_low > 0:
         share, note = back / gap, ""
         low, high = interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan))
-    n = sum(change.shape[1] for change in changes)
-    return Share(
-        float(share), float(low), float(high), float(back), float(back_low), float(back_high), float(gap),
-        float(gap_low), float(gap_high), n, note,
-    )  # fmt: skip
+    values = (share, low, high, back, back_low, back_high, gap, gap_low, gap_high)
+    return Share(*map(float, values), n=sum(change.shape[1] for change in changes), note=note)
 
 
 def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
@@ -95,12 +90,11 @@ def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str =
             runs = [run[["base", "erased", "after"]] for _, run in part.groupby("run", sort=False)]
             share = share_regained([tuple(run.to_numpy(float).T) for run in runs])
             means = (part.tokens.mean(), questions, metric, part.base.mean(), part.after.mean())
-            rows.append((*key, *means, *vars(share).values()))
+            rows.append((*key, *means, *share))
     return pd.DataFrame(rows, columns=[*by, "point", "tokens", "questions", "metric", "base", "after", *SHARE])
 
 
 def _groups(items: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Those of all questions, and of those that the texts state and do not state."""
     return {"all": items, "stated": items[items.stated], "not stated": items[~items.stated]}
 
 
@@ -126,15 +120,14 @@ def regained_summary(items: pd.DataFrame) -> pd.DataFrame:
     ``gold_logprob`` the change ``delta_…`` from before training and the share ``regained_…``, NaN where there is none.
     """
     rows = []
-    names = {"all": "concept", "stated": "concept stated", "not stated": "concept not stated"}
     for questions, part in _groups(items).items():
         for tokens, point in part.groupby("tokens"):
             for row in accuracy_table(point.assign(value=point.after)).itertuples():
-                rows.append((tokens, names[questions], "accuracy", row.accuracy, row.ci_low, row.ci_high, row.n))
+                rows.append((tokens, questions, "accuracy", row.accuracy, row.ci_low, row.ci_high, row.n))
     for metric in ("gold_prob", "gold_logprob"):
         for row in regained_table(items, metric=metric).itertuples():
-            where = (round(row.tokens), names[row.questions])
+            where = (round(row.tokens), row.questions)
             rows.append((*where, f"delta_{metric}", row.back, row.back_low, row.back_high, row.n))
             rows.append((*where, f"regained_{metric}", row.share, row.ci_low, row.ci_high, row.n))
-    columns = ["tokens", "set", "metric", "value", "ci_low", "ci_high", "n"]
-    return pd.DataFrame(rows, columns=columns).assign(effect_size=np.nan)
+    table = pd.DataFrame(rows, columns=["tokens", "set", "metric", "value", "ci_low", "ci_high", "n"])
+    return table.assign(set=("concept " + table["set"]).str.removesuffix(" all"), effect_size=np.nan)

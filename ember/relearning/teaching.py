@@ -4,7 +4,6 @@ One copy of a model is taught an invented subject, another copy reads as much ne
 """
 
 import copy
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -29,12 +28,6 @@ METRICS = ("gold_prob", "gold_logprob", "correct")
 def round_tokens(loaded: LoadedModel, texts: Sequence[str]) -> int:
     """How many tokens a model reads when it reads each text once."""
     return sum(len(loaded.encode(text)) for text in texts)
-
-
-def as_many_tokens(loaded: LoadedModel, texts: Sequence[str], tokens: int) -> tuple[str, ...]:
-    """The first texts that together have at least so many tokens; all of them if they have fewer."""
-    totals = list(itertools.accumulate(len(loaded.encode(text)) for text in texts))
-    return tuple(texts[: next((k for k, total in enumerate(totals, 1) if total >= tokens), len(texts))])
 
 
 def teach(
@@ -76,13 +69,11 @@ def item_scores(
 def arrival(taught: pd.DataFrame, untaught: pd.DataFrame, erased: pd.DataFrame) -> Share:
     """Where erasure stands between the taught model (0) and the one that never learned (1); above 1 it overshoots.
 
-    The share (taught − erased) / (taught − untaught) of means over items, with a bootstrap interval over items. Its
-    ``back`` is what erasure took, its ``gap`` what teaching gave; where the gap is not surely above 0, the share is NaN
-    and the note says so. The frames hold one measure of the same items, or it is a ``ValueError``.
+    The ``Share`` (taught − erased) / (taught − untaught) of means over items: ``back`` is what erasure took, ``gap``
+    what teaching gave. The frames hold one measure of the same items, or it is a ``ValueError``.
     """
     before, target, after = _aligned(taught, untaught, erased).to_numpy(float).T
-    # What comes back there is what goes away here.
-    return share_regained([(-target, -before, -after)])
+    return share_regained([(-target, -before, -after)])  # what comes back there is what goes away here
 
 
 def arrival_table(
@@ -96,7 +87,7 @@ def arrival_table(
             for cell, scores in erased.items():
                 frames = (taught, untaught, scores)
                 share = arrival(*(f[f["item"].isin(mine) & (f.metric == metric)] for f in frames))
-                rows.append((cell, split, metric, *vars(share).values()))
+                rows.append((cell, split, metric, *share))
     return pd.DataFrame(rows, columns=["cell", "split", "metric", *SHARE])
 
 

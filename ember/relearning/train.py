@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 
 from ember.editing import Edit
-from ember.errors import EmberError, UnknownNameError, require_at_least
+from ember.errors import UnknownNameError, require_at_least
+from ember.methods.training import shuffled
 from ember.models.loading import LoadedModel
 from ember.models.scoring import packed_mask
-from ember.relearning.attacks import PRECISIONS, Attack, Trained, edited_rows, movement, opened, working_copy
+from ember.relearning.attacks import PRECISIONS, Attack, edited_rows, movement, opened, working_copy
 from ember.relearning.optimizers import OPTIMIZERS, make_optimizer, require_optimizer, stepping_backward
 from ember.store.files import read_sealed, sealed_dir
 from ember.store.progress import bar
@@ -120,7 +121,10 @@ def relearn(
         room = next(iter(trained.values())).leaf.new_empty(largest, requires_grad=False)
         steps = {t.live: partial(t.step, optimizers[name], room) for name, t in trained.items()}
         if result and store:
-            _restore(store, trained, optimizers)
+            state = torch.load(store / "state.pt", map_location="cpu", weights_only=True)
+            for name, (value, moments) in state.items():
+                trained[name].push(value)
+                optimizers[name].load_state_dict(moments)
         else:
             result = Relearning(items=_measured(loaded, measure, 0))
         seen = bar(total=config.points[-1], initial=result.tokens, desc="relearning", unit="token")
@@ -140,8 +144,9 @@ def relearn(
             if any(before < point <= tokens for point in config.points):
                 result.items = pd.concat([result.items, _measured(loaded, measure, tokens)], ignore_index=True)
                 if store and tokens < config.points[-1]:
-                    state = {name: (t.leaf.detach(), optimizers[name].state_dict()) for name, t in trained.items()}
-                    _write(store, result, state)
+                    _write(
+                        store, result, {k: (t.leaf.detach(), optimizers[k].state_dict()) for k, t in trained.items()}
+                    )
         seen.close()
         result.moved = movement(trained, edited)
     if store:
@@ -174,14 +179,11 @@ def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConf
     The budget counts tokens, so concepts with long and with short paragraphs train equally long.
     """
     sequences = [ids for ids in (loaded.encode(text)[: config.max_tokens] for text in texts) if len(ids) > 1]
-    if not sequences:
-        raise EmberError("no texts to train on")
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = (sequences[k] for _ in count() for k in torch.randperm(len(sequences), generator=generator).tolist())
+    stream = shuffled(sequences, torch.Generator().manual_seed(seed))
     plan: list[list[list[int]]] = []
     total = 0
     while total < config.points[-1]:
-        plan.append(list(islice(shuffled, config.batch_size)))
+        plan.append(list(islice(stream, config.batch_size)))
         total += sum(map(len, plan[-1]))
     return plan
 
@@ -220,12 +222,3 @@ def _write(store: Path, result: Relearning, state: Mapping[str, Any] | None = No
         result.items.to_parquet(target / "items.parquet", index=False)
         if state is not None:
             torch.save(state, target / "state.pt")
-
-
-@torch.no_grad()
-def _restore(store: Path, trained: Mapping[str, Trained], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
-    state = torch.load(store / "state.pt", map_location="cpu", weights_only=True)
-    for name, (value, moments) in state.items():
-        trained[name].leaf.copy_(value)
-        trained[name].push()
-        optimizers[name].load_state_dict(moments)

@@ -171,7 +171,7 @@ def _refuse_abridged(part: Any) -> None:
     import numpy
 
     if hasattr(part, "__array__") and not isinstance(part, numpy.generic):
-        raise TypeError(f"{type(part).__name__}: its repr leaves values out; give ember.models.hashes.tensor_hash")
+        raise TypeError(f"{type(part).__name__}: its repr leaves values out; give ember.models.weights.tensor_hash")
     if isinstance(part, Mapping):
         part = (*part.keys(), *part.values())
     elif is_dataclass(part) and not isinstance(part, type):
