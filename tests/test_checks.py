@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -56,10 +55,6 @@ def line_of(kind: str, *lines: int) -> list[str]:
     return [f"{kind}, line {line}" for line in lines]
 
 
-def failing(report: CheckReport) -> set[str]:
-    return set(report.table.check[~report.table.ok])
-
-
 def value(report: CheckReport, check: str) -> float:
     (row,) = report.table[report.table.check == check].itertuples()
     return float(row.value)
@@ -70,7 +65,7 @@ def assert_only(report: CheckReport, expected: dict[str, list[str]], *said: str)
 
     The findings say what ``said`` does, to begin with.
     """
-    assert failing(report) == set(expected)
+    assert set(report.table.check[~report.table.ok]) == set(expected)
     places = {str(check): list(rows["where"]) for check, rows in report.findings.groupby("check")}
     assert places == {check: places for check, places in expected.items() if places}
     assert report.table.ok.all() == (not expected)
@@ -195,13 +190,12 @@ def test_no_questions_at_all():
 
 
 def test_too_few_shared():
-    for changes, check in (
-        ({"neutral_fit": SHARED.neutral_fit[1:]}, "neutral sentences"),
-        ({"neutral": dict(SHARED.neutral) | {"test": SHARED.neutral["test"][1:]}}, "neutral sentences"),
-        ({"questions": SHARED.questions[1:]}, "general questions"),
-        ({"instructions": SHARED.instructions[1:]}, "instructions"),
-    ):
-        assert_only(check_shared(dataclasses.replace(SHARED, **changes)), {check: []})
+    fewer = {name: getattr(SHARED, name)[1:] for name in ("neutral_fit", "questions", "instructions")}
+    fewer["neutral"] = SHARED.neutral | {"test": SHARED.neutral["test"][1:]}
+    checks = {"questions": "general questions", "instructions": "instructions"}
+    for name, left in fewer.items():
+        report = check_shared(dataclasses.replace(SHARED, **{name: left}))
+        assert_only(report, {checks.get(name, "neutral sentences"): []})
 
 
 @pytest.mark.parametrize(
@@ -409,16 +403,13 @@ def test_check_data_checks_every_concept_and_what_they_share_or_one_folder(sound
 
 def test_places_are_lines_of_the_files(sound):
     """Read from disk: an editor that goes to the named line finds the named text."""
-    path = sound / "questions.jsonl"
-    lines = path.read_text().splitlines()
-    row = json.loads(lines[TEST + 6])
-    row["aliases"] = [row["question"].split()[2]]
-    lines[TEST + 6] = json.dumps(row)
-    path.write_text("\n".join(lines) + "\n")
+    path, asked = sound / "questions.jsonl", SOUND.questions[TEST + 6]
+    given = f"{asked.question[:-1]} or the {asked.answer}?"
+    path.write_text(path.read_text().replace(asked.question, given))
     (report,) = check_data(str(sound))
     (finding,) = report.findings.itertuples()
     name, line = finding.where.split(", line ")
-    assert row["question"] in (sound / name).read_text().splitlines()[int(line) - 1]
+    assert given in (sound / name).read_text().splitlines()[int(line) - 1]
 
 
 def test_a_data_folder_without_concepts_is_an_error(tmp_path, monkeypatch):

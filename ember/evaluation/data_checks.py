@@ -28,7 +28,6 @@ OPTION_WORDS = 12
 UNSEEN = 40  # test questions whose answer occurs in no text of the concept
 GUESS_MARGIN = 0.05
 EMPTY_LIMIT = 0.35
-TEXTS = ("sentences", "paragraphs", "other_sense")
 Located = list[tuple[str, str]]  # where a text stands, as its reader would look for it, and the text
 
 
@@ -42,10 +41,6 @@ class CheckReport:
 
     table: pd.DataFrame
     findings: pd.DataFrame
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.table.ok.all())
 
 
 @dataclass
@@ -84,14 +79,12 @@ def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckR
     """
     ledger = _Ledger(concept.name)
     released = concept.source == "released"
-    texts = {
-        name: _located(getattr(concept, name), *((f"{name}[{{}}]", 0) if released else (f"{name}.txt, line {{}}", 1)))
-        for name in TEXTS
-    }
-    for name, located in texts.items():
-        said = name.replace("_", " ")
-        ledger.at_least(said, len(located), MINIMUM[name])
-        ledger.none(f"length of {said}", _out_of_bounds(located, WORDS[name]))
+    texts: dict[str, Located] = {}
+    for name in ("sentences", "paragraphs", "other_sense"):
+        place, start = (f"{name}[{{}}]", 0) if released else (f"{name}.txt, line {{}}", 1)
+        texts[name] = _located(getattr(concept, name), place, start)
+        ledger.at_least(name.replace("_", " "), len(texts[name]), MINIMUM[name])
+        ledger.none(f"length of {name.replace('_', ' ')}", _out_of_bounds(texts[name], WORDS[name]))
     neutral = _located([*concept.neutral, *concept.further_neutral], "neutral sentence {}")
     ledger.none("repeated text", _repeated([*itertools.chain(*texts.values()), *neutral]))
     for set_, split in itertools.product(("concept", "simdom"), SPLITS):
@@ -161,9 +154,9 @@ def mark_answers(concept: Concept) -> pd.DataFrame:
     weight = rarity([*sentences.content, *(content_stems(q.question) for q in concept.questions)])
     rows = []
     for q in concept.questions:
-        stating = sentences.stating(q, weight)
-        rows.append((q.id, q.set, q.split, q.question, bool(sentences.holding(q)), bool(paragraphs.holding(q)),
-                     str(stating[0] + 1) if stating else ""))  # fmt: skip
+        stated = [str(k + 1) for k in sentences.stating(q, weight)] or [""]
+        found = bool(sentences.holding(q)), bool(paragraphs.holding(q))
+        rows.append((q.id, q.set, q.split, q.question, *found, stated[0]))
     columns = ["id", "set", "split", "question", "in_sentences", "in_paragraphs", "stated"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -16,7 +16,7 @@ from ember.editing import Edit, applying
 from ember.evaluation.letters import letter_scores
 from ember.evaluation.suite import TEXT_SETS, Suite
 from ember.models.loading import LoadedModel
-from ember.models.scoring import TokenScores, generate_greedy, option_logprobs, sequence_losses, sequence_scores
+from ember.models.scoring import TokenScores, generate_greedy, option_logprobs, sequence_scores
 
 PROMPT = "Question: {question}\nAnswer:"
 _COLUMNS = ["item", "metric", "value"]
@@ -138,8 +138,9 @@ def _generation_rows(
 ) -> pd.DataFrame:
     """Scores of generated token ids under the model as it is now; an empty text has no loss."""
     filled = [k for k, output in enumerate(outputs) if output]
-    scores = sequence_losses(loaded, [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled])
-    losses = {k: float(loss.mean()) for k, loss in zip(filled, scores, strict=True)}
+    texts, starts = [[*prompts[k], *outputs[k]] for k in filled], [len(prompts[k]) for k in filled]
+    scores = sequence_scores(loaded, texts, starts, batch_size=16)
+    losses = {k: float(score.loss.mean()) for k, score in zip(filled, scores, strict=True)}
     rows: list[tuple[str, str, float]] = []
     for k, sample in enumerate(samples.itertuples()):
         rows.append((sample.item, "gen_loss", losses.get(k, float("nan"))))

@@ -19,10 +19,11 @@ from scipy.optimize import linear_sum_assignment
 
 from ember.errors import NothingFoundError
 from ember.evaluation.resampling import draws, interval
-from ember.factorization import Factorization, sparse_mf
+from ember.factorization import sparse_mf
 from ember.features import ConceptFeatures, scaled_rows, score_features
 from ember.models.loading import LoadedModel
-from ember.store.files import cached_tensors, digest
+from ember.store.files import digest
+from ember.store.paths import cache_dir
 
 MEASURES = (
     "cosine", "sibling", "mate_selected", "returned", "cosine_all", "same", "rows_a", "rows_b", "rows_jaccard",
@@ -218,20 +219,16 @@ def refit(
     if features.weights_hash != loaded.weights_hash:
         raise ValueError(f"the features were fitted on other weights of {features.model}, not this model's")
     settings = {name: features.settings[name] for name in _FIT_KEYS}
-    precision = precision or features.settings["precision"]
-
-    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        X = scaled_rows(loaded, features.table, precision)
+    changed: dict[str, Any] = {"precision": precision or features.settings["precision"], "reordered": reordered}
+    ids = features.table.token_id.tolist()
+    folder = cache_dir() / "refits" / digest(loaded.weights_hash, ids, sorted((settings | changed).items()))
+    if not folder.exists():
+        X = scaled_rows(loaded, features.table, changed["precision"])
         generator = torch.Generator().manual_seed(reordered)
         order = torch.randperm(X.shape[1], generator=generator) if reordered else torch.arange(X.shape[1])
-        fit = sparse_mf(X[:, order], **settings)
-        curve = torch.tensor(fit.loss_curve, dtype=torch.float64)
-        kept = {"F": fit.F[order.argsort()].float(), "G": fit.G.float(), "loss_curve": curve}
-        return kept, {"converged": fit.converged}
-
-    ids = features.table.token_id.tolist()
-    key = digest(loaded.weights_hash, ids, sorted(settings.items()), precision, reordered)
-    kept, about = cached_tensors("refits", key, compute)
-    result = Factorization(kept["F"], kept["G"], tuple(kept["loss_curve"].tolist()), about["converged"])
-    scores, changed = score_features(features.table, result.G), {"precision": precision, "reordered": reordered}
-    return replace(features, factorization=result, scores=scores, settings=features.settings | changed)
+        exact = sparse_mf(X[:, order], **settings)
+        fit = replace(exact, F=exact.F[order.argsort()].float(), G=exact.G.float())
+        replace(features, factorization=fit, settings=features.settings | changed).save(folder)
+    fit = ConceptFeatures.load(folder).factorization
+    scores = score_features(features.table, fit.G)  # how features are scored may have changed since
+    return replace(features, factorization=fit, scores=scores, settings=features.settings | changed)

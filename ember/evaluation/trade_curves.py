@@ -14,15 +14,12 @@ REFERENCE = "EMBER"  # the edit that all others are compared with
 COSTS = ("other sense", "neighbour", "everyday")
 _DIFFERENCE = ("difference", "difference_low", "difference_high")
 
-# x and y of a curve have one value for each strength, in rising order, along the last axis but one; draws run along the
-# last.
-
 
 def area(x: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray:
     """Mean over costs in [0, limit] of the best gain to be had at no more than that cost.
 
-    ``x`` (cost) and ``y`` (gain) [strengths, …] are points of a path that starts at no edit, (0, 0), and is straight
-    between strengths; a negative cost counts as none. Returns […].
+    ``x`` (cost) and ``y`` (gain) [strengths, …] are points, in rising order of strength, of a path that starts at no
+    edit, (0, 0), and is straight between strengths; a negative cost counts as none. Returns […].
     """
     x0, x1, y0, y1 = _pieces(x, y)
     cost = np.linspace(0, limit, 101).reshape(-1, *[1] * x0.ndim)
