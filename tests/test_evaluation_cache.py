@@ -21,10 +21,8 @@ def never() -> Evaluation:
 
 @pytest.mark.parametrize("generations", [1, 0])
 def test_a_finished_cell_is_not_run_again(tmp_path, generations):
-    value = an_evaluation(0.5)
-    value = Evaluation(value.items, value.samples.head(generations))
-    cache = EvaluationCache(tmp_path / "cells")
-    cache.get_or_run("k", lambda: value)
+    value, cache = an_evaluation(0.5), EvaluationCache(tmp_path / "cells")
+    cache.get_or_run("k", lambda: Evaluation(value.items, value.samples.head(generations)))
     kept = cache.get_or_run("k", never)
     assert kept.items.value.tolist() == [0.5]
     assert len(kept.samples) == generations and kept.samples.columns.tolist() == ["item", "prompt", "text"]

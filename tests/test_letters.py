@@ -1,4 +1,4 @@
-"""Letter answers: what counts as one, in which order options stand, and batches against one at a time."""
+"""Letter answers: what counts as one, in which order options stand; batches against one at a time: test_scoring."""
 
 import subprocess
 import sys
@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-import torch
-from helpers.suites import blank, suite_of, talkative, values_of
+from helpers.suites import blank, suite_of, values_of
 from helpers.tiny import make_concept, make_loaded
 
 from ember.data.types import Question
@@ -88,22 +87,6 @@ def test_the_chat_template_brings_the_only_bos(monkeypatch, bos):
     seen = answering_a(monkeypatch)
     letter_answers(make_loaded(bos=bos), QUESTIONS[:3])
     assert all(ids.count(1) == 1 and ids[0] == 1 for ids in seen) and len(seen) == 3
-
-
-def lettering(loaded):
-    """A model whose answers are letters, different ones to different questions."""
-    loaded = talkative(loaded)
-    others = torch.ones(loaded.model.lm_head.weight.shape[0], dtype=torch.bool)
-    others[[loaded.encode(letter, bos=False)[0] for letter in "ABCD"]] = False
-    with torch.no_grad():
-        loaded.model.lm_head.weight[others] = 0
-    return type(loaded)(loaded.model, loaded.tokenizer, loaded.spec, loaded.architecture)
-
-
-def test_batches_and_one_at_a_time_agree(tiny):
-    loaded = lettering(tiny)
-    questions = [replace(q, question=q.question + " Rome" * (k % 3)) for k, q in enumerate(QUESTIONS[:5])]
-    assert [letter_answers(loaded, [q])[0] for q in questions] == letter_answers(loaded, questions)
 
 
 def test_letters_are_the_edited_model_s_and_the_model_is_as_before(monkeypatch):

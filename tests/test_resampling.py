@@ -86,31 +86,26 @@ def test_wilson(successes, n, low, high):
     assert wilson(successes, n) == pytest.approx((low, high), abs=1e-5)
 
 
-def test_one_seed_has_the_interval_of_its_items():
-    """Draws without a value are left out; without any value there is no interval."""
-    values = np.where(np.arange(DRAWS) % 3, 0.5 + noise(1), np.nan)
-    value, *ends = pooled([(0.4, values)])
-    assert value == 0.4 and tuple(ends) == percentiles(values)
+@pytest.mark.parametrize("values", [(0.4,), (0.1, 0.5, 0.4)])
+def test_pooling_equals_a_loop(values):
+    """Each draw takes as many seeds as there are, with replacement, and their values for one draw of the items."""
+    n, parts = len(values), [(v, v + noise(k)) for k, v in enumerate(values)]
+    chosen = np.random.default_rng(7).integers(0, n, (n, DRAWS))
+    means = [np.mean([parts[chosen[k, d]][1][d] for k in range(n)]) for d in range(DRAWS)]
+    value, *ends = pooled(parts, seed=7)
+    assert value == pytest.approx(np.mean(values)) and tuple(ends) == percentiles(means)
+
+
+def test_draws_without_a_value_are_left_out_and_without_any_there_is_no_interval():
+    values = np.where(np.arange(DRAWS) % 3, noise(1), np.nan)
+    assert pooled([(0.4, values)]) == (0.4, *interval(values))
     assert all(map(math.isnan, pooled([(math.nan, np.full(DRAWS, np.nan))])))
 
 
-def test_two_seeds_that_are_certain_of_different_values():
-    """Two draws of two seeds: both the lower one, both the upper one, or one of each, which is half of the cases."""
+def test_seeds_that_are_certain_of_different_values():
+    """The mean of two is the lower one, the upper one or, in half of the draws, the middle one."""
     parts = [(0.2, np.full(4000, 0.2)), (0.6, np.full(4000, 0.6))]
     assert pooled(parts) == pytest.approx((0.4, 0.2, 0.6))
-    middle = pooled([parts[0], *[parts[1]] * 7])
-    assert middle[0] == pytest.approx(0.55)
-    assert middle[2] == pytest.approx(0.6)  # none of the eight is the low one: (7/8)⁸ = 0.34
-    assert middle[1] == pytest.approx(0.6 - 3 * 0.05)  # four or more of them are: 0.012; three or more: 0.067
-
-
-def test_pooling_equals_a_loop():
-    """Each draw takes as many seeds as there are, with replacement, and their values for one draw of the items."""
-    parts = [(v, v + noise(k)) for k, v in enumerate((0.1, 0.5, 0.4))]
-    chosen = np.random.default_rng(7).integers(0, 3, (3, DRAWS))
-    means = [np.mean([parts[chosen[k, d]][1][d] for k in range(3)]) for d in range(DRAWS)]
-    value, *ends = pooled(parts, seed=7)
-    assert value == pytest.approx(1 / 3) and tuple(ends) == percentiles(means)
 
 
 def test_the_interval_covers_items_and_seeds():
