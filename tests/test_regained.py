@@ -50,21 +50,16 @@ def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by(base):
     assert share.back == pytest.approx(0.05)
 
 
-def test_parts_are_pooled_by_their_means_and_widen_the_interval():
+def test_parts_are_pooled_by_their_means_widen_the_interval_and_must_be_whole():
     far = (BASE, ERASED, BASE)
     one, both = share_regained([far]), share_regained([far, (BASE, ERASED, ERASED)])
-    assert both.share == pytest.approx(0.5)
-    assert (both.ci_low, both.ci_high) == pytest.approx((0.0, 1.0))
+    assert (both.share, both.ci_low, both.ci_high) == pytest.approx((0.5, 0.0, 1.0))
     assert one.ci_low == one.ci_high == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(("part", "message"), [
-    ((BASE, ERASED, ERASED[:-1]), "same questions"), ((BASE[:0], ERASED[:0], ERASED[:0]), "at least one"),
-    ((BASE, ERASED, np.where(np.arange(60) == 3, np.nan, ERASED)), "missing"),
-])  # fmt: skip
-def test_bad_parts_are_refused(part, message):
-    with pytest.raises(ValueError, match=message):
-        share_regained([part])
+    holed = np.where(np.arange(60) == 3, np.nan, ERASED)
+    bad = {"same questions": ERASED[:-1], "at least one": ERASED[:0], "missing": holed}
+    for message, after in bad.items():
+        with pytest.raises(ValueError, match=message):
+            share_regained([(BASE, ERASED, after) if len(after) else (BASE[:0], ERASED[:0], after)])
 
 
 def scores(values, metric="gold_prob", **columns) -> pd.DataFrame:
@@ -92,29 +87,21 @@ def test_items_stand_beside_the_base_and_the_start():
     assert (start.after == start.erased).all()
     assert items.groupby("point").tokens.first().tolist() == [0, 100, 203]
     np.testing.assert_allclose(end.set_index("item").after[[f"q{k}" for k in range(60)]], BASE)
+    with pytest.raises(ValueError, match="not asked"):  # a question that the base model was not asked
+        regained_items(scores(BASE[:-1]), pd.concat([scores(ERASED, tokens=0), scores(BASE, tokens=9)]))
 
 
-def test_a_question_that_the_base_model_was_not_asked_is_an_error():
-    relearned = pd.concat([scores(ERASED, tokens=0), scores(BASE, tokens=9)])
-    with pytest.raises(ValueError, match="not asked"):
-        regained_items(scores(BASE[:-1]), relearned)
-
-
-def test_the_table_splits_stated_questions_from_the_others():
+def test_the_table_splits_stated_questions_and_arms_and_pools_the_runs_of_one():
     table = regained_table(run_items())
     assert table.groupby("questions", sort=False).n.first().to_dict() == {"all": 60, "stated": 10, "not stated": 50}
     for _, part in table.groupby("questions"):
         np.testing.assert_allclose(part.share, [0.0, 0.5, 1.0], atol=1e-12)
     # No stated question is no row.
     assert set(regained_table(run_items().assign(stated=False)).questions) == {"all", "not stated"}
-
-
-def test_runs_of_one_arm_are_pooled_and_arms_are_not():
     items = pd.concat([run_items(), run_items(ERASED).assign(run="b")]).assign(method="rmu")
-    end = "point == 2 and questions == 'all'"
-    assert regained_table(items, ["method"]).query(end).share.tolist() == pytest.approx([0.5])
-    apart = regained_table(items.assign(method=items.run), ["method"])
-    assert apart.query(end).share.tolist() == pytest.approx([1.0, 0.0], abs=1e-12)
+    for method, shares in (("rmu", [0.5]), (items.run, [1.0, 0.0])):
+        end = regained_table(items.assign(method=method), ["method"]).query("point == 2 and questions == 'all'")
+        assert end.share.tolist() == pytest.approx(shares, abs=1e-12)
 
 
 def test_the_summary_holds_accuracy_changes_and_shares():
@@ -148,14 +135,11 @@ def last_of(*runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def all_attacks() -> pd.DataFrame:
-    return pd.concat(
-        [
-            attacked(), attacked(seed=2, after=ERASED), attacked("rmu"), attacked("rmu", ember=True, after=ERASED),
-            attacked("none", scale=0.0), attacked(attack="mlps"), attacked(precision="bf16", after=ERASED),
-            attacked("none", precision="bf16", scale=0.0), attacked(lr=1e-4), attacked(concept="Greece"),
-        ],
-        ignore_index=True,
-    )  # fmt: skip
+    return pd.concat([
+        attacked(), attacked(seed=2, after=ERASED), attacked("rmu"), attacked("rmu", ember=True, after=ERASED),
+        attacked("none", scale=0.0), attacked(attack="mlps"), attacked(precision="bf16", after=ERASED),
+        attacked("none", precision="bf16", scale=0.0), attacked(lr=1e-4), attacked(concept="Greece"),
+    ], ignore_index=True)  # fmt: skip
 
 
 @cache
@@ -164,19 +148,25 @@ def all_table() -> pd.DataFrame:
 
 
 def test_the_relearning_table_pools_seeds_and_concepts():
+    """An attack without a reference has no net share."""
     table = all_table()
     assert set(table.concept) == {"Rome", "Greece", "all concepts"}
     last = relearn_tables.final_points(table)
     assert len(last) == last.groupby(["concept", *relearn_tables.ATTACKED]).ngroups
     assert set(last.point) == {2}
     main = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == 1e-5)].set_index(["concept", "arm"])
-    assert main.share["Rome", "EMBER"] == pytest.approx(0.5)
     assert main.seeds["Rome", "EMBER"] == 2
-    assert main.share["all concepts", "EMBER"] == pytest.approx(2 / 3)
-    assert main.share["Rome", "RMU"] == pytest.approx(1.0)
-    assert main.share["Rome", "EMBER + RMU"] == pytest.approx(0.0)
-    assert math.isnan(main.share["Rome", "unedited"])
+    arms = [
+        ("Rome", "EMBER"),
+        ("all concepts", "EMBER"),
+        ("Rome", "RMU"),
+        ("Rome", "EMBER + RMU"),
+        ("Rome", "unedited"),
+    ]
+    assert main.share[arms].tolist() == pytest.approx([0.5, 2 / 3, 1, 0, math.nan], nan_ok=True)
     assert main.accuracy["Rome", "RMU"] == pytest.approx((BASE > 0.5).mean())
+    mlps = last[last.attack == "mlps"]
+    assert mlps.net_share.isna().all() and mlps.share.notna().all()
 
 
 def test_what_training_does_to_the_unedited_model_is_taken_off():
@@ -186,50 +176,30 @@ def test_what_training_does_to_the_unedited_model_is_taken_off():
     assert last.net_back["EMBER"] == pytest.approx(0.1)
     assert last.net_share["EMBER"] == pytest.approx(0.1 / (BASE - ERASED).mean())
     assert math.isnan(last.net_share["unedited"])
-
-
-def test_rounding_the_unedited_model_is_no_erasure():
-    """Its scores fell by a thousandth when its weights were rounded, surely; still there is no share."""
+    # Two seeds that lose 0.1 and 0.3 are averaged before: an arm of a third seed is 0.2 nearer.
+    seeds = [unedited_losing(lost, seed=seed) for seed, lost in ((1, 0.1), (2, 0.3))]
+    assert last_of(*seeds, attacked(after=ERASED, seed=3)).net_back["EMBER"] == pytest.approx(0.2)
+    # Its scores fell by a thousandth when its weights were rounded, surely; still there is no share.
     last = last_of(attacked("none", precision="bf16", scale=0.0).assign(erased=lambda f: f.base - 0.001))
-    assert (last.gap_low > 0).all()
-    assert last.share.isna().all()
+    assert (last.gap_low > 0).all() and last.share.isna().all()
     assert last.note.str.contains("nothing was erased").all()
 
 
-def test_seeds_of_the_unedited_model_are_averaged_before_they_are_taken_off():
-    """Its two seeds lose 0.1 and 0.3: an arm of a third seed that stays where it was is 0.2 nearer to it."""
-    seeds = [unedited_losing(lost, seed=seed) for seed, lost in ((1, 0.1), (2, 0.3))]
-    assert last_of(*seeds, attacked(after=ERASED, seed=3)).net_back["EMBER"] == pytest.approx(0.2)
-
-
-def test_an_attack_without_a_reference_has_no_net_share():
-    last = relearn_tables.final_points(all_table())
-    mlps = last[last.attack == "mlps"]
-    assert mlps.net_share.isna().all()
-    assert mlps.share.notna().all()
-
-
-def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by():
-    overview = relearn_tables.relearning_overview(all_table())
+def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by_and_marks_divergence():
+    overview, last = relearn_tables.relearning_overview(all_table()), relearn_tables.final_points(all_table())
     assert (overview[overview.arm == "unedited"].share == "–").all()
     assert (overview[overview.arm == "RMU"].share == "100% [100%, 100%]").all()
-    assert len(overview) == len(relearn_tables.final_points(all_table()))
-    assert overview.runs.tolist() == relearn_tables.final_points(all_table()).runs.tolist()
-
-
-def test_a_run_that_diverged_is_marked_where_it_ended():
+    assert overview.runs.tolist() == last.runs.tolist()
     early = attacked("rmu").query("point < 2").assign(diverged=True)
-    overview = relearn_tables.relearning_overview(
-        relearn_tables.relearning_table(pd.concat([attacked(), early], ignore_index=True))
-    )
-    assert overview.set_index("arm").tokens.to_dict() == {"EMBER": "203", "RMU": "100 (diverged)"}
+    table = relearn_tables.relearning_table(pd.concat([attacked(), early], ignore_index=True))
+    ends = relearn_tables.relearning_overview(table).set_index("arm").tokens
+    assert ends.to_dict() == {"EMBER": "203", "RMU": "100 (diverged)"}
 
 
 def test_the_papers_attack_stands_beside_its_figures():
     beside = relearn_tables.beside_the_paper(all_table(), "tiny")
-    assert set(beside.model) == {"tiny"}
+    assert set(beside.model) == {"tiny"} and beside.source.str.startswith("here: ").all()
     assert set(beside.arm) == {"EMBER", "RMU", "EMBER + RMU", "unedited"}
-    assert beside.source.str.startswith("here: ").all()
 
 
 def movement() -> pd.DataFrame:
@@ -245,8 +215,8 @@ def movement() -> pd.DataFrame:
 def test_movement_is_the_mean_over_seeds():
     found = relearn_tables.mean_movement(movement(), "Rome").set_index(["arm", "precision", "lr"])
     assert found.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.15)
-    assert found.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.015)
-    assert math.isnan(found.travelled["unedited", "fp32", 1e-5])
+    arms = [("EMBER", "fp32", 1e-5), ("unedited", "fp32", 1e-5)]
+    assert found.travelled[arms].tolist() == pytest.approx([0.015, math.nan], nan_ok=True)
     everywhere = relearn_tables.mean_movement(movement(), "all concepts").set_index(["arm", "precision", "lr"])
     assert everywhere.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.4 / 3)
 
@@ -267,13 +237,10 @@ def test_a_control_is_set_against_ember_after_the_same_attack():
 
 
 def test_what_is_left_with_ember_is_set_against_the_method_alone():
-    items = pd.concat(
-        [
-            attacked("rmu", after=BASE), attacked("rmu", ember=True, after=ERASED), attacked(after=ERASED),
-            attacked("crisp", after=BASE), attacked("none", scale=0.0),
-        ],
-        ignore_index=True,
-    )  # fmt: skip
+    items = pd.concat([
+        attacked("rmu", after=BASE), attacked("rmu", ember=True, after=ERASED), attacked(after=ERASED),
+        attacked("crisp", after=BASE), attacked("none", scale=0.0),
+    ], ignore_index=True)  # fmt: skip
     (row,) = relearn_tables.left_with_ember(items).query("metric == 'gold_prob'").itertuples()
     assert (row.method, row.runs) == ("rmu", 1)
     assert row.value == pytest.approx((ERASED - BASE).mean())
@@ -290,45 +257,26 @@ def bars_of(ax) -> list:
     return [c for c in ax.containers if type(c).__name__ == "ErrorbarContainer"]
 
 
-def test_the_panels_show_each_method_alone_and_after_ember_beside_the_unedited_model(closed):
-    table = all_table()
-    chosen = table[
-        (table.concept == "Rome") & (table.attack == "all") & (table.precision == "fp32") & (table.lr == 1e-5)
-        & (table.metric == "gold_prob") & (table.questions == "all")
-    ]  # fmt: skip
-    figure = relearn_plots.regained_panels(chosen)
+def test_panels_show_each_method_alone_and_after_ember_and_the_heat_map_writes_shares(closed):
+    """Panels beside the unedited model; unknown shares are left open."""
+    table = all_table().query("concept == 'Rome' and precision == 'fp32' and lr == 1e-5")
+    figure = relearn_plots.regained_panels(
+        table.query("attack == 'all' and metric == 'gold_prob' and questions == 'all'")
+    )
     figure.canvas.draw()
     shown = [ax for ax in figure.axes if ax.get_title()]
-    assert [ax.get_title() for ax in shown] == ["EMBER", "RMU"]
-    assert [len(bars_of(ax)) for ax in shown] == [2, 3]
+    assert [(ax.get_title(), len(bars_of(ax))) for ax in shown] == [("EMBER", 2), ("RMU", 3)]
     assert len(figure.legends[0].get_texts()) == 5
-
-
-def test_the_heat_map_writes_shares_and_leaves_unknown_ones_open(closed):
-    last = relearn_tables.final_points(all_table())
-    last = last[(last.concept == "Rome") & (last.precision == "fp32") & (last.lr == 1e-5)]
-    ax = relearn_plots.share_heatmap(last)
+    ax = relearn_plots.share_heatmap(relearn_tables.final_points(table))
     ax.figure.canvas.draw()
-    texts = [t.get_text() for t in ax.texts]
-    assert "100%\n[100%, 100%]" in texts
+    assert "100%\n[100%, 100%]" in [t.get_text() for t in ax.texts]
     assert {label.get_text() for label in ax.get_yticklabels()} == {"all", "mlps"}
 
 
-def test_the_precision_panel_has_every_arm_at_every_setting(closed):
+def test_the_precision_table_and_panel_compare_only_arms_that_were_run_in_several(closed):
     table = relearn_tables.precision_table(all_attacks(), movement())
-    mine = table[table.concept == "Rome"]
-    figure = relearn_plots.precision_panel(mine)
-    figure.canvas.draw()
-    shown = figure.axes[0]
-    assert len(shown.get_xticks()) == len(mine.drop_duplicates(relearn_tables.RECIPE)) == 2
-    places = {(bar.get_label(), x) for bar in bars_of(shown) for x in bar.lines[0].get_xdata()}
-    assert len(places) == len(mine) == 4
-    assert {t.get_text() for t in shown.get_legend().get_texts()} == {"EMBER", "unedited"}
-
-
-def test_the_precision_table_compares_only_arms_that_were_run_in_several():
-    table = relearn_tables.precision_table(all_attacks(), movement())
-    mine = table[table.concept == "Rome"].set_index(["arm", "precision", "lr"])
+    rows = table[table.concept == "Rome"]
+    mine = rows.set_index(["arm", "precision", "lr"])
     assert {arm for arm, *_ in mine.index} == {"EMBER", "unedited"}
     assert set(mine.runs) == {1}  # the second seed was run in float32 only
     assert mine.back["EMBER", "bf16", 1e-5] == pytest.approx(0.0)
@@ -336,17 +284,22 @@ def test_the_precision_table_compares_only_arms_that_were_run_in_several():
     assert mine.changed["EMBER", "bf16", 1e-5] == pytest.approx(0.1)
     assert mine.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.01)
     assert not len(relearn_tables.precision_table(attacked(), movement()))
+    figure = relearn_plots.precision_panel(rows)
+    figure.canvas.draw()
+    shown = figure.axes[0]
+    assert len(shown.get_xticks()) == len(rows.drop_duplicates(relearn_tables.RECIPE)) == 2
+    places = {(bar.get_label(), x) for bar in bars_of(shown) for x in bar.lines[0].get_xdata()}
+    assert len(places) == len(rows) == 4
+    assert {t.get_text() for t in shown.get_legend().get_texts()} == {"EMBER", "unedited"}
 
 
 def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
-    table = all_table()
-    rome = table[(table.concept == "Rome") & (table.attack == "all")]
+    rome = all_table().query("concept == 'Rome' and attack == 'all'")
     chosen = relearn_tables.recipe(rome, most="method").iloc[0]
     assert (chosen.precision, chosen.lr, chosen.budget) == ("fp32", 1e-5, 1)
-    rounded = rome[(rome.precision == "bf16") | (rome.method == "ember")]
-    assert set(relearn_tables.recipe(rounded, most="method").precision) == {"bf16"}
-    equal = rome[rome.method == "ember"]
-    assert set(relearn_tables.recipe(equal, most="method").precision) == {"fp32"}
+    rounded, equal = rome.query("precision == 'bf16' or method == 'ember'"), rome.query("method == 'ember'")
+    for arms, precision in ((rounded, "bf16"), (equal, "fp32")):
+        assert set(relearn_tables.recipe(arms, most="method").precision) == {precision}
 
 
 def test_one_runs_curve_shows_training_and_all_groups_of_questions(closed):

@@ -85,10 +85,13 @@ def test_steps_in_the_backward_pass_hold_one_gradient_and_change_nothing(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_packed_paragraphs_give_the_gradients_of_one_paragraph_at_a_time(kind):
+    """One paragraph's loss is that of the model itself."""
     loaded = make_loaded(kind, bos=kind == "gemma2")
     sequences = [loaded.encode(text)[:length] for text, length in zip(SENTENCES, (9, 30, 2, 17), strict=True)]
     model = loaded.model
     losses = [packed_loss(loaded, [s]) for s in sequences]
+    for ids, loss in zip(sequences, losses, strict=True):
+        torch.testing.assert_close(loss, model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss)
     (sum(losses) / len(losses)).backward()
     one_by_one = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -103,24 +106,16 @@ def test_packed_paragraphs_give_the_gradients_of_one_paragraph_at_a_time(kind):
     assert abs(float(joined.detach() - packed.detach())) > 1e-2
 
 
-def test_the_loss_is_that_of_the_model_itself(tiny):
-    ids = tiny.encode(SENTENCES[0])
-    expected = tiny.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
-    torch.testing.assert_close(packed_loss(tiny, [ids]), expected)
-
-
 def test_every_text_is_seen_before_any_is_seen_again_and_budgets_are_equal(tiny):
+    """Texts are cut, and empty ones are left out."""
     plan = training_plan(tiny, SENTENCES, RelearnConfig(points=(200,), batch_size=1), seed=1)
     texts = [tuple(s) for step in plan for s in step]
     assert len(set(texts[:4])) == 4
     assert 200 <= sum(map(len, texts)) < 200 + max(map(len, texts))
     assert plan == training_plan(tiny, SENTENCES, RelearnConfig(points=(200,)), seed=1)
     assert plan != training_plan(tiny, SENTENCES, RelearnConfig(points=(200,)), seed=2)
-
-
-def test_texts_are_cut_and_empty_ones_are_left_out(tiny):
-    plan = training_plan(tiny, [*SENTENCES, ""], RelearnConfig(points=(50,), max_tokens=5), seed=0)
-    assert {len(s) for step in plan for s in step} == {5}
+    cut = training_plan(tiny, [*SENTENCES, ""], RelearnConfig(points=(50,), max_tokens=5), seed=0)
+    assert {len(s) for step in cut for s in step} == {5}
     with pytest.raises(EmberError, match="no texts"):
         training_plan(tiny, [""], RelearnConfig(), seed=0)
 
@@ -154,18 +149,11 @@ def test_an_attack_trains_what_it_says_and_leaves_the_model_as_it_was(tiny, edit
         assert any("lora_B" in n and value.abs().max() > 0 for n, value in seen.items())
     else:
         assert changed == (mlps if name == "mlps" else set(start))
+    assert name != "mlps" or [row["part"] for row in relearning.moved] == ["all that is trained"]
     assert not differing(before, snapshot(tiny))
     assert {n: p.requires_grad for n, p in tiny.model.named_parameters()} == flags
     assert all(p.grad is None for p in tiny.model.parameters())
     assert weights_hash(tiny.model) == tiny.weights_hash
-
-
-def test_the_model_is_left_as_it_was_after_an_error(tiny, edit):
-    before, hashes = snapshot(tiny), dict(tiny.parameter_hashes)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, edit, dies_at=1)
-    assert not differing(before, snapshot(tiny))
-    assert tiny.parameter_hashes == hashes
 
 
 def test_a_model_in_training_shares_no_cache_entry_with_the_loaded_one(tiny, edit):
@@ -173,9 +161,6 @@ def test_a_model_in_training_shares_no_cache_entry_with_the_loaded_one(tiny, edi
         edited = tiny.weights_hash
     with opened(tiny, edit, ATTACKS["all"], "fp32", 0):
         assert tiny.weights_hash not in (edited, tiny.base_hash)
-
-
-def test_an_unedited_model_has_no_edited_rows(tiny):
     with pytest.raises(EmberError, match="no edited rows"), opened(tiny, None, ATTACKS["edited_rows"], "fp32", 0):
         pass
 
@@ -191,23 +176,19 @@ def test_benign_texts_say_nothing_of_the_concept_and_are_as_long():
     assert " ".join(texts) == " ".join((*NEUTRAL, *NEUTRAL))
 
 
-@pytest.mark.parametrize(("kind", "change", "known"), [
-    (Attack, {"trained": "some"}, "all, edited_rows, lora, mlps"), (Attack, {"texts": "some"}, "concept, neutral"),
-    (RelearnConfig, {"precision": "fp8"}, "bf16, bf16_master, fp32"),
-    (RelearnConfig, {"optimizer": "sgd"}, "adamw, adamw_8bit, paged_adamw_8bit"),
+@pytest.mark.parametrize(("kind", "change", "said"), [
+    (Attack, {"trained": "some"}, "known: all, edited_rows, lora, mlps"),
+    (Attack, {"texts": "some"}, "known: concept, neutral"),
+    (RelearnConfig, {"precision": "fp8"}, "known: bf16, bf16_master, fp32"),
+    (RelearnConfig, {"optimizer": "sgd"}, "known: adamw, adamw_8bit, paged_adamw_8bit"),
+    (RelearnConfig, {"points": ()}, "points"), (RelearnConfig, {"points": (5, 5)}, "points"),
+    (RelearnConfig, {"points": (0,)}, "points"), (RelearnConfig, {"lr": 0.0}, "lr"),
+    (RelearnConfig, {"lr": math.nan}, "lr"), (RelearnConfig, {"max_tokens": 1}, "max_tokens"),
+    (RelearnConfig, {"batch_size": 0}, "batch_size"), (RelearnConfig, {"weight_decay": -1}, "weight_decay"),
 ])  # fmt: skip
-def test_unknown_choices_list_the_known_ones(kind, change, known):
-    with pytest.raises(UnknownNameError, match=f"known: {known}"):
+def test_wrong_settings_are_refused_and_unknown_choices_list_the_known_ones(kind, change, said):
+    with pytest.raises(UnknownNameError if "known" in said else ValueError, match=said):
         kind(**change)
-
-
-@pytest.mark.parametrize("change", [
-    {"points": ()}, {"points": (5, 5)}, {"points": (0,)}, {"lr": 0.0}, {"lr": math.nan}, {"max_tokens": 1},
-    {"batch_size": 0}, {"weight_decay": -1},
-])  # fmt: skip
-def test_wrong_settings_are_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        RelearnConfig(**change)
 
 
 def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
@@ -224,11 +205,15 @@ def test_training_lowers_the_loss_and_is_the_same_again(tiny, edit):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["all", "lora", "edited_rows"])
 def test_checkpointing_gives_the_same_losses_and_scores(tiny, edit, name, batch_size):
+    """The first scores are those of the edited model."""
     config = replace(CONFIG, batch_size=batch_size)
     plain = run(tiny, edit, ATTACKS[name], config)
     saved = run(tiny, edit, ATTACKS[name], replace(config, gradient_checkpointing=True))
     assert saved.steps == plain.steps
     pd.testing.assert_frame_equal(saved.items, plain.items)
+    first = plain.items[plain.items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
+    with edit.applied(tiny):
+        pd.testing.assert_frame_equal(first, measure(tiny)())
 
 
 def test_checkpointing_keeps_the_inputs_of_layers_alone_and_dropout_off(tiny):
@@ -288,22 +273,17 @@ def test_an_optimizer_that_cannot_run_fails_before_anything_does(tiny, edit, mon
     assert "optimizer: adamw" in str(caught.value)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_first_scores_are_those_of_the_edited_model(tiny, edit, batch_size):
-    items = run(tiny, edit, config=replace(CONFIG, batch_size=batch_size)).items
-    first = items[items.tokens == 0].drop(columns="tokens").reset_index(drop=True)
-    with edit.applied(tiny):
-        expected = measure(tiny)()
-    pd.testing.assert_frame_equal(first, expected)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["all", "lora", "edited_rows"])
-def test_an_interrupted_run_goes_on_and_gives_the_same_curve(tiny, edit, tmp_path, monkeypatch, name, precision):
+def test_an_interrupted_run_leaves_the_model_goes_on_and_gives_the_same_curve(
+    tiny, edit, tmp_path, monkeypatch, name, precision
+):
     config, store = replace(CONFIG, precision=precision), tmp_path / "run"
+    before, hashes = snapshot(tiny), dict(tiny.parameter_hashes)
     whole = run(tiny, edit, ATTACKS[name], config)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, edit, ATTACKS[name], config, dies_at=3, store=store)
+    assert not differing(before, snapshot(tiny)) and tiny.parameter_hashes == hashes
     steps = []
     monkeypatch.setattr("ember.relearning.train.packed_loss", lambda *given: steps.append(0) or packed_loss(*given))
     resumed = run(tiny, edit, ATTACKS[name], config, store=store)
@@ -357,26 +337,18 @@ def test_the_way_back_of_the_edited_rows_is_measured(tiny, edit, monkeypatch):
     assert math.isnan(everything["travelled"])
 
 
-def test_weights_that_did_not_train_have_not_moved(tiny, edit):
-    moved = run(tiny, edit, ATTACKS["mlps"], replace(CONFIG, points=(30,))).moved
-    assert [row["part"] for row in moved] == ["all that is trained"]
-
-
-def test_a_working_copy_leaves_storage_alone(tiny):
-    pointers = {n: p.data_ptr() for n, p in tiny.model.named_parameters()}
-    with working_copy(tiny.model, torch.bfloat16):
-        assert tiny.embedding.dtype == torch.bfloat16
-        assert all(p.data_ptr() != pointers[n] for n, p in tiny.model.named_parameters())
-    assert {n: p.data_ptr() for n, p in tiny.model.named_parameters()} == pointers
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_parked_parameters_take_no_room_and_come_back_to_the_bit(tiny, edit, dtype):
-    """Also for those who hold the same storage, such as an edit that is to be undone."""
+def test_a_working_copy_leaves_storage_alone_and_parked_parameters_take_no_room(tiny, edit, dtype):
+    """They come back to the bit, also for those who hold the same storage, such as an edit that is to be undone."""
     with edit.applied(tiny):
         pass
     for parameter in tiny.model.parameters():
         parameter.data = parameter.data.clone()  # hashing has had numpy look into the present storage
+    pointers = {n: p.data_ptr() for n, p in tiny.model.named_parameters()}
+    with working_copy(tiny.model, dtype):
+        assert tiny.embedding.dtype == dtype
+        assert all(p.data_ptr() != pointers[n] for n, p in tiny.model.named_parameters())
+    assert {n: p.data_ptr() for n, p in tiny.model.named_parameters()} == pointers
     held = tiny.embedding.detach()
     with edit.applied(tiny):
         with working_copy(tiny.model, dtype, parked=True):
