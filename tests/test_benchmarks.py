@@ -45,16 +45,15 @@ def test_padded_training_takes_the_same_steps():
     assert losses[0] != pytest.approx(losses[-1], abs=1e-4)  # it does train
 
 
-def test_rows_compare_medians_with_the_target():
+def test_rows_compare_medians_with_the_target_and_are_renewed_in_their_places():
     seconds = [[1.0, 9.0, 2.0], [8.0, 10.0, 90.0]]
     row = run.row("work", "other", seconds, 5, "same")
     assert (row["ours"], row["theirs"], row["ratio"], row["met"]) == (2.0, 10.0, 5.0, True)
     assert not run.row("work", "other", seconds, 5.1, "same")["met"]
-
-
-def test_rows_are_renewed_in_their_places():
-    table = pd.DataFrame({"work": ["a", "a", "b"], "compared_with": ["x", "y", "x"], "ours": [1, 2, 3]})
-    rows = pd.DataFrame({"work": ["a", "c"], "compared_with": ["y", "x"], "ours": [20, 40]})
+    table, rows = (
+        pd.DataFrame(rows, columns=["work", "compared_with", "ours"])
+        for rows in ([("a", "x", 1), ("a", "y", 2), ("b", "x", 3)], [("a", "y", 20), ("c", "x", 40)])
+    )
     found = run.renewed(table, rows)
     assert found.values.tolist() == [["a", "x", 1], ["a", "y", 20], ["b", "x", 3], ["c", "x", 40]]
     assert run.renewed(pd.DataFrame(columns=table.columns), rows).equals(rows)

@@ -253,25 +253,20 @@ def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(kind, precision, c
     pd.testing.assert_frame_equal(again.scores, features.scores)
 
 
-def test_reordered_columns_are_the_same_problem(loaded, cache):
-    """In float64 the features come back, entry by entry, though the numbers are rounded otherwise."""
-    features = concept_features(loaded, make_concept(), seed=3, **SMALL)
-    turned = refit(loaded, features, reordered=1)
-    assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, order 1"
-    assert turned.factorization.loss_curve != features.factorization.loss_curve
-    torch.testing.assert_close(turned.factorization.F, features.factorization.F)
-    measured = compare_fits(features, turned, features=list(features.scores.feature))
-    assert measured["same"] == 1 and measured["rows_jaccard"] == 1
-
-
 def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypatch):
-    features = [concept_features(loaded, make_concept(), seed=seed, **SMALL) for seed in (1, 2)]
-    first = [refit(loaded, one, reordered=1) for one in features]
-    assert not torch.equal(first[0].factorization.F, first[1].factorization.F)
-    kept = [refit(loaded, features[0], precision=p) for p in ("float32", "float64")]
-    assert not torch.equal(kept[0].factorization.F, kept[1].factorization.F)
+    """Columns in another order are the same problem: in float64 the features come back, though rounded otherwise."""
+    features = [concept_features(loaded, make_concept(), seed=seed, **SMALL) for seed in (3, 2)]
+    turned, other = (refit(loaded, one, reordered=1) for one in features)
+    assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, order 1"
+    assert turned.factorization.loss_curve != features[0].factorization.loss_curve
+    torch.testing.assert_close(turned.factorization.F, features[0].factorization.F)
+    measured = compare_fits(features[0], turned, features=list(features[0].scores.feature))
+    assert measured["same"] == 1 and measured["rows_jaccard"] == 1
+    single, double = (refit(loaded, features[0], precision=precision) for precision in ("float32", "float64"))
+    for one, another in ((turned, other), (single, double)):
+        assert not torch.equal(one.factorization.F, another.factorization.F)
     monkeypatch.setattr(stability, "sparse_mf", lambda *_, **__: pytest.fail("fitted again"))
-    assert torch.equal(refit(loaded, features[0], reordered=1).factorization.G, first[0].factorization.G)
+    assert torch.equal(refit(loaded, features[0], reordered=1).factorization.G, turned.factorization.G)
     with pytest.raises(ValueError, match="other weights"):
         refit(make_loaded(seed=1), features[0])
 

@@ -193,6 +193,9 @@ def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero(better_run
     assert 0 < better.difference_low < better.difference < better.difference_high
     assert own.difference == own.difference_low == own.difference_high == 0
     assert better.area == pytest.approx(own.area + better.difference)
+    equal = compare_areas(curves(run_items(), n_resamples=20))
+    for cost in COSTS:
+        assert equal[cost, "EMBER"][0] == pytest.approx(equal[cost, RARE][0])
 
 
 def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw(better_runs):
@@ -205,12 +208,6 @@ def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw(better_runs
         assert own[differences].tolist() == [0, 0, 0]
         assert better[differences].tolist() == pytest.approx([0.3 * delta] * 3)
         assert better.gain == pytest.approx(own.gain + 0.3 * delta)
-
-
-def test_equal_edits_differ_by_nothing():
-    areas = compare_areas(curves(run_items(), n_resamples=20))
-    for cost in COSTS:
-        assert areas[cost, "EMBER"][0] == pytest.approx(areas[cost, RARE][0])
 
 
 def test_a_run_without_a_cost_is_left_out_of_its_areas_alone():

@@ -15,16 +15,11 @@ from helpers.tiny import NEUTRAL, SENTENCES, make_concept
 
 def shared_data() -> SharedData:
     general = [replace(q, set="general", id=f"general-{q.id}") for q in make_concept().questions if q.set == "concept"]
+    answer = "Yes, the Romans carried bread."
     instructions = [
-        Instruction(
-            f"i-{split}-{k}",
-            split,
-            f"The Romans marched {k} times along the {split}.",
-            "Yes, the Romans carried bread.",
-        )
-        for split in ("train", "test")
-        for k in range(3)
-    ]
+        Instruction(f"i-{split}-{k}", split, f"The Romans marched {k} times along the {split}.", answer)
+        for split in ("train", "test") for k in range(3)
+    ]  # fmt: skip
     neutral = {"train": (*NEUTRAL, SENTENCES[0]), "test": NEUTRAL[1:]}
     return SharedData(tuple(general), neutral, tuple(instructions), NEUTRAL)
 
