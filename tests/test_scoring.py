@@ -12,11 +12,10 @@ from helpers.suites import blank, talkative
 from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
 from ember.data.types import Question
-from ember.editing import Edit
 from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import PROMPT, blind_scores, question_scores
 from ember.models.loading import LoadedModel, weights_hash
-from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_losses, sequence_scores
+from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_scores
 
 TOLERANCE = 1e-4
 LONG = " ".join((*SENTENCES, *NEUTRAL))  # longer than Gemma-2's sliding window of 64 tokens
@@ -30,12 +29,6 @@ def loaded(request) -> LoadedModel:
     """Both architectures with a tokenizer that puts a BOS before raw text and with one that does not."""
     kind, bos = request.param
     return make_loaded(kind, bos=bos)
-
-
-def blank_rows(loaded: LoadedModel, word: str) -> tuple[Edit, int]:
-    """An edit that empties the input row of a one-token word, and the token's id."""
-    (token,) = loaded.encode(word, bos=False)
-    return blank(loaded, word), token
 
 
 def encoded(loaded: LoadedModel) -> tuple[list[list[int]], list[int]]:
@@ -58,12 +51,6 @@ def reference_loss(loaded: LoadedModel, ids: list[int], start: int) -> np.ndarra
 def reference_option(loaded: LoadedModel, prompt: str, option: str) -> float:
     before, after = continuation_ids(loaded, prompt, option)
     return -reference_loss(loaded, before + after, len(before)).sum()
-
-
-def assert_same_scores(one, other, tolerance: float = TOLERANCE):
-    for a, b in zip(one, other, strict=True):
-        for before, after in zip(a, b, strict=True):
-            np.testing.assert_allclose(before, after, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -105,16 +92,13 @@ def test_options_equal_the_reference_and_do_not_depend_on_the_batch(loaded):
             np.testing.assert_allclose(np.concatenate(scores), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_options_of_a_prompt_are_scored_from_the_same_token_on(loaded):
+def test_options_of_a_prompt_are_scored_from_the_same_token_on_whatever_runs_beside_them(loaded):
     """Where one of them merges with the prompt, the others are scored from that token on too."""
     prompt, options = "Where did the Rom", ["ans", "e", "an army go", "x"]
     start = len(loaded.encode("Where did the"))
     (scores,) = option_logprobs(loaded, [prompt], [options])
     expected = [-reference_loss(loaded, loaded.encode(prompt + option), start).sum() for option in options]
     np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
-
-
-def test_options_do_not_depend_on_what_runs_beside_them(loaded):
     together = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
     passes: list[int] = []
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -122,15 +106,12 @@ def test_options_do_not_depend_on_what_runs_beside_them(loaded):
     apart = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS), packed_tokens=1)
     assert len(passes) == len(PROMPTS) > 1
     np.testing.assert_allclose(np.stack(apart), np.stack(together), atol=TOLERANCE, rtol=0)
-
-
-def test_options_need_a_list_for_each_prompt(tiny):
-    with pytest.raises(ValueError, match="shorter"):
-        option_logprobs(tiny, PROMPTS, [OPTIONS])
+    with pytest.raises(ValueError, match="shorter"):  # a list for each prompt
+        option_logprobs(loaded, PROMPTS, [OPTIONS])
 
 
 def score_everything(loaded: LoadedModel) -> np.ndarray:
-    edit, _ = blank_rows(loaded, " Roman")
+    edit = blank(loaded, " Roman")
     options = option_logprobs(loaded, PROMPTS, [OPTIONS] * len(PROMPTS))
     sequences, _ = encoded(loaded)
     texts = sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded))
@@ -156,24 +137,23 @@ def test_mixed_lengths_give_numbers(kind, dtype):
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_losses_equal_the_reference_and_those_alone_are_the_same_to_the_bit(loaded, batch_size):
     """Also with an edit applied; each token is scored once, from its start on; without one nothing diverges."""
-    edit, _ = blank_rows(loaded, " Roman")
+    edit = blank(loaded, " Roman")
     sequences, starts = encoded(loaded)
     scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
     plain = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
-    base = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
     with edit.applied(loaded):
-        edited = sequence_losses(loaded, sequences, starts, batch_size=batch_size)
+        edited = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
     for k, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
-        np.testing.assert_allclose(base[k], reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
-        for one in (scores[k].base_loss, plain[k].base_loss, plain[k].loss):
-            np.testing.assert_array_equal(one, base[k])
-        np.testing.assert_array_equal(scores[k].loss, edited[k])
+        np.testing.assert_allclose(plain[k].loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
+        for one in (scores[k].base_loss, plain[k].base_loss):
+            np.testing.assert_array_equal(one, plain[k].loss)
+        np.testing.assert_array_equal(scores[k].loss, edited[k].loss)
         assert (plain[k].kl == 0).all()
-    assert any((before != after).any() for before, after in zip(base, edited, strict=True))
+    assert any((score.loss != score.base_loss).any() for score in scores)
 
 
 def test_divergence_equals_the_reference_of_each_text_alone(loaded):
-    edit, _ = blank_rows(loaded, " Roman")
+    edit = blank(loaded, " Roman")
     sequences, starts = encoded(loaded)
     base = [reference(loaded, ids) for ids in sequences]
     with edit.applied(loaded):
@@ -188,7 +168,7 @@ def test_divergence_equals_the_reference_of_each_text_alone(loaded):
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
     """To the bit, also in a batch with texts that change."""
-    edit, token = blank_rows(loaded, " Roman")
+    edit, (token,) = blank(loaded, " Roman"), loaded.encode(" Roman", bos=False)
     sequences, _ = encoded(loaded)
     scores = sequence_scores(loaded, sequences, [1] * len(TEXTS), partial(edit.applied, loaded), batch_size=batch_size)
     changed = [token in ids for ids in sequences]
@@ -202,24 +182,25 @@ def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
             assert abs(score.loss - score.base_loss).max() > TOLERANCE
 
 
-@pytest.mark.parametrize("score", [sequence_scores, sequence_losses])
-def test_no_sequences_have_no_scores_and_a_text_needs_a_scored_token_after_its_first(score):
-    assert score(make_loaded(), [], []) == []
+def test_no_sequences_have_no_scores_and_a_text_needs_a_scored_token_after_its_first():
+    assert sequence_scores(make_loaded(), [], []) == []
     for start in (-1, 0, 3, 4):
         with pytest.raises(ValueError, match="at least one scored token"):
-            score(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
+            sequence_scores(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
 
 
 @pytest.mark.parametrize("limit", [1, 120, 10**9])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_size_of_a_group_changes_no_score(tiny, limit, batch_size):
     """Groups only save work: an edit is applied once for each; the batches are the same, so are the bits."""
-    edit, _ = blank_rows(tiny, " Roman")
+    edit = blank(tiny, " Roman")
     applied: list[int] = []
     score = partial(sequence_scores, tiny, *encoded(tiny), batch_size=batch_size)
     before = score(partial(edit.applied, tiny))
     after = score(lambda: applied.append(1) or edit.applied(tiny), group_tokens=limit)
-    assert_same_scores(before, after, 0)
+    for one, other in zip(before, after, strict=True):
+        for part in zip(one, other, strict=True):
+            np.testing.assert_array_equal(*part)
     batches = len(TEXTS) // batch_size
     assert {1: len(applied) == batches, 120: 1 < len(applied) < batches, 10**9: len(applied) == 1}[limit]
 
@@ -269,7 +250,8 @@ def wide(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.pivot(index="item", columns="metric", values="value")
 
 
-def test_question_scores_equal_the_reference(loaded):
+def test_question_scores_equal_the_reference_in_whatever_order_the_options_are(loaded):
+    """The order comes from the question's id."""
     scores = wide(question_scores(loaded, [question(str(k), k) for k in range(4)]))
     prompt = PROMPT.format(question="Where did the Romans go?")
     total = np.array([reference_option(loaded, prompt, f" {word}") for word in WORDS])
@@ -278,14 +260,9 @@ def test_question_scores_equal_the_reference(loaded):
     np.testing.assert_allclose(scores.gold_logprob, per_char, atol=TOLERANCE)
     np.testing.assert_allclose(scores.gold_prob, weights / weights.sum(), atol=TOLERANCE)
     np.testing.assert_array_equal(scores.correct, per_char == per_char.max())
-
-
-def test_scores_do_not_depend_on_the_order_of_the_options(tiny):
-    """The order comes from the question's id."""
     questions = [question(f"q{k}", 0) for k in range(16)]
     assert {q.gold for q in questions} == {0, 1, 2, 3}
-    scores = wide(question_scores(tiny, questions))
-    assert np.ptp(scores.to_numpy(), axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
+    assert np.ptp(wide(question_scores(loaded, questions)).to_numpy(), axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
 def blind(loaded: LoadedModel, questions: list[Question], prompt: str = "Question:\nAnswer:") -> pd.DataFrame:
@@ -316,15 +293,12 @@ def test_blind_scores_follow_the_prompt_and_not_what_is_asked(tiny):
     prompted = blind_scores(tiny, questions, prompt="Q: {question}\nA:")
     np.testing.assert_allclose(prompted.value, blind(tiny, questions, "Q:\nA:").value, atol=TOLERANCE)
     assert not np.allclose(prompted.value, scores.value, atol=TOLERANCE)
-
-
-def test_no_questions_have_no_blind_scores(tiny):
-    found = blind_scores(tiny, [])
-    assert found.empty and found.columns.tolist() == ["item", "metric", "value"]
+    none = blind_scores(tiny, [])
+    assert none.empty and none.columns.tolist() == ["item", "metric", "value"]
 
 
 def test_an_edit_is_applied_to_questions_and_taken_back(tiny, tiny_concept):
-    edit, _ = blank_rows(tiny, " Romans")
+    edit = blank(tiny, " Romans")
     ask = partial(question_scores, tiny, tiny_concept.questions)
     base, edited = ask(), ask(edit)
     with edit.applied(tiny):
@@ -339,7 +313,7 @@ def test_cache_keys_name_the_weights_as_they_are_and_the_dtype():
     half.model.to(torch.bfloat16)  # the hash is that of float32
     assert half.weights_hash == loaded.weights_hash
     base = EvaluationCache.key(loaded, "x")
-    with blank_rows(loaded, " Roman")[0].applied(loaded):
+    with blank(loaded, " Roman").applied(loaded):
         edited, again = (EvaluationCache.key(m, "x") for m in (loaded, replace(loaded, parameter_hashes={})))
     assert edited == again and base == EvaluationCache.key(loaded, "x") == EvaluationCache.key(make_loaded(), "x")
     assert len({base, edited, EvaluationCache.key(half, "x"), EvaluationCache.key(loaded, "y")}) == 4

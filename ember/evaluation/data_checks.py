@@ -10,7 +10,7 @@ import pandas as pd
 
 from ember.data.ours import list_concepts, load_concept, load_shared
 from ember.data.released import list_released
-from ember.data.types import SPLITS, Concept, Question, SharedData
+from ember.data.types import QUESTION_SETS, SPLITS, Concept, Question, SharedData
 from ember.data.wording import Texts, content_stems, paraphrases, rarity, stems
 from ember.errors import EmberError
 from ember.evaluation.evaluate import blind_scores
@@ -91,7 +91,7 @@ def check_concept(concept: Concept, loaded: LoadedModel | None = None) -> CheckR
         count = sum((q.set, q.split) == (set_, split) for q in concept.questions)
         ledger.at_least(f"questions, {set_} {split}", count, MINIMUM[split])
     lines = {q.id: q.id if released else f"questions.jsonl, line {k}" for k, q in enumerate(concept.questions, 1)}
-    _check_questions(ledger, concept.questions, ("concept", "simdom"), lines, loaded)
+    _check_questions(ledger, concept.questions, lines, loaded)
     marks = mark_answers(concept)
     test = marks[marks.split == "test"]
     answers = test[test.stated != ""].itertuples()
@@ -115,7 +115,7 @@ def check_shared(shared: SharedData, loaded: LoadedModel | None = None) -> Check
     instructions = [(f"instructions.jsonl, {i.id}", i.instruction) for i in shared.instructions]
     ledger.none("repeated text", _repeated([*neutral, *instructions]))
     lines = {q.id: f"general.jsonl, line {k}" for k, q in enumerate(shared.questions, 1)}
-    _check_questions(ledger, shared.questions, ("general",), lines, loaded)
+    _check_questions(ledger, shared.questions, lines, loaded)
     return ledger.report()
 
 
@@ -125,10 +125,8 @@ def check_data(
     """Check every concept and what they share; or one folder of your own; or the released data (in a folder)."""
     if source == "released":
         concepts = [load_concept(name, source=source, folder=folder) for name in list_released(folder)]
-    elif folder is not None:
-        concepts = [load_concept(folder=folder)]
     else:
-        concepts = [load_concept(name) for name in list_concepts()]
+        concepts = [load_concept(folder=folder)] if folder is not None else list(map(load_concept, list_concepts()))
     if not concepts:
         raise EmberError("the data folder holds no concept")
     reports = [check_concept(concept, loaded) for concept in concepts]
@@ -162,9 +160,8 @@ def mark_answers(concept: Concept) -> pd.DataFrame:
 
 
 def _check_questions(
-    ledger: _Ledger, questions: Sequence[Question], sets: Sequence[str], where: Mapping[str, str],
-    loaded: LoadedModel | None,
-) -> None:  # fmt: skip
+    ledger: _Ledger, questions: Sequence[Question], where: Mapping[str, str], loaded: LoadedModel | None
+) -> None:
     """``where`` maps ids to places."""
     ledger.none("repeated question", _repeated([(where[q.id], q.question) for q in questions]))
     train, test = ([q for q in questions if q.split == split] for split in SPLITS)
@@ -181,9 +178,8 @@ def _check_questions(
     ledger.none("question holds its answer", given)
     blind = blind_scores(loaded, questions).pivot(index="item", columns="metric", values="value") if loaded else None
     near = f"{CHANCE - GUESS_MARGIN:.2f}-{CHANCE + GUESS_MARGIN:.2f}"
-    for set_, split in itertools.product(sets, SPLITS):
-        part = [q for q in questions if (q.set, q.split) == (set_, split)]
-        if not part:
+    for set_, split in itertools.product(QUESTION_SETS, SPLITS):
+        if not (part := [q for q in questions if (q.set, q.split) == (set_, split)]):
             continue
         for name, guess in GUESSES.items():
             value = float(np.mean([guess(q) for q in part]))

@@ -13,7 +13,6 @@ from ember.models.loading import LoadedModel
 from ember.models.scoring import generate_greedy
 
 LETTERS = "ABCD"
-LETTER_PROMPT = "{question}\n\n{options}\n\nAnswer with one letter only: A, B, C or D."
 NEW_TOKENS = 4
 _LEAD = r"\W*(?i:(?:the )?(?:(?:correct|right) )?(?:answer|option|letter)(?: is)?\W*)?"
 # "A" before another word is an article, and the others before a lower-case word are part of a sentence.
@@ -23,7 +22,7 @@ _ANSWER = re.compile(rf"{_LEAD}(A(?!['’]?\w|[ \t]+\w)|[B-D](?!['’]?\w|[ \t]+
 def letter_prompt(question: Question) -> str:
     """The question with its four options, lettered in the order that its id fixes (``Question.options``)."""
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=True))
-    return LETTER_PROMPT.format(question=question.question, options=options)
+    return f"{question.question}\n\n{options}\n\nAnswer with one letter only: A, B, C or D."
 
 
 def read_letter(text: str) -> str:

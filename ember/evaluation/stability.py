@@ -1,9 +1,9 @@
 """Does the same concept feature come back: fits of other seeds, ranks, sparsities and precisions, compared.
 
-One comparison changes nothing but rounding: X with its columns in another order is the same problem, summed in another
-order. A factorization is unique only up to the order, scale and sign of its features, so those of two fits are paired
-by the |cosine| of their directions. Embeddings share directions, so that unlike features reach high values too: what
-counts is more than a feature has with its nearest sibling, another feature of its own fit.
+One comparison changes nothing but rounding: X with its columns in another order is the same problem. A factorization is
+unique only up to the order, scale and sign of its features, so those of two fits are paired by the |cosine| of their
+directions. Embeddings share directions, and unlike features reach high values too: what counts is more than a feature
+has with its nearest sibling, another feature of its own fit.
 """
 
 import itertools
@@ -131,9 +131,8 @@ def _jaccard(a: set[int], b: set[int]) -> float:
 
 def fit_label(features: ConceptFeatures) -> str:
     """Name of a fit among others of its concept, such as ``"rank 300, sparsity 0.01, seed 42, float64"``."""
-    name = "rank {rank}, sparsity {sparsity:g}, seed {seed}, {precision}".format(**features.settings)
-    order = features.settings.get("reordered", 0)
-    return f"{name}, order {order}" if order else name
+    order = f", order {features.settings['reordered']}" if features.settings.get("reordered") else ""
+    return "rank {rank}, sparsity {sparsity:g}, seed {seed}, {precision}".format(**features.settings) + order
 
 
 def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection: Any) -> pd.DataFrame:
@@ -155,8 +154,7 @@ def fit_table(fits: Mapping[str, ConceptFeatures], X: torch.Tensor, **selection:
 
 def pair_table(fits: Mapping[str, ConceptFeatures], **selection: Any) -> pd.DataFrame:
     """``compare_fits`` of all ordered pairs of fits: fit, other, ``MEASURES``."""
-    pairs = itertools.permutations(fits, 2)
-    rows = [(a, b, *compare_fits(fits[a], fits[b], **selection).values()) for a, b in pairs]
+    rows = [(a, b, *compare_fits(fits[a], fits[b], **selection).values()) for a, b in itertools.permutations(fits, 2)]
     return pd.DataFrame(rows, columns=["fit", "other", *MEASURES])
 
 
@@ -166,8 +164,7 @@ def varied_pairs(fits: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     ``fits`` is ``fit_table``'s. ``varied`` is ``rank``, ``sparsity``, ``seed``, ``precision``, or ``rounding in``
     float64 or float32: the same fit with its columns in another order.
     """
-    about = fits.set_index("fit")[list(_VARIED)]
-    first, second = about.loc[pairs.fit], about.loc[pairs.other]
+    first, second = (fits.set_index("fit")[list(_VARIED)].loc[names] for names in (pairs.fit, pairs.other))
     differing = first.to_numpy() != second.to_numpy()
     kinds = np.array(_VARIED, dtype=object)[differing.argmax(axis=1)]
     kinds = np.where(kinds == "reordered", "rounding in " + first.precision.to_numpy(), kinds)
@@ -181,8 +178,7 @@ def variation_table(varied: pd.DataFrame) -> pd.DataFrame:
     whose best feature has a selected mate; of cosine, same, rows_jaccard and edit_cosine the median, least and most.
     """
     found = varied.cosine.notna()
-    varied = varied.assign(found=found, returned=varied.mate_selected.where(found))
-    kinds = varied.groupby("varied", sort=False)
+    kinds = varied.assign(found=found, returned=varied.mate_selected.where(found)).groupby("varied", sort=False)
     table = kinds.agg(pairs=("fit", "size"), found=("found", "mean"), returned=("returned", "mean"))
     for measure in ("cosine", "same", "rows_jaccard", "edit_cosine"):
         table[[measure, f"{measure}_low", f"{measure}_high"]] = kinds[measure].agg(["median", "min", "max"])

@@ -44,7 +44,8 @@ def erase(
 ) -> Edit:
     """The edit of a method, or with ``first`` (an EMBER edit) of the method run after it, composed into one.
 
-    The model is left bit-identical. Errors are an ``UnknownNameError`` and the method's own.
+    The model is left bit-identical. Besides an ``UnknownNameError``, errors are a ``NothingFoundError`` if no feature
+    carries the concept, a ``ValueError`` if the model lacks a layer, and an ``EmberError`` if training diverges.
     """
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)

@@ -34,10 +34,7 @@ def towards_matched_mean(target: RowTarget, *, matched: int = 100) -> torch.Tens
 
 
 def aside(target: RowTarget) -> torch.Tensor:
-    """e_i ← e_i − δ ‖c_i‖ u_i for the rows i that EMBER would edit: as far as EMBER goes, in a random direction u_i.
-
-    Each row has a unit vector of its own, drawn from the seed.
-    """
+    """e_i ← e_i − δ ‖c_i‖ u_i for the rows i that EMBER would edit: as far, in a direction of their own by the seed."""
     drawn = torch.randn(target.contributions.shape, generator=torch.Generator().manual_seed(target.seed))
     return target.contributions.norm(dim=1, keepdim=True) * normalize(drawn, dim=1)
 
@@ -45,8 +42,8 @@ def aside(target: RowTarget) -> torch.Tensor:
 def concept_subspace(target: RowTarget) -> torch.Tensor:
     """e_i ← e_i − δ (e_i − LEACE(e_i)) for the rows i that EMBER would edit.
 
-    LEACE (Belrose et al. 2023, arXiv 2306.03819) is fitted on the rows of V' to tell those that EMBER edits from the
-    others: after it, over all of V', no linear classifier could. Only EMBER's rows are moved.
+    LEACE (Belrose et al. 2023, arXiv 2306.03819) is fitted on the rows of V': after it no linear classifier could tell
+    those that EMBER edits, which alone are moved, from the others.
     """
     from concept_erasure import LeaceEraser  # slow to import, and most edits do without
 

@@ -50,14 +50,12 @@ class CrispConfig(SaeConfig):
 
 
 def run(loaded: LoadedModel, concept: Concept, config: CrispConfig, *, seed: int = 42) -> Edit:
-    """Train (1−β)·forget + β·retain + γ·coherence and merge the LoRA; the model is left bit-identical.
+    """Train (1−β)·forget + β·retain + γ·coherence and merge the LoRA.
 
     forget: mean of the selected features' activation on concept text wherever the unedited model activates them, raised
     by α times the magnitude of their mean pre-activation so that they are pushed below zero and not just to it. retain:
     MSE(h, h⁰) of the autoencoders' layers on neutral text. coherence: MSE of the last layer on 20 train instructions.
     The first position is left out of all three.
-
-    Errors are those of ``prepare`` and ``select_features``, and ``EmberError`` if training diverges.
     """
     saes = prepare(loaded, concept, config)
     chosen = select_features(loaded, concept, saes, config)

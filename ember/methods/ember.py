@@ -56,18 +56,14 @@ class EmberConfig:
 
 
 def run(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42, **other: Any) -> Edit:
-    """Make the EMBER edit e_i ← e_i − δ c_i for a concept; the model is left bit-identical.
-
-    ``other`` options of ``edit_from_features`` make it a control edit. Errors are those of ``fit`` and of that.
-    """
+    """The EMBER edit e_i ← e_i − δ c_i; ``other`` options of ``edit_from_features`` make it a control edit."""
     return edit_from_features(loaded, fit(loaded, concept, config, seed=seed), config, seed=seed, **other)
 
 
 def fit(loaded: LoadedModel, concept: Concept, config: EmberConfig, *, seed: int = 42) -> ConceptFeatures:
     """The factorization behind ``run``: the one in ``features_from``, or else made once for every strength and method.
 
-    Errors are those of ``concept_features`` (rank, texts) or ``ConceptFeatures.load``, and an ``EmberError`` if the
-    features in the folder are those of another concept.
+    That the features in the folder are those of another concept is an ``EmberError``.
     """
     if config.features_from is not None:
         features = ConceptFeatures.load(config.features_from)
@@ -113,10 +109,9 @@ def edit_from_features(
 ) -> Edit:
     """The edit of already fitted features: δ times a displacement, c_i by default, is subtracted from each row.
 
-    Where the model multiplies its embeddings by a scale (Gemma), features live in scaled units and the contributions
-    are divided by the scale. ``method`` and another ``displacement`` [r, d_model] make a control edit of the same rows,
-    ``others`` [r] one of as many other rows. Features that were fitted on other weights, or touch no row, are an
-    ``EmberError``.
+    Contributions are divided by the scale with which the model multiplies its embeddings (Gemma). ``method`` and another
+    ``displacement`` [r, d_model] make a control edit of the same rows, ``others`` [r] one of as many other rows.
+    Features that were fitted on other weights, or touch no row, are an ``EmberError``.
     """
     selected, contributions = _contributions(loaded, features, config)
     if not contributions:
@@ -131,15 +126,13 @@ def edit_from_features(
         change = config.delta * displacement(target).to(target.matrix.device)
         values[name] = (target.rows, (target.old - change).to(target.matrix.dtype))
     extra = {"selected": selected} | ({"fitted": features.settings} if config.features_from else {})
-    return made_edit(
-        loaded, values, config, extra, method=method, seed=seed, concept=features.concept, side=config.side
-    )
+    made = {"method": method, "seed": seed, "concept": features.concept, "side": config.side}
+    return made_edit(loaded, values, config, extra, **made)
 
 
 def _contributions(
     loaded: LoadedModel, features: ConceptFeatures, config: EmberConfig
 ) -> tuple[list[int], dict[int, torch.Tensor]]:
-    """The features selected and c_i by token id."""
     if features.weights_hash != loaded.weights_hash:
         place = f" in {config.features_from}" if config.features_from else ""
         made_for = f"{features.model} ({features.weights_hash[:12]})"

@@ -40,10 +40,7 @@ class PiscesConfig(SaeConfig):
 
 
 def run(loaded: LoadedModel, concept: Concept, config: PiscesConfig, *, seed: int = 42) -> Edit:
-    """Edit the MLP output vectors that carry the concept's features; the model is left bit-identical.
-
-    Errors are those of ``prepare`` and ``select_features``. ``seed`` only goes on record: nothing here is random.
-    """
+    """Edit the MLP output vectors that carry the concept's features; ``seed`` only goes on record."""
     saes = prepare(loaded, concept, config)
     chosen = select_features(loaded, concept, saes, config)
     values = {}

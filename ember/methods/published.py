@@ -39,11 +39,10 @@ def import_published(
 ) -> ConceptFeatures:
     """A published factorization, scored like one of ours, with F and G in the units of the *scaled* rows of E.
 
-    That G Fᵀ approximates the model's rows, and those in this order best, is checked; ``settings["imported"]`` holds
-    the share of their squared norm that it explains. The texts of ``concept`` (``source="released"`` for the published
-    files) tell the tokens' roles; tokens that occur in none of them, 5 % of all at most, count as ``neutral``, so are
-    never edited. ``fields`` says which field is ``F``, ``G`` or ``tokens`` where the layout is another; ``classes`` is
-    as in ``unpickle``. A ``DataError`` says what is refused, what there is for a missing field, or what does not fit.
+    That G Fᵀ approximates the model's rows in this order is checked; ``settings["imported"]`` holds the share of their
+    squared norm that it explains. The texts of ``concept`` (``source="released"`` for the published files) tell the
+    tokens' roles; tokens in none of them, 5 % at most, count as ``neutral``, so are never edited. ``fields`` says which
+    field is ``F``, ``G`` or ``tokens`` in another layout; ``classes`` is as in ``unpickle``. Errors are ``DataError``s.
     """
     content = unpickle(path, classes=classes)
     try:

@@ -38,11 +38,7 @@ class RmuConfig:
 
 
 def run(loaded: LoadedModel, concept: Concept, config: RmuConfig, *, seed: int = 42) -> Edit:
-    """Train MSE(h(forget), c·u) + α MSE(h(retain), h⁰(retain)); the model is left bit-identical.
-
-    The first position of every text is left out of both terms. u is a unit vector of the seed. Errors are a
-    ``ValueError`` if the model has no such layer, and an ``EmberError`` if training diverges.
-    """
+    """Train MSE(h(forget), c·u) + α MSE(h(retain), h⁰(retain)) but for first positions; u is the seed's unit vector."""
     if config.layer >= n_layers(loaded):
         raise ValueError(f"layer must be 0..{n_layers(loaded) - 1}, got {config.layer}")
     site = Site("residual", config.layer)

@@ -14,7 +14,7 @@ from ember.data.types import Concept
 from ember.errors import EmberError, UnknownNameError, require_at_least
 from ember.models.activations import Site, collect, tapped
 from ember.models.loading import LoadedModel
-from ember.models.scoring import sequence_losses
+from ember.models.scoring import sequence_scores
 from ember.store.files import cached_tensors, digest
 from ember.store.progress import bar
 
@@ -103,9 +103,9 @@ def load_saes(
 ) -> list[SparseAutoencoder]:
     """Autoencoders for a kind of site (``residual`` or ``mlp_out``) at some layers.
 
-    ``source="trained"`` trains them on the model as it was loaded and keeps them in the user cache; the other sources
-    are released ones (``RELEASED``), which need the optional extra ``sae``. An unknown source or site is an
-    ``UnknownNameError``; training that would see an edited model, or no ``sae-lens``, an ``EmberError``.
+    ``source="trained"`` trains them on the model as it was loaded and keeps them in the user cache; other sources are
+    ``RELEASED``, which take the optional extra ``sae``. An ``UnknownNameError`` names a source or site that does not
+    exist; training that would see an edited model, or no ``sae-lens``, is an ``EmberError``.
     """
     sites = [Site(kind, layer) for layer in layers]
     if source != "trained":
@@ -132,10 +132,7 @@ def load_saes(
 
 
 def training_texts(concept: Concept) -> tuple[str, ...]:
-    """What autoencoders are trained on: all fit sentences, neutral train sentences, train instructions with responses.
-
-    No text on which anything is measured, and no relearning paragraph, is among them.
-    """
+    """All fit sentences, neutral train sentences, train instructions with responses; no text of any measurement."""
     shared = load_shared()
     concepts = [load_concept(name) for name in list_concepts()]
     sentences = dict.fromkeys(s for c in (*concepts, concept) for s in c.sentences)
@@ -144,10 +141,9 @@ def training_texts(concept: Concept) -> tuple[str, ...]:
 
 
 def train_sae(states: torch.Tensor, site: Site, training: SaeTraining) -> SparseAutoencoder:
-    """Train a TopK autoencoder on activations [n, d]; ``quality`` gets the share of dead features.
+    """Train a TopK autoencoder on activations [n, d] by squared error; ``quality`` gets the share of dead features.
 
-    Minimizes the squared error. The decoder starts as random unit directions, the encoder its transpose, and returns
-    to unit rows after each step; b_dec starts at the mean.
+    The decoder starts as random unit directions and keeps unit rows; the encoder as its transpose, b_dec as the mean.
     """
     n, d = states.shape
     generator = torch.Generator().manual_seed(training.seed)
@@ -176,17 +172,16 @@ def train_sae(states: torch.Tensor, site: Site, training: SaeTraining) -> Sparse
                 if step >= steps - n // size:
                     used |= (features > 0).any(0)
     quality = {"tokens": n, "dead": float((~used).float().mean())}
-    W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters)
-    return SparseAutoencoder(site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=scale, quality=quality)
+    trained = (parameter.detach() for parameter in parameters)
+    return SparseAutoencoder(site, *trained, k=training.k, scale=scale, quality=quality)
 
 
 @torch.no_grad()
 def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str]) -> dict[str, float]:
-    """Quality on held-out texts.
+    """Quality on held-out texts, whose first positions keep their activations.
 
-    ``variance_explained``: 1 − squared error over squared deviation from the mean. ``loss_recovered``: with the
-    reconstruction in the activations' place, the share of the loss gap between zeroing them and leaving them that is
-    recovered. The first position always keeps its activations.
+    ``variance_explained``: 1 − squared error over squared deviation from the mean. ``loss_recovered``: the share of the
+    loss gap between zeroing the activations and leaving them that their reconstruction recovers.
     """
     x = collect(loaded, texts, [sae.site])[0][sae.site].to(loaded.device)
     error = (sae.decode(sae.encode(x)) - x).square().sum()
@@ -195,7 +190,8 @@ def measure(loaded: LoadedModel, sae: SparseAutoencoder, texts: Sequence[str]) -
 
     def loss(change: Callable[[torch.Tensor], torch.Tensor]) -> float:
         with tapped(loaded, [sae.site], lambda _, v: torch.cat([v[:, :1], change(v[:, 1:].float()).to(v)], 1)):
-            return float(np.concatenate(sequence_losses(loaded, sequences, [1] * len(sequences))).mean())
+            scores = sequence_scores(loaded, sequences, [1] * len(sequences), batch_size=16)
+            return float(np.concatenate([score.loss for score in scores]).mean())
 
     kept, zeroed = loss(lambda v: v), loss(torch.zeros_like)
     rebuilt = loss(lambda v: sae.decode(sae.encode(v)))

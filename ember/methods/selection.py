@@ -20,10 +20,7 @@ Pair = Sequence[torch.Tensor]  # on forget and on retain text
 
 
 def contrast_texts(concept: Concept) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What to forget and what to retain: the concept's fit sentences, and all neutral ones of the fit.
-
-    Paragraphs are for relearning, and questions for the evaluation: neither is here.
-    """
+    """What to forget and what to retain: the concept's fit sentences, and all neutral ones of the fit."""
     return concept.sentences, (*concept.neutral, *concept.further_neutral)
 
 
@@ -102,10 +99,7 @@ class SaeConfig:
 
 
 def prepare(loaded: LoadedModel, concept: Concept, config: SaeConfig) -> list[SparseAutoencoder]:
-    """The method's autoencoders, made on the unedited model or read from the cache.
-
-    Errors are those of ``load_saes``, and ``ValueError`` if the model lacks one of the layers.
-    """
+    """The method's autoencoders (``load_saes``); a ``ValueError`` if the model lacks one of the layers."""
     depth = n_layers(loaded)
     if not 0 <= min(config.layers) <= max(config.layers) < depth:
         raise ValueError(f"layers must be 0..{depth - 1}, got {config.layers}")
@@ -115,9 +109,9 @@ def prepare(loaded: LoadedModel, concept: Concept, config: SaeConfig) -> list[Sp
 def select_features(
     loaded: LoadedModel, concept: Concept, saes: list[SparseAutoencoder], config: SaeConfig
 ) -> pd.DataFrame:
-    """Features much more active on concept than on neutral text: layer, feature, forget, retain, top_tokens.
+    """Features much more active on concept than on neutral text, kept in the user cache for a method's other strengths.
 
-    Kept in the user cache, because every strength of a method shares it.
+    Columns: layer, feature, forget, retain, keyness, top_tokens (``contrast_table``).
     """
     texts = contrast_texts(concept)
 

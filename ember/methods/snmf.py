@@ -53,28 +53,26 @@ class SnmfConfig:
 
 
 def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int = 42) -> Edit:
-    """Project the selected features out of the MLP matrices of a band of layers; the model is left bit-identical.
+    """Project the selected features out of the MLP matrices of a band of layers.
 
     Output side: what a feature F[:, k] over neurons writes is f = W_out F[:, k], normalized; the columns of the neurons
     that carry it lose their component along f. Input side: the same on the rows of W_up with f = W_upᵀ F[:, k]. The
     span of all features that a neuron carries is projected out at once, so that δ = 1 leaves nothing of any of them.
-    That no feature of the band carries the concept is a ``NothingFoundError``.
     """
     fits, table = factorize(loaded, concept, config, seed=seed)
     carrying = table[table.keyness >= config.min_keyness].groupby("layer")
     chosen = require_some([rows.nlargest(config.features, "keyness") for _, rows in carrying], concept, "SNMF")
-    values = {}
+    known, values = loaded.architecture, {}
     for layer, rows in chosen.groupby("layer"):
         F = fits[int(layer)][:, rows.feature.tolist()]
         masks = torch.stack([carriers(column, config.mass) for column in F.T])
-        for side, delta in (("out", config.delta_out), ("in", config.delta_in)):
+        for path, delta in ((known.mlp_down, config.delta_out), (known.mlp_up, config.delta_in)):
             if delta:
-                path = loaded.architecture.mlp_down if side == "out" else loaded.architecture.mlp_up
                 name = f"{layer_name(loaded, int(layer), path)}.weight"
                 weight = loaded.model.get_parameter(name).detach().float()
-                matrix = weight.T if side == "out" else weight  # a neuron's output or input vector a row
+                matrix = weight.T if path == known.mlp_down else weight  # a neuron's output or input vector a row
                 new = project_out(matrix, F.to(matrix), masks, delta)
-                values[name] = new.T if side == "out" else new
+                values[name] = new.T if path == known.mlp_down else new
     about = chosen[["layer", "feature", "keyness", "top_tokens"]].to_dict("records")
     return weights_edit(loaded, concept, "snmf", config, values, seed=seed, selected=about)
 
@@ -82,10 +80,7 @@ def run(loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int 
 def factorize(
     loaded: LoadedModel, concept: Concept, config: SnmfConfig, *, seed: int
 ) -> tuple[dict[int, torch.Tensor], pd.DataFrame]:
-    """Semi-NMF of each layer of the band: F [d_mlp, K] by layer, and the ``contrast_table`` of all with ``layer``.
-
-    Kept in the user cache: every strength shares it.
-    """
+    """Semi-NMF of the layers of the band, kept in the user cache: F [d_mlp, K] by layer, and a ``contrast_table``."""
     depth, third = n_layers(loaded), BANDS.index(config.band)
     first = third * depth // 3
     layers = range(first, max(first + 1, (third + 1) * depth // 3))  # at least one, however shallow the model
@@ -133,8 +128,7 @@ def carriers(column: torch.Tensor, mass: float) -> torch.Tensor:
 def project_out(matrix: torch.Tensor, F: torch.Tensor, masks: torch.Tensor, delta: float) -> torch.Tensor:
     """w ← w − δ Q Qᵀ w for each neuron's vector w (a row of ``matrix`` [d_mlp, d]).
 
-    Q spans the directions matrixᵀ F[:, k] of the features k whose mask [K, d_mlp] holds the neuron; for one feature
-    this is w − δ f fᵀ w. All directions are taken before any change.
+    Q spans the directions matrixᵀ F[:, k], before any change, of the features k whose mask [K, d_mlp] has the neuron.
     """
     directions = torch.nn.functional.normalize((matrix.T @ F).T.double(), dim=1)
     new = matrix.double().clone()

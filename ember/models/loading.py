@@ -158,13 +158,12 @@ def _uncollected() -> Iterator[None]:
 def load_model(name: str, *, dtype: str | None = None, device: str | None = None) -> LoadedModel:
     """Load a causal language model, untied, in evaluation mode.
 
-    ``name`` is one of ``MODELS``, a Hugging Face repository ``owner/name``, or a local folder. ``dtype``
-    (``"bfloat16"``, …) is by default the spec's, float32 for models outside ``MODELS``; ``device`` that of
-    ``$EMBER_DEVICE``, or a GPU if there is one.
+    ``name`` is one of ``MODELS``, a Hugging Face repository ``owner/name``, or a local folder. ``dtype`` is by default
+    the spec's, float32 for models outside ``MODELS``; ``device`` that of ``$EMBER_DEVICE``, or a GPU if there is one.
 
     An architecture that is missing from ``ARCHITECTURES`` loads with a warning: its embeddings can be edited, its MLPs
-    not. One that transformers does not know, as any unknown name, is an ``UnknownNameError``; no such device, weights
-    that cannot be fetched, and those in the cache that are not what was written, are other ``EmberError``s.
+    not. Any unknown name is an ``UnknownNameError``; no such device, and weights that cannot be fetched or are damaged,
+    are other ``EmberError``s.
     """
     spec = find_spec(name)
     if dtype is not None and dtype not in DTYPES:

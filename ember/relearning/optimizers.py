@@ -33,16 +33,14 @@ def make_optimizer(
     settings = {"lr": lr, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(tensors, fused=True, **settings)  # type: ignore[arg-type]
-    made: torch.optim.Optimizer = getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)
-    return made
+    return getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def stepping_backward(steps: Mapping[torch.nn.Parameter, Callable[[], None]]) -> Iterator[None]:
-    """In the backward pass take each parameter's step as soon as its gradient is there, and drop the gradient.
+    """Take each parameter's step in the backward pass, once its gradient is there, and drop that, to save memory.
 
-    So memory holds one gradient instead of all. Nothing that a backward pass still needs is changed: by then it has
-    passed every use of that parameter.
+    Nothing that the pass still needs is changed: by then it has passed every use of that parameter.
     """
 
     def take(parameter: torch.Tensor) -> None:

@@ -15,8 +15,7 @@ KEYS = ["set", "item", "metric"]
 class Share(NamedTuple):
     """What has come ``back``, after − erased, as a share of the ``gap`` base − erased, all with intervals.
 
-    The share and its interval are NaN where the gap's interval reaches 0: then nothing sure was erased, and ``note``,
-    otherwise empty, says so.
+    The share is NaN where the gap's interval reaches 0: nothing sure was erased, as ``note``, else empty, says.
     """
 
     share: float
@@ -80,9 +79,8 @@ def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:
 def regained_table(items: pd.DataFrame, by: Sequence[str] = (), *, metric: str = "gold_prob") -> pd.DataFrame:
     """Share regained at every point, on all questions and on those that the texts state and do not state.
 
-    ``items`` is that of ``regained_items`` with columns stated and run and those of ``by``; runs with the same ``by``
-    (seeds, concepts) are pooled. Columns: those of ``by``, point, tokens (mean over runs), questions, metric, base and
-    after (means), and those of ``Share``.
+    ``items`` is that of ``regained_items`` with columns stated, run and ``by``; runs with the same ``by`` are pooled.
+    Columns: those of ``by``, point, tokens (mean over runs), questions, metric, base and after (means), and ``SHARE``.
     """
     rows = []
     for questions, group in _groups(items[items.metric == metric]).items():
@@ -107,8 +105,7 @@ def net_of_reference(items: pd.DataFrame, pairing: Sequence[str]) -> pd.DataFram
     """
     keys = [*pairing, "point", *KEYS]
     unedited = items[items.method == "none"]
-    drift = unedited.assign(drift=unedited.after - unedited.base)
-    reference = drift.groupby(keys, as_index=False).drift.mean()
+    reference = unedited.assign(drift=unedited.after - unedited.base).groupby(keys, as_index=False).drift.mean()
     net = items[items.method != "none"].merge(reference, on=keys)
     return net.assign(after=net.after - net.drift)
 

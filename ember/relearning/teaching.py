@@ -25,11 +25,6 @@ from ember.store.progress import bar
 METRICS = ("gold_prob", "gold_logprob", "correct")
 
 
-def round_tokens(loaded: LoadedModel, texts: Sequence[str]) -> int:
-    """How many tokens a model reads when it reads each text once."""
-    return sum(len(loaded.encode(text)) for text in texts)
-
-
 def teach(
     loaded: LoadedModel, texts: Sequence[str], *, tokens: int, lr: float = 1e-4, batch_size: int = 4, seed: int = 42
 ) -> LoadedModel:

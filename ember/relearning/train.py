@@ -28,9 +28,8 @@ from ember.store.progress import bar
 class RelearnConfig:
     """Settings of a relearning run (paper: AdamW, lr 1e-5, weight decay 0.01, one paragraph a step, ≤ 256 tokens).
 
-    ``points`` are numbers of training tokens after which knowledge is measured, the last one the whole budget.
-    ``batch_size`` paragraphs are packed into a step without padding; the loss is the mean over paragraphs of their
-    mean loss per token, so the gradient is that of one paragraph at a time, accumulated. ``precision`` is one of
+    ``points`` are numbers of training tokens after which knowledge is measured, the last one the whole budget. A step
+    packs ``batch_size`` paragraphs without padding; its gradient is the mean of theirs. ``precision`` is one of
     ``PRECISIONS``, ``optimizer`` one of ``OPTIMIZERS``. ``gradient_checkpointing`` keeps only each layer's input for
     the backward pass and computes the rest anew: less memory, the same steps.
     """
@@ -50,10 +49,9 @@ class RelearnConfig:
             raise ValueError(f"points must be positive numbers of tokens in rising order, got {self.points}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.precision not in PRECISIONS:
-            raise UnknownNameError("precision", self.precision, PRECISIONS)
-        if self.optimizer not in OPTIMIZERS:
-            raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
+        for setting, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, setting) not in known:
+                raise UnknownNameError(setting, getattr(self, setting), known)
         require_at_least(self, 2, "max_tokens")
         require_at_least(self, 1, "batch_size")
         require_at_least(self, 0, "weight_decay")
@@ -63,9 +61,9 @@ class RelearnConfig:
 class Relearning:
     """What a run has shown so far.
 
-    ``steps``: step, tokens (seen up to and with this step), loss (nats per token, before the step). ``items``: tokens,
-    set, item, metric, value; tokens is 0 before training. ``moved`` tells how far weights came (``movement``).
-    ``diverged`` says at which step and how, or is empty. ``seconds`` counts training alone.
+    ``steps``: step, tokens (with this step's), loss (nats per token, before the step). ``items``: tokens (0 before
+    training), set, item, metric, value. ``moved`` is a ``movement``; ``diverged`` says when and how, or is empty;
+    ``seconds`` counts training alone.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -98,9 +96,8 @@ def relearn(
     """Attack the model with ``edit`` applied (None: as loaded) and measure before training and at every point.
 
     ``measure(tokens)`` gives item scores (set, item, metric, value) of the model after so much training; it is in
-    float32 then, whatever the precision of the training. ``seed`` orders the texts, each of which is seen once before
-    any is seen again, and starts a LoRA. ``store`` is a folder for the state at the last point: an interrupted run goes
-    on there and gives the same curve; a finished one is read back.
+    float32 then, whatever the precision of the training. ``seed`` orders the texts and starts a LoRA. ``store`` is a
+    folder for the state at the last point: an interrupted run goes on there, a finished one is read back.
 
     The model is left bit-identical. A loss that turns NaN, or exceeds twice that of a uniform guess, ends the run as
     diverged, which is a result; no texts, nothing to train or an optimizer that cannot run here are an ``EmberError``.
@@ -144,9 +141,8 @@ def relearn(
             if any(before < point <= tokens for point in config.points):
                 result.items = pd.concat([result.items, _measured(loaded, measure, tokens)], ignore_index=True)
                 if store and tokens < config.points[-1]:
-                    _write(
-                        store, result, {k: (t.leaf.detach(), optimizers[k].state_dict()) for k, t in trained.items()}
-                    )
+                    state = {name: (t.leaf.detach(), optimizers[name].state_dict()) for name, t in trained.items()}
+                    _write(store, result, state)
         seen.close()
         result.moved = movement(trained, edited)
     if store:
@@ -174,10 +170,7 @@ def checkpointed(loaded: LoadedModel) -> Iterator[None]:
 
 
 def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConfig, seed: int) -> list[list[list[int]]]:
-    """The token ids of every step's texts, in seeded order, until the last point is reached.
-
-    The budget counts tokens, so concepts with long and with short paragraphs train equally long.
-    """
+    """The token ids of every step's texts, in seeded order, until the tokens of the last point are reached."""
     sequences = [ids for ids in (loaded.encode(text)[: config.max_tokens] for text in texts) if len(ids) > 1]
     stream = shuffled(sequences, torch.Generator().manual_seed(seed))
     plan: list[list[list[int]]] = []
@@ -189,10 +182,7 @@ def training_plan(loaded: LoadedModel, texts: Sequence[str], config: RelearnConf
 
 
 def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Mean over sequences of their mean next-token loss (nats), in one pass over all of them laid end to end.
-
-    Positions start anew with each sequence and none sees another, so this is what separate passes would give.
-    """
+    """Mean over sequences of their mean next-token loss (nats), in one pass over all, none of which sees another."""
     lengths = torch.tensor([len(s) for s in sequences])
     ids = torch.tensor([i for s in sequences for i in s], device=loaded.device)[None]
     positions = torch.cat([torch.arange(int(n)) for n in lengths]).to(loaded.device)[None]
@@ -210,8 +200,7 @@ def packed_loss(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> torc
 
 def _measured(loaded: LoadedModel, measure: Callable[[int], pd.DataFrame], tokens: int) -> pd.DataFrame:
     """The scores at one point, taken in float32 so that only the training differs between precisions."""
-    exact = loaded.embedding.dtype == torch.float32
-    with nullcontext() if exact else working_copy(loaded.model, torch.float32):
+    with nullcontext() if loaded.dtype == "float32" else working_copy(loaded.model, torch.float32):
         return measure(tokens).assign(tokens=tokens)
 
 

@@ -27,6 +27,5 @@ def git_commit() -> str:
 
 def device_name(device: torch.device) -> str:
     """Kind of device, with its name where it has one."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    cpu = f"{device.type} ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu

@@ -1,4 +1,4 @@
-"""Progress bars; ``TQDM_DISABLE=1`` turns all of them off."""
+"""Progress bars."""
 
 from collections.abc import Iterable
 from typing import Any

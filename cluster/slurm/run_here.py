@@ -1,6 +1,6 @@
 """The smoke profile on a real single-node Slurm, with one job cancelled in the middle; not part of `make test`.
 
-    python tests/cluster/run_slurm.py
+    python cluster/slurm/run_here.py
 
 Needs the extra `slurm`, and root on Debian or Ubuntu: it installs slurmctld, slurmd and munge if they are missing, and
 starts them on the loopback interface out of a scratch folder. The committed state of the repository is cloned, its
