@@ -65,7 +65,7 @@ notebooks: $(READY)
 
 # Write the measured tables into README.md.
 readme: $(READY)
-	$(BIN)/python -m ember update-readme
+	$(BIN)/python docs/pages.py
 
 # Screen the candidate questions again.
 data: $(READY)

@@ -27,7 +27,7 @@ from ember.models.specs import MODELS
 
 COMMANDS = [
     "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
-    "update-readme", "preflight", "plan", "fetch",
+    "preflight", "plan", "fetch",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import yaml
 
-from ember.batch.pages import PAGES, render_page
+from docs.pages import PAGES, render_page
 from ember.store.paths import REPOSITORY
 
 

@@ -1,1 +1,1 @@
-"""Profiles to runs: plans, notebooks as jobs, their records and pages, and the command line."""
+"""Profiles to runs: plans, notebooks as jobs, their records, and the command line."""

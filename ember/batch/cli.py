@@ -226,14 +226,6 @@ def run_notebook(options: argparse.Namespace) -> None:
         print(f"nothing to edit: {about['nothing_found']}")
 
 
-@_command()
-def update_readme(_: argparse.Namespace) -> None:
-    """Write the measured tables into README.md."""
-    from ember.batch import pages
-
-    pages.update_readme()
-
-
 def main() -> int:
     """Parse the command line and run the command; errors meant for users print without a traceback."""
     try:

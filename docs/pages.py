@@ -1,4 +1,7 @@
-"""The README and the pages of docs/: their tables, generated from results, profiles and code."""
+"""Write the tables of the README and of the pages in docs/ from committed results, profiles and code: `make readme`.
+
+A script of the repository, not of the package: whoever installs the package has no README to write.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -201,8 +204,7 @@ def render_page(page: str, text: str) -> str:
     return fill_blocks(text, PAGES[page]())
 
 
-def update_readme() -> None:
-    """Write the generated tables into the README and the pages of docs/."""
-    for page in PAGES:
-        path = REPOSITORY / page
-        write_text(path, render_page(page, path.read_text(encoding="utf-8")))
+if __name__ == "__main__":
+    for name in PAGES:
+        path = REPOSITORY / name
+        write_text(path, render_page(name, path.read_text(encoding="utf-8")))
