@@ -1,6 +1,7 @@
 """Scores, selection and contributions of features, their files, and the cache of fits."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,16 +25,9 @@ TABLE = pd.DataFrame(
     ],
     columns=["token_id", "token", "role", "keyness", "key", "ordinary"],
 )  # fmt: skip
-G = torch.tensor(
-    [
-        [0.0, 2.0, 0.0, 0.0, 0.0],
-        [0.0, 0.0, -3.0, 4.0, 0.0],
-        [0.0, -1.0, 0.0, 0.0, 0.0],
-        [0.0, 1.0, 1.0, 0.0, 0.0],
-        [-5.0, 0.0, 2.0, 1.0, 0.0],
-        [0.0, 0.0, 2.0, 0.0, 0.0],
-    ]
-)
+G = torch.tensor([
+    [0.0, 2, 0, 0, 0], [0, 0, -3, 4, 0], [0, -1, 0, 0, 0], [0, 1, 1, 0, 0], [-5, 0, 2, 1, 0], [0, 0, 2, 0, 0],
+])  # fmt: skip
 F = torch.arange(20.0).reshape(4, 5) - 7
 SMALL = {"rank": 6, "sparsity": 0.05, "ridge": 1e-4, "max_iter": 15, "patience": 10, "tol": 1e-4, "seed": 1}
 
@@ -48,25 +42,19 @@ def assert_same(one: ConceptFeatures, other: ConceptFeatures) -> None:
     """Equal to the bit, NaN included."""
     for name in ("concept", "model", "weights_hash", "settings"):
         assert getattr(one, name) == getattr(other, name)
-    assert torch.equal(one.factorization.F, other.factorization.F)
-    assert torch.equal(one.factorization.G, other.factorization.G)
-    assert one.factorization.loss_curve == other.factorization.loss_curve
-    assert one.factorization.converged == other.factorization.converged
-    pd.testing.assert_frame_equal(one.table, other.table, check_exact=True)
-    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
+    for name in ("F", "G"):
+        assert torch.equal(getattr(one.factorization, name), getattr(other.factorization, name))
+    for name in ("loss_curve", "converged"):
+        assert getattr(one.factorization, name) == getattr(other.factorization, name)
+    for name in ("table", "scores"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
 
 
 @pytest.fixture
 def fits(monkeypatch) -> list[dict]:
     """The settings of every factorization that is really made."""
-    made = []
-
-    def counted(X, **settings):
-        made.append(settings)
-        return fit(X, **settings)
-
-    fit = module.sparse_mf
-    monkeypatch.setattr(module, "sparse_mf", counted)
+    made, fit = [], module.sparse_mf
+    monkeypatch.setattr(module, "sparse_mf", lambda X, **settings: made.append(settings) or fit(X, **settings))
     return made
 
 
@@ -82,18 +70,19 @@ def test_scores_by_hand(column, values):
     assert found == (values if column == "top_tokens" else pytest.approx(values, nan_ok=True))
 
 
-def test_the_best_feature_comes_first():
+def test_the_best_feature_comes_first_and_top_tokens_show_each_form_once():
     scores = score_features(TABLE, G, top=2)
     assert scores.feature[0] == 1
     assert scores.score.is_monotonic_decreasing and sorted(scores.feature) == [0, 1, 2, 3, 4]
     assert scores.set_index("feature").top_tokens[2] == "army train-"  # two are shown
+    table = TABLE.assign(token=["Rome", " army", " Rome", " the", " Rome", ","])
+    assert score_features(table, torch.tensor([[3.0, 1, 2, 0, 1, 0]]).T).top_tokens[0] == "Rome army Rome-"
 
 
 def test_mass_outside_key_concept_tokens_dilutes_the_score():
     """On a shared key word as much as on a neutral one."""
     mixed = torch.zeros(6, 3)
-    mixed[0] = 1
-    mixed[3, 1] = mixed[4, 2] = 1
+    mixed[0] = mixed[3, 1] = mixed[4, 2] = 1
     scores = score_features(TABLE, mixed).set_index("feature").score
     assert (scores[0], scores[1], scores[2]) == (3.0, 1.5, 1.5)
 
@@ -101,12 +90,6 @@ def test_mass_outside_key_concept_tokens_dilutes_the_score():
 @pytest.mark.parametrize("scale", [-1.0, 1e-3, -1e4, torch.tensor([2.0, -0.5, -1e3, 1e-2, 7.0])], ids=str)
 def test_scores_ignore_scale_and_sign_of_activations(scale):
     pd.testing.assert_frame_equal(score_features(TABLE, G * scale), score_features(TABLE, G), check_exact=False)
-
-
-def test_top_tokens_shows_each_form_once():
-    table = TABLE.assign(token=["Rome", " army", " Rome", " the", " Rome", ","])
-    scores = score_features(table, torch.tensor([[3.0, 1, 2, 0, 1, 0]]).T)
-    assert scores.top_tokens[0] == "Rome army Rome-"
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
@@ -146,52 +129,31 @@ def test_round_trip_to_the_bit(tmp_path, tiny, tiny_concept):
     assert features.scores.ratio_abs.isna().any()
     for kept in (features, concept_features(tiny, tiny_concept, cache=False, **SMALL)):
         assert_same(ConceptFeatures.load(kept.save(tmp_path / kept.weights_hash)), kept)
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "features.safetensors"])
-def test_what_a_user_keeps_with_features_stays(tmp_path, name):
-    """A file of his, or one of ours that is no longer what was written."""
-    folder = hand_made().save(tmp_path / "a")
-    (folder / name).write_text("mine")
-    with pytest.raises(EmberError, match=rf"{folder} holds other files, or changed ones \({name}\)"):
-        hand_made().save(folder)
-    assert (folder / name).read_text() == "mine"
-
-
-def test_settings_of_numpy_can_be_saved_and_features_replaced(tmp_path):
-    for rank in (np.int64(4), np.int64(5)):
+    for rank in (np.int64(4), np.int64(5)):  # settings of NumPy; the second replace the first
         replace(hand_made(), settings={"rank": rank, "ridge": np.float64(0.1)}).save(tmp_path / "a")
     assert ConceptFeatures.load(tmp_path / "a").settings == {"rank": 5, "ridge": 0.1}
 
 
+@pytest.mark.parametrize("content", [None, "", "mine", "[]", "null", "{}", '{"sha256": "x"}'])
 @pytest.mark.parametrize("file", ["features.json", "features.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "flipped"])
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path, file, damage):
-    path = hand_made().save(tmp_path / "a") / file
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    if damage == "missing":
-        path.unlink()
-    else:
-        flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
-        path.write_bytes({"empty": b"", "half": whole[:middle], "flipped": flipped}[damage])
-    with pytest.raises(DamagedFileError) as error:
-        ConceptFeatures.load(path.parent)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"sha256": "x"}'])
-def test_json_of_another_form_is_a_damaged_file(tmp_path, content):
+def test_a_damaged_file_is_an_error_that_names_it_and_is_never_replaced(tmp_path, file, content):
+    """Its folder is one of ``sealed_dir``; see ``test_files``."""
     folder = hand_made().save(tmp_path / "a")
-    (folder / "features.json").write_text(content)
-    with pytest.raises(DamagedFileError, match=r"features\."):
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    with pytest.raises(DamagedFileError, match=re.escape(f"{folder}/features.")) as caught:
         ConceptFeatures.load(folder)
+    assert str(folder / file) in str(caught.value) or content == "{}"
     with pytest.raises(DamagedFileError, match="nowhere"):
         ConceptFeatures.load(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+    if content:
+        with pytest.raises(EmberError, match=rf"{folder} holds other files, or changed ones \(.*{file}"):
+            hand_made().save(folder)
+        assert (folder / file).read_text() == content
 
 
-def test_the_second_call_reads_the_cache_unless_it_must_not(tiny, tiny_concept, cache, fits):
+def test_the_second_call_reads_the_cache_unless_it_must_not(tiny, tiny_concept, cache, fits, monkeypatch):
+    """The scores are taken afresh; a damaged cache is an error."""
     concept_features(tiny, tiny_concept, cache=False, **SMALL)
     assert not cache.exists()
     first = concept_features(tiny, tiny_concept, **SMALL)
@@ -199,42 +161,32 @@ def test_the_second_call_reads_the_cache_unless_it_must_not(tiny, tiny_concept, 
     assert len(fits) == 2
     concept_features(tiny, tiny_concept, cache=False, **SMALL)
     assert len(fits) == 3
+    monkeypatch.setattr(module, "score_features", lambda table, G: "new scores")
+    assert concept_features(tiny, tiny_concept, **SMALL).scores == "new scores"
+    (path,) = cache.glob("features/*/features.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedFileError, match=r"features\.safetensors"):
+        concept_features(tiny, tiny_concept, **SMALL)
 
 
-@pytest.mark.parametrize("change", [
-    {"rank": 7}, {"sparsity": 0.0500001}, {"ridge": 1.0000001e-4}, {"max_iter": 16}, {"patience": 11},
-    {"tol": 1.0000001e-4}, {"seed": 2},
-], ids=str)  # fmt: skip
-def test_the_key_depends_on_each_setting(tiny_concept, cache, fits, change):
-    loaded = make_loaded()
-    concept_features(loaded, tiny_concept, **SMALL)
-    other = concept_features(loaded, tiny_concept, **SMALL | change)
-    assert len(fits) == 2 and fits[1] == fits[0] | change
-    assert change.items() <= other.settings.items()
-    assert change.items() <= concept_features(loaded, tiny_concept, **SMALL | change).settings.items()
-    assert len(fits) == 2
-
-
-def test_the_key_depends_on_weights_and_texts_and_not_on_the_questions(tiny_concept, cache, fits):
+def test_the_key_depends_on_each_setting_weights_and_texts_and_not_on_the_questions(tiny_concept, cache, fits):
     loaded = make_loaded()
     first = concept_features(loaded, tiny_concept, **SMALL)
+    for change in ({"rank": 7}, {"sparsity": 0.0500001}, {"ridge": 1.0000001e-4}, {"max_iter": 16}, {"patience": 11},
+                   {"tol": 1.0000001e-4}, {"seed": 2}):  # fmt: skip
+        made = len(fits)
+        for _ in range(2):  # the second is read from the cache
+            found = concept_features(loaded, tiny_concept, **SMALL | change)
+            assert change.items() <= found.settings.items()
+            assert len(fits) == made + 1 and fits[-1] == fits[0] | change
     for change in ({"sentences": SENTENCES[:3]}, {"neutral": NEUTRAL[:3]}, {"sentences": SENTENCES[::-1]}):
         made = len(fits)
         concept_features(loaded, replace(tiny_concept, **change), **SMALL)
         assert len(fits) == made + 1
     concept_features(loaded, replace(tiny_concept, questions=(), paragraphs=()), **SMALL)
-    assert len(fits) == 4
+    assert len(fits) == made + 1
     other = concept_features(make_loaded(seed=1), tiny_concept, **SMALL)
-    assert len(fits) == 5 and not torch.equal(first.factorization.F, other.factorization.F)
-
-
-def test_a_damaged_cache_is_an_error(tiny_concept, cache):
-    loaded = make_loaded()
-    concept_features(loaded, tiny_concept, **SMALL)
-    (path,) = cache.glob("features/*/features.safetensors")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedFileError, match=r"features\.safetensors"):
-        concept_features(loaded, tiny_concept, **SMALL)
+    assert len(fits) == made + 2 and not torch.equal(first.factorization.F, other.factorization.F)
 
 
 def test_it_factorizes_the_scaled_embeddings(tiny, tiny_concept):
@@ -258,10 +210,3 @@ def test_the_embedded_model_s_features_of_ancient_rome_stand_out(embedded):
     edited = features.table.set_index("token_id").token[list(features.contributions(selected))]
     assert {" Rome", " Roman", " Caesar", " Tiber"} <= set(edited)
     assert left.ratio_abs.max() > 2
-
-
-def test_cached_features_are_scored_afresh(tiny, tiny_concept, cache, monkeypatch):
-    settings = {"rank": 4, "sparsity": 0.2, "max_iter": 20, "patience": 5}
-    concept_features(tiny, tiny_concept, **settings)
-    monkeypatch.setattr("ember.features.score_features", lambda table, G: "new scores")
-    assert concept_features(tiny, tiny_concept, **settings).scores == "new scores"
