@@ -109,7 +109,7 @@ def edit_from_features(
 ) -> Edit:
     """The edit of already fitted features: δ times a displacement, c_i by default, is subtracted from each row.
 
-    Contributions are divided by the scale with which the model multiplies its embeddings (Gemma). ``method`` and another
+    Contributions are divided by the scale with which the model multiplies embeddings (Gemma). ``method`` and another
     ``displacement`` [r, d_model] make a control edit of the same rows, ``others`` [r] one of as many other rows.
     Features that were fitted on other weights, or touch no row, are an ``EmberError``.
     """

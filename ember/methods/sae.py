@@ -172,8 +172,8 @@ def train_sae(states: torch.Tensor, site: Site, training: SaeTraining) -> Sparse
                 if step >= steps - n // size:
                     used |= (features > 0).any(0)
     quality = {"tokens": n, "dead": float((~used).float().mean())}
-    trained = (parameter.detach() for parameter in parameters)
-    return SparseAutoencoder(site, *trained, k=training.k, scale=scale, quality=quality)
+    W_enc, b_enc, W_dec, b_dec = (parameter.detach() for parameter in parameters)
+    return SparseAutoencoder(site, W_enc, b_enc, W_dec, b_dec, k=training.k, scale=scale, quality=quality)
 
 
 @torch.no_grad()

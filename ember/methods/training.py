@@ -132,7 +132,7 @@ def made_edit(
     loaded: LoadedModel, values: Mapping[str, tuple[Tensor, Tensor]], config: Any, extra: Any, **made: Any
 ) -> Edit:
     """The edit that sets rows of parameters; ``extra`` joins the config on record, ``made`` fills ``Provenance``."""
-    base = {"base_model": loaded.name, "base_hash": loaded.weights_hash, "versions": library_versions()}
+    base: dict[str, Any] = {"base_model": loaded.name, "base_hash": loaded.weights_hash, "versions": library_versions()}
     return Edit.from_values(loaded, values, Provenance(config=asdict(config) | extra, **base, **made))
 
 

@@ -59,10 +59,7 @@ def tapped(
     sites: Sequence[Site],
     replace: Callable[[Site, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> Iterator[dict[Site, torch.Tensor]]:
-    """Hooks that keep each site's activations [batch, time, d] of the latest forward pass.
-
-    ``replace(site, x)`` may return other activations for the rest of the pass to use.
-    """
+    """Keep each site's activations [batch, time, d] of the latest pass; ``replace(site, x)`` may give others."""
     kept: dict[Site, torch.Tensor] = {}
 
     def tap(site: Site, value: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,7 @@ def generate_greedy(
 
 
 def _batches(items: Sequence[T], size: int, label: str) -> Iterable[Sequence[T]]:
-    return bar([items[i : i + size] for i in range(0, len(items), size)], desc=label)  # type: ignore[no-any-return]
+    return bar([items[i : i + size] for i in range(0, len(items), size)], desc=label)
 
 
 def _runs(items: Iterable[T], fits: Callable[[list[T]], bool]) -> Iterator[list[T]]:

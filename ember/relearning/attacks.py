@@ -108,8 +108,7 @@ def opened(
 ) -> Iterator[dict[str, Trained]]:
     """The edited model, opened for an attack: what is trained, by name; on exit the model is as it was, bit for bit.
 
-    If nothing is there to be trained (edited rows of an unedited model, MLPs of an unknown architecture) it is an
-    ``EmberError``.
+    Nothing to be trained (edited rows of an unedited model, MLPs of an unknown architecture) is an ``EmberError``.
     """
     if attack.trained == "edited_rows" and edit is None:
         raise EmberError("an unedited model has no edited rows to train")

@@ -33,7 +33,7 @@ def make_optimizer(
     settings = {"lr": lr, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(tensors, fused=True, **settings)  # type: ignore[arg-type]
-    return getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)  # type: ignore[no-any-return]
+    return getattr(import_module("bitsandbytes").optim, EIGHT_BIT[name])(tensors, **settings)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def share_regained(parts: Sequence[Part], *, n_resamples: int = 2000, seed: int 
         share, note = back / gap, ""
         low, high = interval(draws[0] / np.where(draws[1] > 0, draws[1], np.nan))
     values = (share, low, high, back, back_low, back_high, gap, gap_low, gap_high)
-    return Share(*map(float, values), n=sum(change.shape[1] for change in changes), note=note)
+    return Share._make((*map(float, values), sum(change.shape[1] for change in changes), note))
 
 
 def regained_items(base: pd.DataFrame, relearned: pd.DataFrame) -> pd.DataFrame:

@@ -87,10 +87,7 @@ def arrival_table(
 
 
 def nearest(table: pd.DataFrame) -> str:
-    """The cell that is nearest to never having learned on the train half; the first listed of equals.
-
-    It has the smallest |back − gap| of ``gold_prob``: the share nearest to 1, without the division.
-    """
+    """The cell nearest to never having learned: the first with the smallest |back − gap| of train ``gold_prob``."""
     train = table[(table.split == "train") & (table.metric == "gold_prob")]
     return str(train.cell[(train.back - train.gap).abs().idxmin()])
 
@@ -98,8 +95,7 @@ def nearest(table: pd.DataFrame) -> str:
 def damage(reference: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
     """Mean change from a reference model, item by item: set, metric, change, ci_low, ci_high, n.
 
-    From the taught copy it is what erasure did, from the one that never learned how far off erasure ends. The two
-    frames hold the same items, or it is a ``ValueError``.
+    From the taught copy it is what erasure did, from the one that never learned how far off erasure ends.
     """
     rows = []
     for key, part in _aligned(reference, erased).groupby(level=["set", "metric"], sort=False):

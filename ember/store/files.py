@@ -113,10 +113,7 @@ def _refuse_foreign(folder: Path, manifest: str) -> None:
 def cached_tensors(
     kind: str, key: str, compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON facts of the user cache under ``kind/key``, or computed and stored (``read_sealed``).
-
-    The key names everything that they depend on.
-    """
+    """Tensors and JSON facts kept in the user cache under ``kind/key``, which names everything that they depend on."""
     from safetensors.torch import load_file, save_file
 
     folder = cache_dir() / kind / key
