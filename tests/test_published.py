@@ -5,6 +5,7 @@ import copyreg
 import io
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -138,14 +139,11 @@ def attacks(marker: Path) -> dict:
     hidden = np.empty(1, dtype=object)
     hidden[0] = call
     return {
-        "function": {"F": [torch.ones(1), ({"x": call},)]},
-        "builtin": Calls(eval, f"open({str(marker)!r}, 'w')"),
-        "map": Calls(list, Calls(map, os.system, [f"touch {marker}"])),
-        "a pickle within": Calls(pickle.loads, pickle.dumps(call)),
+        "function": {"F": [torch.ones(1), ({"x": call},)]}, "builtin": Calls(eval, f"open({str(marker)!r}, 'w')"),
+        "map": Calls(list, Calls(map, os.system, [f"touch {marker}"])), "array of objects": hidden,
+        "a pickle within": Calls(pickle.loads, pickle.dumps(call)), "method": Calls(marker.touch),
         "the bytes of a storage": Calls(torch.storage._load_from_bytes, saved.getvalue()),
-        "array of objects": hidden,
-        "method": Calls(marker.touch),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", attacks(Path("x")))
@@ -203,11 +201,10 @@ def test_a_registered_extension_is_not_reached(tmp_path):
         copyreg.clear_extension_cache()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 60, -1])
-def test_truncated_or_followed_by_something(tmp_path, cut):
+def test_truncated_or_followed_by_something(tmp_path):
     whole = pickle.dumps(contents())
-    refusal(written(tmp_path, whole[:cut]))
-    refusal(written(tmp_path, whole + b"K\x01."))
+    for content in (*(whole[:cut] for cut in (0, 1, 60, -1)), whole + b"K\x01."):
+        refusal(written(tmp_path, content))
     assert "No such file" in refusal(tmp_path / "none.pkl")
 
 
@@ -229,14 +226,12 @@ def test_a_record_cannot_be_given_behaviour(tmp_path, body, found):
         assert unpickle(path, classes=["a.Thing"]) == found
 
 
-@pytest.mark.parametrize("shape", [
-    b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86", b"K\x02N\x86",
-    b"K\x02K\x02\x86",
-])  # fmt: skip
-def test_an_array_of_another_size_than_its_bytes(tmp_path, shape):
+def test_an_array_of_another_size_than_its_bytes(tmp_path):
     content = pickle.dumps(np.zeros((2, 3)), protocol=3)
     assert content.count(b"K\x02K\x03\x86") == 1
-    refusal(written(tmp_path, content.replace(b"K\x02K\x03\x86", shape)))
+    for shape in (b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86",
+                  b"K\x02N\x86", b"K\x02K\x02\x86"):  # fmt: skip
+        refusal(written(tmp_path, content.replace(b"K\x02K\x03\x86", shape)))
 
 
 def rebuilt(storage, *view) -> Calls:
@@ -412,11 +407,10 @@ MISFITS = [
 @pytest.mark.parametrize(("change", "words"), MISFITS)
 def test_what_does_not_fit_the_model_s_rows(tmp_path, loaded, fit, change, words):
     """The control is ``test_rows_are_matched_by_id_not_by_place``, where the same factors are taken."""
-    with pytest.raises(DataError, match=words):
-        taken(written(tmp_path, table(*change(*fit))), loaded)
+    assert re.search(words, not_taken(written(tmp_path, table(*change(*fit))), loaded))
 
 
-def test_tokens_of_other_texts(tmp_path, loaded, fit):
+def test_tokens_of_other_texts_and_factors_of_unscaled_rows(tmp_path, loaded, fit):
     """A few count as neutral, which no edit touches; many mean that the texts are others."""
     F, G, ids = fit
     others = [i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids]
@@ -429,11 +423,7 @@ def test_tokens_of_other_texts(tmp_path, loaded, fit):
     assert found.settings["imported"]["unseen"] == others[:1]
     assert found.table.role.iloc[-1] == "neutral" and not found.table.isna().all(axis=1).any()
     assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(with_others(len(ids) // 20 + 1), loaded)
-
-
-def test_gemma_features_are_those_of_scaled_rows(tmp_path):
-    loaded = make_loaded("gemma2")
-    ids = token_table(loaded, make_concept().sentences, make_concept().neutral).token_id.tolist()
-    unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
-    said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), loaded)
-    assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said
+    if loaded.embedding_scale != 1:  # Gemma's
+        unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
+        said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), loaded)
+        assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said
