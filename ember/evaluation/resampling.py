@@ -26,11 +26,11 @@ def draw_weights(n: int, *, n_resamples: int = 1000, seed: int = 0) -> np.ndarra
     return np.concatenate([np.ones((1, n)), drawn]) / n
 
 
-def interval(values: np.ndarray, *, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the middle 95 % of the draws along an axis; NaN draws are left out, nothing but NaN is NaN."""
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the middle 95 % of the draws along the last axis; NaN draws are left out, nothing but NaN is NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of slices that hold nothing but NaN
-        low, high = np.nanpercentile(values, [2.5, 97.5], axis=axis)
+        low, high = np.nanpercentile(values, [2.5, 97.5], axis=-1)
     return low, high
 
 
