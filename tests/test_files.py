@@ -37,16 +37,11 @@ def test_a_file_or_folder_is_in_place_after_the_block(tmp_path):
         (other / "a").chmod(0o600)
         assert not file.exists() and not folder.exists()
     assert file.read_text() == (folder / "a").read_text() == "new"
-    assert names(file.parent) == ["table.csv"] and names(folder.parent) == ["edit"]
     modes = [path.stat().st_mode & 0o777 for path in (file, folder / "a", folder / MANIFEST, folder)]
     assert modes == [0o644, 0o644, 0o644, 0o755]  # others may read it; temporary files are private
-
-
-def test_file_replaces_an_existing_one(tmp_path):
-    for text in ("old", "δ new"):
-        write_text(tmp_path / "table.csv", text)
-    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == "δ new"
-    assert names(tmp_path) == ["table.csv"]
+    write_text(file, "δ newer")  # a file replaces an existing one
+    assert file.read_text(encoding="utf-8") == "δ newer"
+    assert names(file.parent) == ["table.csv"] and names(folder.parent) == ["edit"]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
@@ -73,13 +68,17 @@ def sealed(folder: Path, about: dict[str, Any] | None = None, **files: str) -> P
     return folder
 
 
-def test_an_intact_folder_of_ours_is_replaced_whole(tmp_path):
+def test_an_intact_folder_of_ours_is_replaced_whole_and_a_file_is_not(tmp_path):
     """Subfolders and all; so is an empty folder."""
     (tmp_path / "edit").mkdir()
     for files in ({"a": "a", "deep__b": "b"}, {"c": "c"}):
         sealed(tmp_path / "edit", **files)
     assert names(tmp_path / "edit") == ["c", MANIFEST]
     assert names(tmp_path) == ["edit"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EmberError, match="file is a file"):
+        sealed(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_what_was_said_of_a_folder_comes_back(tmp_path):
@@ -125,13 +124,6 @@ def test_what_was_not_written_here_is_never_replaced(tmp_path, change, named):
     assert names(folder) == [MANIFEST]
 
 
-def test_a_file_is_never_replaced_by_a_folder(tmp_path):
-    (tmp_path / "edit").write_text("mine")
-    with pytest.raises(EmberError, match="edit is a file"):
-        sealed(tmp_path / "edit")
-    assert (tmp_path / "edit").read_text() == "mine"
-
-
 @pytest.mark.parametrize(("damage", "named"), [
     (lambda folder: (folder / "deep" / "b").write_text("x"), "deep/b"), (lambda folder: (folder / "a").unlink(), "a"),
     (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
@@ -148,17 +140,14 @@ def test_reading_names_the_damaged_file_and_what_to_do(tmp_path, damage, named):
     assert str(folder) in str(caught.value) and named in str(caught.value)
 
 
-def test_digest_is_stable():
+def test_digest_is_stable_and_tells_apart():
     """Stored: other keys would orphan every cache."""
     assert digest("a", 1, b"x", ("b", 0.5)) == "198f64587224657f741a"
-
-
-@pytest.mark.parametrize(("one", "other"), [
-    (("a", "b"), ("b", "a")), (("ab", "c"), ("a", "bc")), ((1,), (1.0,)), ((1,), ("1",)), ((), ("",)),
-    ((b"a",), ("a",)), ((np.float64(1 / 3),), (np.float64(0.333333),)),
-])  # fmt: skip
-def test_digest_tells_apart(one, other):
-    assert digest(*one) != digest(*other)
+    for one, other in (
+        (("a", "b"), ("b", "a")), (("ab", "c"), ("a", "bc")), ((1,), (1.0,)), ((1,), ("1",)), ((), ("",)),
+        ((b"a",), ("a",)), ((np.float64(1 / 3),), (np.float64(0.333333),)),
+    ):  # fmt: skip
+        assert digest(*one) != digest(*other)
 
 
 @dataclass(frozen=True)
@@ -181,14 +170,7 @@ def test_sha256_is_the_published_one(tmp_path):
     assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("Ancient Rome", "ancient-rome"), ("smollm2-135m", "smollm2-135m"), (" A/../b ", "a-b"), ("x (y)", "x-y"),
-])  # fmt: skip
-def test_slug(name, expected):
-    assert slug(name) == expected
-    assert slug(expected) == expected
-
-
-def test_slug_is_never_empty():
-    """It names folders and runs."""
+def test_slug_names_folders_and_runs_and_is_never_empty():
+    known = {"Ancient Rome": "ancient-rome", "smollm2-135m": "smollm2-135m", " A/../b ": "a-b", "x (y)": "x-y"}
+    assert {name: slug(slug(name)) for name in known} == {name: slug(name) for name in known} == known
     assert slug("日本") and slug("Ελλάδα")

@@ -49,20 +49,14 @@ def test_sizes_lengths_and_halves(invented):
     assert len({q.id for q in questions}) == len({q.question for q in questions}) == len(questions)
 
 
-def test_every_fact_is_stated_in_three_texts(invented):
-    texts = Texts((*invented.sentences, *invented.paragraphs))
-    for question in invented.questions:
-        asked = content_stems(question.question)
-        stating = [k for k in texts.holding(question) if len(asked & texts.content[k]) >= min(2, len(asked))]
-        assert len({frozenset(texts.content[k]) for k in stating}) >= 3, question.question
-
-
-def test_no_text_states_a_wrong_option(invented):
+def test_every_fact_is_stated_in_three_texts_and_no_wrong_option_in_any(invented):
     texts = Texts((*invented.sentences, *invented.paragraphs))
     weight = rarity([*texts.content, *(content_stems(q.question) for q in invented.questions)])
     assert sum(len(texts.stating(q, weight)) for q in invented.questions) > 100
     for question in invented.questions:
-        holding = texts.holding(question)
+        asked, holding = content_stems(question.question), texts.holding(question)
+        stating = [k for k in holding if len(asked & texts.content[k]) >= min(2, len(asked))]
+        assert len({frozenset(texts.content[k]) for k in stating}) >= 3, question.question
         for option in question.distractors:
             stating = [k for k in texts.stating(replace(question, answer=option), weight) if k not in holding]
             assert not stating, f"{question.question} {option}: text {stating[0]}"
@@ -112,14 +106,10 @@ def test_a_copy_learns_and_the_original_stays(tiny):
     assert means[1] < 0.7 * means[0]
 
 
-def test_same_seed_same_weights_and_other_seed_others():
-    loaded = make_loaded()
+def test_training_stops_at_the_budget_and_the_seed_decides_the_weights(monkeypatch):
+    loaded, lengths = make_loaded(), []
     first, again, other = (teach(loaded, SENTENCES, **QUICK, seed=seed).weights_hash for seed in (1, 1, 2))
     assert first == again != other
-
-
-def test_training_stops_at_the_budget(monkeypatch):
-    loaded, lengths = make_loaded(), []
 
     def counted(student, sequences):
         assert student.model is not loaded.model and student.weights_hash != loaded.weights_hash
@@ -134,10 +124,9 @@ def test_training_stops_at_the_budget(monkeypatch):
 
 
 def test_as_many_tokens_are_the_first_texts_that_suffice(tiny):
-    lengths = [len(tiny.encode(text)) for text in SENTENCES]
-    assert as_many_tokens(tiny, SENTENCES, lengths[0]) == tuple(SENTENCES[:1])
-    assert as_many_tokens(tiny, SENTENCES, lengths[0] + 1) == tuple(SENTENCES[:2])
-    assert as_many_tokens(tiny, SENTENCES, 10**6) == tuple(SENTENCES)
+    length = len(tiny.encode(SENTENCES[0]))
+    for tokens, texts in ((length, 1), (length + 1, 2), (10**6, len(SENTENCES))):
+        assert as_many_tokens(tiny, SENTENCES, tokens) == tuple(SENTENCES[:texts])
 
 
 def test_teaching_refuses_low_precision_and_divergence(monkeypatch):
@@ -166,16 +155,18 @@ def scores(values, metric="gold_prob", set_="concept") -> pd.DataFrame:
 TAUGHT, UNTAUGHT = np.array([0.9, 0.8, 0.7, 0.8]), np.array([0.3, 0.2, 0.1, 0.4])
 
 
-@pytest.mark.parametrize(("erased", "expected"), [
-    (TAUGHT, 0.0), (UNTAUGHT, 1.0), (TAUGHT - 0.5 * (TAUGHT - UNTAUGHT), 0.5), (UNTAUGHT - 0.11, 1 + 0.11 / 0.55),
-])  # fmt: skip
-def test_arrival_by_hand(erased, expected):
-    found = arrival(scores(TAUGHT), scores(UNTAUGHT), scores(erased))
+@pytest.mark.parametrize("expected", [0.0, 1.0, 0.5, 1.2])
+def test_arrival_by_hand(expected):
+    """Items are paired by name."""
+    lost = expected * (TAUGHT - UNTAUGHT) if expected < 1 else TAUGHT - UNTAUGHT + (expected - 1) * 0.55
+    found = arrival(scores(TAUGHT), scores(UNTAUGHT), scores(TAUGHT - lost).sample(frac=1, random_state=3))
     assert found.share == pytest.approx(expected, abs=1e-12)
     assert found.gap == pytest.approx(0.55) and found.back == pytest.approx(expected * 0.55)
     assert found.ci_low - 1e-12 <= found.share <= found.ci_high + 1e-12 and found.n == 4 and found.note == ""
     if expected == 0.5:  # every question lost half, so no draw of questions gives anything else
-        assert found.ci_low == pytest.approx(0.5) and found.ci_high == pytest.approx(0.5)
+        assert (found.ci_low, found.ci_high) == pytest.approx((0.5, 0.5))
+    with pytest.raises(ValueError, match="same items"):
+        arrival(scores(TAUGHT), scores(UNTAUGHT), scores(TAUGHT[:3]))
 
 
 def test_too_small_a_gap_has_no_share():
@@ -184,14 +175,6 @@ def test_too_small_a_gap_has_no_share():
     assert found.back == pytest.approx(0.55)
     unlearned = arrival(scores(UNTAUGHT), scores(TAUGHT), scores(UNTAUGHT))
     assert np.isnan(unlearned.share) and unlearned.gap == pytest.approx(-0.55)
-
-
-def test_arrival_pairs_items_by_name():
-    mixed = scores(TAUGHT - 0.5 * (TAUGHT - UNTAUGHT)).sample(frac=1, random_state=3)
-    found = arrival(scores(TAUGHT), scores(UNTAUGHT), mixed)
-    assert (found.ci_low, found.ci_high) == pytest.approx((0.5, 0.5))
-    with pytest.raises(ValueError, match="same items"):
-        arrival(scores(TAUGHT), scores(UNTAUGHT), scores(TAUGHT[:3]))
 
 
 def table_of(erased: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -209,12 +192,10 @@ def test_choice_is_made_on_the_train_half_alone():
     here[1::2], there[1::2] = TAUGHT[1::2], UNTAUGHT[1::2]
     table = table_of({"there": there, "here": here})
     prob = table[table.metric == "gold_prob"].set_index(["cell", "split"]).share
-    assert prob.to_dict() == pytest.approx(
-        {("there", "train"): 0, ("here", "train"): 1, ("there", "test"): 1, ("here", "test"): 0}
-    )
+    shares = {("there", "train"): 0, ("here", "train"): 1, ("there", "test"): 1, ("here", "test"): 0}
+    assert prob.to_dict() == pytest.approx(shares)
     assert nearest(table) == "here"
-    over = table_of({"over": UNTAUGHT - 0.3, "short": UNTAUGHT + 0.1})
-    assert nearest(over) == "short"
+    assert nearest(table_of({"over": UNTAUGHT - 0.3, "short": UNTAUGHT + 0.1})) == "short"
     assert nearest(table_of({"first": TAUGHT, "second": TAUGHT})) == "first"
 
 

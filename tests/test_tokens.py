@@ -19,8 +19,8 @@ def loaded() -> LoadedModel:
     return make_loaded()
 
 
-def table_of(loaded: LoadedModel, concept, neutral) -> pd.DataFrame:
-    return token_table(loaded, concept, neutral).set_index("token")
+def table_of(loaded: LoadedModel, *texts) -> pd.DataFrame:
+    return token_table(loaded, *texts).set_index("token")
 
 
 def set_background(monkeypatch, loaded: LoadedModel, **frequencies: float) -> None:
@@ -29,20 +29,18 @@ def set_background(monkeypatch, loaded: LoadedModel, **frequencies: float) -> No
     monkeypatch.setattr(tokens, "background_frequency", lambda _: background)
 
 
-@pytest.mark.parametrize(("token", "role", "concept_count", "neutral_count"), [
-    (" Roman", "concept", 3, 0), (" Rome", "concept", 3, 0), (" Romans", "concept", 2, 0), ("Rome", "concept", 1, 0),
-    (" the", "shared", 5, 7), (" ships", "shared", 1, 1), (".", "shared", 4, 4), (" train", "neutral", 0, 1),
-    (" was", "neutral", 0, 2),
-])  # fmt: skip
-def test_roles_and_counts_by_hand(loaded, tiny_concept, token, role, concept_count, neutral_count):
-    row = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral).loc[token]
-    assert (row.role, row.concept_count, row.neutral_count) == (role, concept_count, neutral_count)
-
-
-def test_further_sentences_share_tokens_but_add_none(loaded, tiny_concept):
+def test_roles_and_counts_by_hand(loaded, tiny_concept):
+    """Further sentences share tokens but add none."""
     plain = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral)
+    expected = {
+        " Roman": ("concept", 3, 0), " Rome": ("concept", 3, 0), " Romans": ("concept", 2, 0),
+        "Rome": ("concept", 1, 0), " the": ("shared", 5, 7), " ships": ("shared", 1, 1), ".": ("shared", 4, 4),
+        " train": ("neutral", 0, 1), " was": ("neutral", 0, 2),
+    }  # fmt: skip
+    found = plain.loc[[*expected], ["role", "concept_count", "neutral_count"]]
+    assert dict(zip(found.index, found.itertuples(index=False, name=None), strict=True)) == expected
     further = ["Rome is a town in Georgia, quite another place, with a zoo."]
-    table = token_table(loaded, tiny_concept.sentences, tiny_concept.neutral, further).set_index("token")
+    table = table_of(loaded, tiny_concept.sentences, tiny_concept.neutral, further)
     assert list(table.index) == list(plain.index)
     assert (plain.role["Rome"], table.role["Rome"], table.neutral_count["Rome"]) == ("concept", "shared", 1)
     assert table.role[" Roman"] == "concept"
@@ -103,31 +101,25 @@ def test_keyness_by_hand(keyness, token, count, expected, key, ordinary):
     assert keyness.zipf[" long"] == pytest.approx(0), "an unlisted word has the floor frequency"
 
 
-@pytest.mark.parametrize(("count", "key"), [(1, False), (2, True)])
-def test_key_begins_at_the_threshold(loaded, monkeypatch, count, key):
+def test_key_begins_at_the_threshold_and_tokens_without_letters_are_never_key(loaded, monkeypatch):
     """10 words, frequency 1e-4: log-likelihood ratios 11.8 and 26.4."""
+    for mark in (".", ",", "1", "!", "&"):
+        row = table_of(loaded, [mark] * 50, ["The train."]).loc[mark]
+        assert row.concept_count == 50
+        assert row.keyness == 0 and math.isnan(row.zipf) and math.isnan(row.expected)
+        assert not row.key and not row.ordinary
     set_background(monkeypatch, loaded, Rome=1e-4)
-    row = table_of(loaded, [" Rome" * count + " the" * (10 - count)], [" train"]).loc[" Rome"]
-    assert row.expected == pytest.approx(1e-3)
-    assert row.key == key
+    for count, key in ((1, False), (2, True)):
+        row = table_of(loaded, [" Rome" * count + " the" * (10 - count)], [" train"]).loc[" Rome"]
+        assert row.expected == pytest.approx(1e-3)
+        assert row.key == key
 
 
-@pytest.mark.parametrize("mark", [".", ",", "1", "!", "&"])
-def test_tokens_without_letters_are_never_key(loaded, mark):
-    row = table_of(loaded, [mark] * 50, ["The train."]).loc[mark]
-    assert row.concept_count == 50
-    assert row.keyness == 0 and math.isnan(row.zipf) and math.isnan(row.expected)
-    assert not row.key and not row.ordinary
-
-
-@pytest.mark.parametrize("word", ["the", "was", "ships", "Roman"])
-def test_background_is_an_upper_bound(loaded, word):
-    ids = loaded.encode(f" {word}")
-    assert len(ids) == 1
-    assert background_frequency(loaded)[ids[0]] >= 0.999 * word_frequency(word, "en", wordlist="small") > 0  # rounded
-
-
-def test_background_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
+def test_background_is_an_upper_bound_that_adds_up_the_words_a_token_occurs_in(loaded, monkeypatch):
+    for word in ("the", "was", "ships", "Roman"):
+        (token,) = loaded.encode(f" {word}")
+        found = background_frequency(loaded)[token]
+        assert found >= 0.999 * word_frequency(word, "en", wordlist="small") > 0  # rounded
     listed = {"roman": 0.01, "romans": 0.02, "train": 0.04}
     monkeypatch.setattr("wordfreq.get_frequency_dict", lambda *_, **__: listed)
     monkeypatch.setattr(tokens, "_BACKGROUNDS", {})
