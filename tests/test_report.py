@@ -58,45 +58,23 @@ def interval(one: pd.Series) -> tuple[float, float, float]:
     return one.value, one.ci_low, one.ci_high
 
 
-# How values are written
-
-
-def test_intervals_are_written_with_what_there_is():
+def test_how_values_arms_and_figures_are_written():
     assert interval_text(0.1, 0.04, 0.17) == "+0.10 [+0.04, +0.17]"
     assert interval_text(0.126, 0.1, 0.9, ".0%") == "13% [10%, 90%]"
     assert interval_text(-0.5, math.nan, math.nan) == interval_text(-0.5) == "-0.50"
     assert interval_text(math.nan, 0.0, 1.0) == "–"
     rows = pd.DataFrame({"kl": [1.0, math.nan], "kl_low": [0.5, 0.0], "kl_high": [2.0, 0.0]})
     assert interval_texts(rows, "kl", ".1f") == ["1.0 [0.5, 2.0]", "–"]
-
-
-def test_error_bars_are_lengths_and_never_negative():
-    rows = pd.DataFrame({"value": [1.0, 0.4], "ci_low": [0.5, 0.5], "ci_high": [3.0, 0.6]})
-    low, high = error_bars(rows)
-    assert low.tolist() == pytest.approx([0.5, 0.0]) and high.tolist() == pytest.approx([2.0, 0.2])
-
-
-def test_markdown_keeps_texts_as_they_are():
+    low, high = error_bars(pd.DataFrame({"value": [1.0, 0.4], "ci_low": [0.5, 0.5], "ci_high": [3.0, 0.6]}))
+    assert low.tolist() == pytest.approx([0.5, 0.0]) and high.tolist() == pytest.approx([2.0, 0.2])  # never negative
     lines = markdown(pd.DataFrame({"a": ["0.10", "1e-4"], "b": [7, "–"]})).replace(" ", "").splitlines()
-    assert [lines[0], *lines[2:]] == ["|a|b|", "|0.10|7|", "|1e-4|–|"]
-
-
-def test_names_of_arms():
-    names = {
-        ("ember", False): "EMBER", ("rmu", False): "RMU", ("rmu", True): "EMBER + RMU",
-        ("mean_rows", False): "mean rows", (UNEDITED, False): "unedited",
-    }  # fmt: skip
-    assert {arm: Arm(*arm).name for arm in names} == names
-
-
-def test_figures_are_named_by_their_run():
+    assert [lines[0], *lines[2:]] == ["|a|b|", "|0.10|7|", "|1e-4|–|"]  # texts as they are
+    arms = [*ARMS, ("mean_rows", False), (UNEDITED, False)]
+    assert [Arm(*arm).name for arm in arms] == ["EMBER", "RMU", "EMBER + RMU", "mean rows", "unedited"]
     frame = pd.DataFrame({"concept": ["Ancient Rome"], "method": ["rmu"], "ember": [True], "seed": [42]})
     assert figure_name("loss", frame) == "loss__ancient-rome__rmu-with-ember__seed42"
     assert figure_name("loss", frame.assign(ember=False)) == "loss__ancient-rome__rmu__seed42"
     assert figure_name("loss", frame[["concept", "seed"]]) == "loss__ancient-rome__seed42"
-
-
-# The main table
 
 
 def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_zero():
@@ -118,7 +96,7 @@ def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_ze
     assert not [column for column in plain if "judge" in column or "letter" in column]
 
 
-def test_the_main_table_has_a_row_for_each_arm_and_score():
+def test_the_main_table_has_a_row_for_each_arm_and_score_and_the_overview_one_an_arm():
     compared = {("Rome", *arm, 1): made(0.1 * k, noise(k)) for k, arm in enumerate(ARMS, 1)}
     table = main_table(compared, cells_of({run: f"cell of {run[1:3]}" for run in compared}))
     assert table.columns.tolist() == [*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"]
@@ -127,6 +105,14 @@ def test_the_main_table_has_a_row_for_each_arm_and_score():
         one = row(table, method=method, ember=ember, metric="final_cont")
         assert interval(one) == pytest.approx((0.1 * k, *np.percentile(0.1 * k + noise(k), [2.5, 97.5])))
         assert (one.runs, one.cell) == (1, f"cell of {(method, ember)}")
+    compared["Rome", "rmu", True, 1] = made(0.126, specificity_cont=0.987, final=0.5)
+    overview = arm_overview(main_table(compared, cells_of(dict.fromkeys(compared, "layer=3"))))
+    assert overview.to_dict("records")[2] == {
+        "concept": "Rome", "method": "EMBER + RMU", "chosen on train": "layer=3", "runs": 1,
+        "efficacy": "0.13 [0.13, 0.13]", "specificity": "0.99 [0.99, 0.99]", "coherence": "0.13 [0.13, 0.13]",
+        "final score": "0.13 [0.13, 0.13]",
+    }  # fmt: skip
+    assert overview.method.tolist() == ["EMBER", "RMU", "EMBER + RMU"]
 
 
 def test_the_main_table_pools_the_seeds_of_an_arm():
@@ -150,21 +136,6 @@ def test_the_main_table_pools_the_seeds_of_an_arm():
     assert len(table) == 5 * len(SCORES)
 
 
-def test_the_overview_has_one_row_an_arm():
-    first, second = ("Rome", "ember", False, 1), ("Rome", "rmu", True, 1)
-    compared = {first: made(0.2), second: made(0.126, specificity_cont=0.987, final=0.5)}
-    table = arm_overview(main_table(compared, cells_of({first: "delta=2", second: "layer=3"})))
-    assert table.to_dict("records")[1] == {
-        "concept": "Rome", "method": "EMBER + RMU", "chosen on train": "layer=3", "runs": 1,
-        "efficacy": "0.13 [0.13, 0.13]", "specificity": "0.99 [0.99, 0.99]", "coherence": "0.13 [0.13, 0.13]",
-        "final score": "0.13 [0.13, 0.13]",
-    }  # fmt: skip
-    assert table.method.tolist() == ["EMBER", "EMBER + RMU"]
-
-
-# Paired differences
-
-
 def test_the_effect_is_the_paired_difference():
     """The draws of both arms scatter by 0.1, but together: their difference scatters by a tenth of that."""
     shared, own = noise(1), noise(2, spread=0.01)
@@ -182,14 +153,11 @@ def test_the_effect_is_the_paired_difference():
     assert row(table, metric="coherence").value == pytest.approx(-0.1)
 
 
-def test_the_effect_is_over_the_seeds_that_both_arms_have():
+def test_the_effect_is_over_the_seeds_that_both_arms_have_each_concept_and_method_for_itself():
     values = {True: {3: 0.6, 2: 0.5, 1: 0.9}, False: {1: 0.3, 2: 0.4, 4: 9.0}}
     compared = {("Rome", "rmu", ember, seed): made(v) for ember in values for seed, v in values[ember].items()}
     one = row(effect_table(compared), metric="final_cont")
     assert (one.runs, *interval(one)) == pytest.approx((2, 0.35, 0.1, 0.6))  # 0.6 and 0.1
-
-
-def test_concepts_and_methods_have_effects_of_their_own():
     values = {("Rome", "rmu"): 0.1, ("Rome", "crisp"): 0.2, ("Greece", "rmu"): -0.3}
     compared = {(c, m, ember, 1): made(0.5 + ember * v) for ember in (True, False) for (c, m), v in values.items()}
     table = effect_table(compared)
@@ -198,12 +166,9 @@ def test_concepts_and_methods_have_effects_of_their_own():
     everywhere = row(table, concept=ALL, method="rmu", metric="harmonic")
     assert (everywhere.runs, everywhere.value) == (2, pytest.approx(-0.1))
     assert len(table) == 5 * len(SCORES)
-
-
-@pytest.mark.parametrize("arms", [ARMS[:1], ARMS[:2], [ARMS[0], ARMS[2]], []], ids=len)
-def test_nothing_to_compare_is_an_empty_table(arms):
-    table = effect_table({("Rome", *arm, 1): made(0.5) for arm in arms})
-    assert table.empty and "value" in table.columns
+    for arms in (ARMS[:1], ARMS[:2], [ARMS[0], ARMS[2]], []):  # nothing to compare
+        table = effect_table({("Rome", *arm, 1): made(0.5) for arm in arms})
+        assert table.empty and "value" in table.columns
 
 
 def test_controls_are_set_against_ember_run_by_run():
@@ -219,9 +184,6 @@ def test_controls_are_set_against_ember_run_by_run():
     assert (rome.runs, everywhere.runs) == (1, 2)
     assert interval(rome) == pytest.approx((0.1, 0.1, 0.1))  # the same items in every draw
     assert interval(everywhere) == pytest.approx((0.0, -0.1, 0.1))
-
-
-# From items
 
 
 def items_of(seed: int, drop: float = 0.0, n: int = 12) -> pd.DataFrame:
@@ -250,28 +212,31 @@ def run_items(*runs: tuple[str, bool, int, float]) -> pd.DataFrame:
 
 
 RUNS = [("ember", False, 1, 0.3), ("rmu", False, 1, 0.2), ("rmu", True, 1, 0.25), ("rmu", False, 2, 0.1)]
-ITEMS = run_items(*RUNS)
-
-
-def items_in(method: str, ember: bool, seed: int) -> pd.DataFrame:
-    return ITEMS[(ITEMS.method == method) & (ITEMS.ember == ember) & (ITEMS.seed == seed)]
 
 
 @pytest.fixture(scope="module")
 def compared() -> dict:
-    return comparisons(ITEMS)
+    return comparisons(run_items(*RUNS))
 
 
-def test_a_run_is_compared_with_the_base_model_it_was_measured_with(compared):
+def test_items_become_comparisons_with_their_own_base_model_scores_and_effects(compared):
     # EMBER first, then each method alone before it runs after EMBER, whatever the order of the records.
     ordered = [("ember", False, 1), ("rmu", False, 1), ("rmu", False, 2), ("rmu", True, 1)]
     assert list(compared) == [("Rome", *arm) for arm in ordered]
     assert list(comparisons(run_items(*reversed(RUNS)))) == list(compared)
-    keys = ["set", "item", "metric"]
-    for (_, *run), comparison in compared.items():
-        mine = items_in(*run)
+    keys, efficacy = ["set", "item", "metric"], {}
+    for run, mine in run_items(*RUNS).groupby(["method", "ember", "seed"]):
         expected = compare(mine[keys].assign(value=mine.base), mine[keys].assign(value=mine.edited))
-        pd.testing.assert_frame_equal(comparison.summary, expected.summary)
+        pd.testing.assert_frame_equal(compared["Rome", *run].summary, expected.summary)
+        concept = mine[(mine.set == "concept") & (mine.metric == "gold_prob")]
+        efficacy[run] = 1 - (concept.edited.mean() - 0.25) / (concept.base.mean() - 0.25)
+    table = main_table(compared, cells_of(dict.fromkeys(compared, "x")))
+    both = row(table, method="rmu", ember=False, metric="efficacy_cont")
+    assert both.value == pytest.approx((efficacy["rmu", False, 1] + efficacy["rmu", False, 2]) / 2)
+    assert both.ci_low < both.value < both.ci_high
+    added = row(effect_table(compared), metric="efficacy_cont")
+    assert added.runs == 1
+    assert added.value == pytest.approx(efficacy["rmu", True, 1] - efficacy["rmu", False, 1])
 
 
 def test_two_arms_draw_the_same_items(compared):
@@ -281,24 +246,6 @@ def test_two_arms_draw_the_same_items(compared):
     assert (table[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
     alone, after = (compared["Rome", "rmu", ember, 1].draws["efficacy_cont"] for ember in (False, True))
     assert np.std(alone - after) < 0.6 * np.hypot(np.std(alone), np.std(after))
-
-
-def test_main_and_effects_from_items_by_hand(compared):
-    def efficacy(*run) -> float:
-        mine = items_in(*run)
-        concept = mine[(mine.set == "concept") & (mine.metric == "gold_prob")]
-        return 1 - (concept.edited.mean() - 0.25) / (concept.base.mean() - 0.25)
-
-    table = main_table(compared, cells_of(dict.fromkeys(compared, "x")))
-    both = row(table, method="rmu", ember=False, metric="efficacy_cont")
-    assert both.value == pytest.approx((efficacy("rmu", False, 1) + efficacy("rmu", False, 2)) / 2)
-    assert both.ci_low < both.value < both.ci_high
-    added = row(effect_table(compared), metric="efficacy_cont")
-    assert added.runs == 1
-    assert added.value == pytest.approx(efficacy("rmu", True, 1) - efficacy("rmu", False, 1))
-
-
-# The other tables
 
 
 def records_of(compared: dict, cell: str = "x") -> pd.DataFrame:
@@ -314,13 +261,12 @@ def test_changes_are_the_paired_ones(compared):
     assert one.value == compared["Rome", "ember", False, 1].value("delta_gold_prob", "concept")
 
 
-@pytest.mark.parametrize("undefined", [None, "efficacy"])
-def test_the_grid_table_has_every_cell_in_its_order(undefined):
-    """Neither by label nor by score, and with scores that no cell has: efficacy of a base model that is at chance."""
+def test_the_grid_table_has_every_cell_in_its_order():
+    """Neither by label nor by score, and with a score that no cell has: efficacy of a base model that is at chance."""
     rows, cells = [], []
     for method, labels in (("rmu", ("layer=7 lr=1", "layer=3 lr=1")), ("ember", ("delta=2", "delta=10"))):
         for k, cell in enumerate(labels):
-            values = {metric: math.nan if metric == undefined else 0.1 * k for metric in SCORES}
+            values = {metric: math.nan if metric == "efficacy" else 0.1 * k for metric in SCORES}
             rows += [("Rome", method, False, 1, cell, "", metric, value) for metric, value in values.items()]
             rows.append(("Rome", method, False, 1, cell, "concept", "accuracy", 0.7))
             cells.append(cells_of({("Rome", method, False, 1): cell}).assign(chosen=k == 1))
@@ -330,7 +276,7 @@ def test_the_grid_table_has_every_cell_in_its_order(undefined):
     assert table.cell.tolist() == ["layer=7 lr=1", "layer=3 lr=1", "delta=2", "delta=10"]
     assert table.final_cont.tolist() == pytest.approx([0, 0.1, 0, 0.1])
     assert table.chosen.tolist() == [False, True, False, True]
-    assert table.efficacy.isna().all() == (undefined == "efficacy")
+    assert table.efficacy.isna().all() and table.specificity.notna().all()
 
 
 def test_the_headline_is_of_ember_alone_and_its_first_seed():
