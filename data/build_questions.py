@@ -29,9 +29,8 @@ import pandas as pd
 from ember.data.ours import concept_from_sentences, list_concepts, load_concept, load_shared
 from ember.data.types import Concept, Question
 from ember.data.wording import Texts, paraphrases
-from ember.evaluation.data_checks import EMPTY_LIMIT, GUESS_MARGIN, check_data, check_table, mark_answers
+from ember.evaluation.data_checks import EMPTY_LIMIT, GUESS_MARGIN, GUESSES, check_data, check_table, mark_answers
 from ember.evaluation.evaluate import blind_scores, question_scores
-from ember.evaluation.guesses import GUESSES
 from ember.evaluation.metrics import CHANCE, accuracy_table
 from ember.models.loading import LoadedModel, load_model
 from ember.reporting.format import fill_blocks

@@ -13,8 +13,15 @@ from helpers.wordings import PARAPHRASES, question
 from ember.data.types import Concept, Question
 from ember.errors import EmberError
 from ember.evaluation import data_checks
-from ember.evaluation.data_checks import CheckReport, check_concept, check_data, check_shared, check_table, mark_answers
-from ember.evaluation.guesses import GUESSES
+from ember.evaluation.data_checks import (
+    GUESSES,
+    CheckReport,
+    check_concept,
+    check_data,
+    check_shared,
+    check_table,
+    mark_answers,
+)
 
 # Line of questions.jsonl (general.jsonl) on which each part of the sound data begins.
 TRAIN, TEST, SIMDOM_TRAIN, SIMDOM_TEST = FIRST = 1, 61, 161, 221

@@ -185,13 +185,6 @@ def test_sentences_alone_make_a_concept(data):
     assert (mine.sentences, mine.neutral, mine.questions) == (SENTENCES, NEUTRAL, ())
 
 
-def test_data_hash_depends_on_the_texts(data):
-    before = load_concept("Tiny Rome").data_hash
-    assert load_concept("Tiny Rome").data_hash == before
-    (data / "tiny-rome" / "other_sense.txt").write_text("Caesar salad.\n")
-    assert load_concept("Tiny Rome").data_hash != before
-
-
 # Broken data
 
 CONCEPT_FILES = ["concept.json", "sentences.txt", "questions.jsonl", "paragraphs.txt", "other_sense.txt"]

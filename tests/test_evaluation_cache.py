@@ -6,8 +6,8 @@ import torch
 from helpers.tiny import make_loaded
 
 from ember.editing import Edit, Provenance
-from ember.evaluation.cache import EvaluationCache, KeptEdits
 from ember.evaluation.evaluate import Evaluation
+from ember.evaluation.search import EvaluationCache, KeptEdits
 
 
 def an_evaluation(value: float) -> Evaluation:

@@ -12,8 +12,8 @@ from helpers.suites import blank, talkative
 from helpers.tiny import NEUTRAL, SENTENCES, make_loaded
 
 from ember.data.types import Question
-from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import PROMPT, blind_scores, question_scores
+from ember.evaluation.search import EvaluationCache
 from ember.models.loading import LoadedModel, weights_hash
 from ember.models.scoring import continuation_ids, generate_greedy, option_logprobs, sequence_scores
 

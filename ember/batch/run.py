@@ -23,8 +23,8 @@ from ember.data.ours import load_concept
 from ember.data.types import Concept
 from ember.editing import Edit
 from ember.errors import EmberError
-from ember.evaluation.cache import EvaluationCache
 from ember.evaluation.evaluate import Evaluation, evaluate
+from ember.evaluation.search import EvaluationCache
 from ember.evaluation.suite import Sizes, Suite, load_suite
 from ember.models.loading import LoadedModel, load_model
 from ember.reporting.plots import use_theme

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ember.errors import UnknownNameError
-from ember.store.files import digest
 from ember.store.paths import slug
 
 QUESTION_SETS = ("concept", "simdom", "general")
@@ -73,11 +72,6 @@ class Concept:
     @property
     def slug(self) -> str:
         return slug(self.name)
-
-    @property
-    def data_hash(self) -> str:
-        """Short hash of all its texts; part of every cache key."""
-        return digest(self)
 
 
 @dataclass(frozen=True)

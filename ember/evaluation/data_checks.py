@@ -1,7 +1,10 @@
 """Checks of concept data: leaks between splits and from the fit texts, guessable answers, sizes, duplicates."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +17,6 @@ from ember.data.types import QUESTION_SETS, SPLITS, Concept, Question, SharedDat
 from ember.data.wording import Texts, content_stems, paraphrases, rarity, stems
 from ember.errors import EmberError
 from ember.evaluation.evaluate import blind_scores
-from ember.evaluation.guesses import GUESSES
 from ember.evaluation.metrics import CHANCE
 from ember.models.loading import LoadedModel
 
@@ -29,6 +31,36 @@ UNSEEN = 40  # test questions whose answer occurs in no text of the concept
 GUESS_MARGIN = 0.05
 EMPTY_LIMIT = 0.35
 Located = list[tuple[str, str]]  # where a text stands, as its reader would look for it, and the text
+
+
+def _share(question: Question, values: Sequence[float]) -> float:
+    """Chance that guessing an option of the greatest value is right; equal ones share."""
+    best = max(values)
+    return (values[question.gold] == best) / sum(value == best for value in values)
+
+
+def _likeness(question: Question) -> list[float]:
+    """Of each option to the question: cosine of their letter trigrams."""
+    asked = _trigrams(question.question)
+    return [round(_cosine(asked, _trigrams(option)), 9) for option in question.options]
+
+
+def _trigrams(text: str) -> Counter[str]:
+    plain = " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
+    return Counter(plain[k : k + 3] for k in range(len(plain) - 2))
+
+
+def _cosine(a: Counter[str], b: Counter[str]) -> float:
+    product = sum(count * b[gram] for gram, count in a.items())
+    return product / math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values())) if product else 0.0
+
+
+# How likely a guess by the options' form alone is right.
+GUESSES: dict[str, Callable[[Question], float]] = {
+    "longest option": lambda question: _share(question, [len(option) for option in question.options]),
+    "first option": lambda question: float(question.gold == 0),
+    "most similar option": lambda question: _share(question, _likeness(question)),
+}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,24 @@
-"""Searching a grid: every cell measured, those without an edit named, the best chosen, the gentlest among equals."""
+"""Searching a grid: every cell measured, those without an edit named, the best chosen, the gentlest among equals.
+
+What a search needs to keep: evaluations on disk, and edits as long as they are small.
+"""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ember.errors import EmberError
+from ember.editing import Edit
+from ember.errors import DamagedFileError, EmberError
 from ember.evaluation.evaluate import Evaluation
 from ember.evaluation.metrics import Comparison, compare
+from ember.models.loading import LoadedModel
+from ember.store.files import digest, read_sealed, sealed_dir
+from ember.store.frames import read_frame, write_frame
 from ember.store.progress import bar
 
 
@@ -79,3 +88,51 @@ def choose(cells: Mapping[str, Comparison], *, score: str = "final_cont") -> tup
         rows.append((cell, value, gap, error, cell == best or gap <= error))
     table = pd.DataFrame(rows, columns=["cell", score, "behind", "standard_error", "tie"])
     return str(table[table.tie].cell.iloc[0]), table
+
+
+@dataclass(frozen=True)
+class EvaluationCache:
+    """Evaluations on disk, so that an interrupted grid resumes at the last finished cell.
+
+    The key must name everything a value depends on; build it with ``key``, which puts the weights' hash first.
+    """
+
+    folder: Path
+
+    @staticmethod
+    def key(loaded: LoadedModel, *parts: object) -> str:
+        """Cache key of the model's weights and dtype and whatever else the value depends on."""
+        return digest(loaded.weights_hash, loaded.dtype, *parts)
+
+    def get_or_run(self, key: str, run: Callable[[], Evaluation]) -> Evaluation:
+        """The stored evaluation, or a fresh one that is stored. A damaged entry is named, dropped and redone."""
+        entry = self.folder / key
+        if entry.exists():
+            try:
+                read_sealed(entry)
+                return Evaluation(read_frame(entry / "items.parquet"), read_frame(entry / "samples.parquet"))
+            except DamagedFileError as error:
+                warnings.warn(f"recomputing a damaged cell: {error}", stacklevel=2)
+        value = run()
+        with sealed_dir(entry, ours=True) as target:
+            write_frame(target / "items.parquet", value.items)
+            write_frame(target / "samples.parquet", value.samples)
+        return value
+
+
+class KeptEdits:
+    """The edits of a grid by label, each made when it is asked for and kept while those kept stay small.
+
+    An edit of a large model's matrices takes gigabytes; one that was given up is made again, and is the same. All are
+    given up once they have more than ``limit`` bytes.
+    """
+
+    def __init__(self, make: Callable[[str], Edit], *, limit: float = 2e9) -> None:
+        self._make, self._limit, self._kept = make, limit, dict[str, Edit]()
+
+    def __call__(self, label: str) -> Edit:
+        if label not in self._kept:
+            if sum(edit.nbytes for edit in self._kept.values()) > self._limit:
+                self._kept.clear()
+            self._kept[label] = self._make(label)
+        return self._kept[label]

@@ -1,6 +1,6 @@
 """Frames of all runs of a profile, which have a column ``run`` → the report's tables and figures, by file name."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -157,15 +157,12 @@ def localization_figures(table: pd.DataFrame, tokens: pd.DataFrame) -> Figures:
     yield from by_concept(alone, exposure=lambda part: localization_plots.exposure_bars(localization.by_exposure(part)))
 
 
-Runs = Mapping[tuple[str, int], trade.Curves]  # by concept and seed
-
-
-def trade_runs(items: pd.DataFrame) -> Runs:
+def trade_runs(items: pd.DataFrame) -> trade.Runs:
     """The curves of every run, from the item scores of notebook 06."""
     return {key: trade.curves(part) for key, part in items.groupby(["concept", "seed"], sort=False)}
 
 
-def trade_tables(runs: Runs) -> Tables:
+def trade_tables(runs: trade.Runs) -> Tables:
     """What control edits take and cost, per concept and over all."""
     parts = {concept: {key: run for key, run in runs.items() if key[0] == concept} for concept, _ in runs}
     parts |= {erased.ALL: dict(runs)} if len(parts) > 1 else {}
@@ -178,7 +175,7 @@ def trade_tables(runs: Runs) -> Tables:
     return tables | ({"spared_tokens": each(trade.equal_gain_table, RARE)} if rare else {})
 
 
-def trade_figures(runs: Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
+def trade_figures(runs: trade.Runs, areas: pd.DataFrame, seeds: pd.Series) -> Figures:
     """The areas of every concept, and the curves of one seed each."""
     yield from by_concept(areas, trade_areas=control_plots.area_differences)
     for (concept, seed), run in runs.items():

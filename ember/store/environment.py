@@ -9,13 +9,11 @@ import torch
 
 from ember.store.paths import REPOSITORY
 
-LIBRARIES = ("torch", "transformers", "numpy", "scipy", "pandas", "wordfreq")
-
 
 @cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that results depend on."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "scipy", "pandas", "wordfreq")}
 
 
 @cache
@@ -27,5 +25,5 @@ def git_commit() -> str:
 
 def device_name(device: torch.device) -> str:
     """Kind of device, with its name where it has one."""
-    cpu = f"{device.type} ({torch.get_num_threads()} threads)"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    threads = f"{device.type} ({torch.get_num_threads()} threads)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
