@@ -124,11 +124,14 @@ def test_a_paper_profile_is_the_paper_s_experiment_and_is_planned_without_a_netw
 
 
 def test_a_profile_is_read_to_the_letter(load):
+    """And a grid takes settings of any kind, and may be of a method without arms."""
     profile = load()
     assert profile.name == "mine" and (profile.dtype, profile.needs) == (None, "")
     assert profile.localize.seeds is None and profile.relearn.sweeps[0].budgets == (1,)
     assert profile.model_dump(mode="json", exclude_unset=True) == GOOD
     assert load(dtype="bfloat16", needs="much").dtype == "bfloat16"
+    for value in ("early", [1, 2], [[3], [4]], True, None):
+        assert load(methods=["ember"], grids=GOOD["grids"] | {"other": {"x": value}}).grids["other"] == {"x": value}
 
 
 # Cells
@@ -139,35 +142,27 @@ def cells(load, method="other", **grid) -> dict:
     return load(grids=dict.fromkeys(("ember", "other", "aside"), grid)).cells(method)
 
 
-@pytest.mark.parametrize(
-    ("grid", "wanted"),
-    [
-        ({}, {"only cell": {}}),
-        ({"layer": 3}, {"only cell": {"layer": 3}}),
-        ({"layer": [3]}, {"only cell": {"layer": 3}}),
-        ({"delta": [2, 0.5, 10.0]}, {"delta=2": {"delta": 2}, "delta=0.5": {"delta": 0.5}, "delta=10": {"delta": 10}}),
-        ({"layer": [1, 7], "lr": [0.001, 0.5]},
-         {f"layer={k} lr={lr}": {"layer": k, "lr": lr} for k in (1, 7) for lr in (0.001, 0.5)}),
-        ({"lr": [0.1, 0.2], "band": "early", "k": [5]},
-         {f"lr={lr}": {"lr": lr, "band": "early", "k": 5} for lr in (0.1, 0.2)}),
-        ({"layers": [[3], [3, 4]], "mu": 2.0},
-         {f"layers={layers}": {"layers": layers, "mu": 2.0} for layers in ([3], [3, 4])}),
-    ],
-    ids=repr,
-)  # fmt: skip
+@pytest.mark.parametrize(("grid", "wanted"), [
+    ({}, {"only cell": {}}), ({"layer": 3}, {"only cell": {"layer": 3}}),
+    ({"layer": [3]}, {"only cell": {"layer": 3}}),
+    ({"delta": [2, 0.5, 10.0]}, {"delta=2": {"delta": 2}, "delta=0.5": {"delta": 0.5}, "delta=10": {"delta": 10}}),
+    ({"layer": [1, 7], "lr": [0.001, 0.5]},
+     {f"layer={k} lr={lr}": {"layer": k, "lr": lr} for k in (1, 7) for lr in (0.001, 0.5)}),
+    ({"lr": [0.1, 0.2], "band": "early", "k": [5]},
+     {f"lr={lr}": {"lr": lr, "band": "early", "k": 5} for lr in (0.1, 0.2)}),
+    ({"layers": [[3], [3, 4]], "mu": 2.0},
+     {f"layers={layers}": {"layers": layers, "mu": 2.0} for layers in ([3], [3, 4])}),
+], ids=repr)  # fmt: skip
 def test_cells_are_all_combinations_in_the_order_of_the_file(load, grid, wanted):
     """The first setting varies slowest. Fixed ones are in every cell and no label; so is a search of one value."""
     assert list(cells(load, **grid).items()) == list(wanted.items())
 
 
-def test_settings_of_the_fit_are_those_of_ember_and_its_controls(load):
-    """And a grid may search what the fit sets."""
+def test_cells_have_the_fit_s_settings_do_not_follow_each_other_and_no_two_have_one_label(load):
+    """The fit is EMBER's and its controls'. A grid may search what the fit sets."""
     for method in ("ember", "aside"):
         assert list(cells(load, method, delta=[1.0, 2.0]).values()) == [GOOD["fit"] | {"delta": d} for d in (1.0, 2.0)]
     assert cells(load, "ember", rank=[4, 6]) == {f"rank={k}": {"rank": k, "sparsity": 0.1} for k in (4, 6)}
-
-
-def test_cells_do_not_follow_each_other_and_no_two_have_one_label(load):
     profile = load(grids=GOOD["grids"] | {"ember": {"delta": [1.0, 2.0], "layer": 3}})
     profile.cells("ember")["delta=1"]["layer"] = 9
     assert [cell["layer"] for cell in profile.cells("ember").values()] == [3, 3]
@@ -178,83 +173,57 @@ def test_cells_do_not_follow_each_other_and_no_two_have_one_label(load):
 # Broken profiles
 
 
-@pytest.mark.parametrize("name", ["nope", "", "../params/mine", "mine.yaml"])
-def test_unknown_profile_lists_the_known_ones(load, name):
-    load()
-    load(file="other")
-    with pytest.raises(UnknownNameError, match="known: mine, other"):
-        load_profile(name)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"delta": [1]}, r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"),
-        ({"name": "x"}, r"key in mine\.yaml 'name'; known: concepts"),
-        ({"fit": GOOD["fit"] | {"ranks": 8}}, r"key in fit of mine\.yaml 'ranks'; known: max_iter, .*rank, "),
-        ({"localize": GOOD["localize"] | {"more": 1}}, r"key in localize of mine\.yaml 'more'; known: arms, seeds"),
-        ({"relearn": {"settings": {}, "sweeps": [], "more": 1}}, r"relearn of mine\.yaml 'more'; known: settings"),
-        ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lr": [1.0]}]}}, r"sweeps\[0\] of mine\.yaml 'lr'; .*lrs"),
-        ({"judge": GOOD["judge"] | {"url": "x"}}, r"judge of mine\.yaml 'url'; known: .*base_url"),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"delta": [1]}, r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"),
+    ({"name": "x"}, r"key in mine\.yaml 'name'; known: concepts"),
+    ({"fit": GOOD["fit"] | {"ranks": 8}}, r"key in fit of mine\.yaml 'ranks'; known: max_iter, .*rank, "),
+    ({"localize": GOOD["localize"] | {"more": 1}}, r"key in localize of mine\.yaml 'more'; known: arms, seeds"),
+    ({"relearn": {"settings": {}, "sweeps": [], "more": 1}}, r"relearn of mine\.yaml 'more'; known: settings"),
+    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lr": [1.0]}]}}, r"sweeps\[0\] of mine\.yaml 'lr'; .*lrs"),
+    ({"judge": GOOD["judge"] | {"url": "x"}}, r"judge of mine\.yaml 'url'; known: .*base_url"),
+], ids=str)  # fmt: skip
 def test_unknown_key_lists_the_known_ones(load, changes, message):
     with pytest.raises(UnknownNameError, match=message):
         load(**changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        *(({key: None}, key) for key in GOOD),
-        ({"fit": {"rank": 8}}, "fit.sparsity"),
-        ({"fit": {"sparsity": 0.1}}, "fit.rank"),
-        *(({"grids": without(GOOD["grids"], name)}, f"grids.{name}") for name in GOOD["grids"]),
-        ({"relearn": {"settings": {}}}, "relearn.sweeps"),
-        ({"relearn": {"settings": {}, "sweeps": [without(SWEEP, "lrs")]}}, "relearn.sweeps[0].lrs"),
-        ({"localize": {"arms": ["ember"]}}, "localize.texts"),
-        ({"teach": without(GOOD["teach"], "tokens")}, "teach.tokens"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changes", "key"), [
+    *(({key: None}, key) for key in GOOD),
+    ({"fit": {"rank": 8}}, "fit.sparsity"), ({"fit": {"sparsity": 0.1}}, "fit.rank"),
+    *(({"grids": without(GOOD["grids"], name)}, f"grids.{name}") for name in GOOD["grids"]),
+    ({"relearn": {"settings": {}}}, "relearn.sweeps"),
+    ({"relearn": {"settings": {}, "sweeps": [without(SWEEP, "lrs")]}}, "relearn.sweeps[0].lrs"),
+    ({"localize": {"arms": ["ember"]}}, "localize.texts"),
+    ({"teach": without(GOOD["teach"], "tokens")}, "teach.tokens"),
+], ids=str)  # fmt: skip
 def test_missing_key(load, changes, key):
     content = {name: value for name, value in (GOOD | changes).items() if value is not None}
     with pytest.raises(DataError, match=rf"mine\.yaml: missing key '{key}'".replace("[", r"\[")):
         load(yaml.safe_dump(content))
 
 
-@pytest.mark.parametrize(
-    ("changes", "key", "typed"),
-    [
-        ({"fit": {"rank": 8, "sparsity": "1e-4"}}, "fit.sparsity", "'1e-4'"),  # what YAML makes of 1e-4
-        ({"fit": {"rank": "8", "sparsity": 0.1}}, "fit.rank", "'8'"),
-        ({"fit": {"rank": True, "sparsity": 0.1}}, "fit.rank", "True"),
-        ({"fit": GOOD["fit"] | {"precision": 64}}, "fit.precision", "64"),
-        ({"fit": [1]}, "fit", "[1]"),
-        ({"grids": GOOD["grids"] | {"ember": {"delta": [0.5, "5e-1"]}}}, "grids.ember.delta", "'5e-1'"),
-        ({"grids": GOOD["grids"] | {"other": {"layer": "3e0"}}}, "grids.other.layer", "'3e0'"),
-        ({"grids": 5}, "grids", "5"),
-        ({"grids": ["ember", "other"]}, "grids", "['ember', 'other']"),
-        ({"grids": GOOD["grids"] | {"other": [0.1]}}, "grids.other", "[0.1]"),
-        ({"seeds": [1.5]}, "seeds[0]", "1.5"),
-        ({"concepts": ["Rome", 7]}, "concepts[1]", "7"),
-        ({"concepts": "Rome"}, "concepts", "'Rome'"),  # would be read letter by letter
-        ({"methods": [None]}, "methods[0]", "None"),
-        ({"model": 5}, "model", "5"),
-        ({"sizes": {"train": 4}}, "sizes.train", "4"),
-        ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lrs": ["1e-5"]}]}}, "relearn.sweeps[0].lrs[0]", "'1e-5'"),
-        ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"budgets": ["4"]}]}}, "relearn.sweeps[0].budgets[0]", "'4'"),
-        ({"localize": {"arms": "ember", "texts": 3}}, "localize.arms", "'ember'"),
-        ({"trade": GOOD["trade"] | {"strengths": ["1e-1"]}}, "trade.strengths[0]", "'1e-1'"),
-        ({"trade": GOOD["trade"] | {"seeds": "all"}}, "trade.seeds", "'all'"),
-        ({"stability": GOOD["stability"] | {"seeds": 2}}, "stability.seeds", "2"),
-        ({"stability": GOOD["stability"] | {"precisions": [64]}}, "stability.precisions[0]", "64"),
-        ({"teach": GOOD["teach"] | {"lr": "1e-4"}}, "teach.lr", "'1e-4'"),
-        ({"judge": "m"}, "judge", "'m'"),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "key", "typed"), [
+    ({"fit": {"rank": 8, "sparsity": "1e-4"}}, "fit.sparsity", "'1e-4'"),  # what YAML makes of 1e-4
+    ({"fit": {"rank": "8", "sparsity": 0.1}}, "fit.rank", "'8'"),
+    ({"fit": {"rank": True, "sparsity": 0.1}}, "fit.rank", "True"),
+    ({"fit": GOOD["fit"] | {"precision": 64}}, "fit.precision", "64"), ({"fit": [1]}, "fit", "[1]"),
+    ({"grids": GOOD["grids"] | {"ember": {"delta": [0.5, "5e-1"]}}}, "grids.ember.delta", "'5e-1'"),
+    ({"grids": GOOD["grids"] | {"other": {"layer": "3e0"}}}, "grids.other.layer", "'3e0'"),
+    ({"grids": 5}, "grids", "5"), ({"grids": ["ember", "other"]}, "grids", "['ember', 'other']"),
+    ({"grids": GOOD["grids"] | {"other": [0.1]}}, "grids.other", "[0.1]"), ({"seeds": [1.5]}, "seeds[0]", "1.5"),
+    ({"concepts": ["Rome", 7]}, "concepts[1]", "7"),
+    ({"concepts": "Rome"}, "concepts", "'Rome'"),  # would be read letter by letter
+    ({"methods": [None]}, "methods[0]", "None"), ({"model": 5}, "model", "5"),
+    ({"sizes": {"train": 4}}, "sizes.train", "4"),
+    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lrs": ["1e-5"]}]}}, "relearn.sweeps[0].lrs[0]", "'1e-5'"),
+    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"budgets": ["4"]}]}}, "relearn.sweeps[0].budgets[0]", "'4'"),
+    ({"localize": {"arms": "ember", "texts": 3}}, "localize.arms", "'ember'"),
+    ({"trade": GOOD["trade"] | {"strengths": ["1e-1"]}}, "trade.strengths[0]", "'1e-1'"),
+    ({"trade": GOOD["trade"] | {"seeds": "all"}}, "trade.seeds", "'all'"),
+    ({"stability": GOOD["stability"] | {"seeds": 2}}, "stability.seeds", "2"),
+    ({"stability": GOOD["stability"] | {"precisions": [64]}}, "stability.precisions[0]", "64"),
+    ({"teach": GOOD["teach"] | {"lr": "1e-4"}}, "teach.lr", "'1e-4'"), ({"judge": "m"}, "judge", "'m'"),
+], ids=str)  # fmt: skip
 def test_a_wrong_type_is_one_line_with_file_key_and_value(load, changes, key, typed):
     with pytest.raises(DataError) as caught:
         load(**changes)
@@ -262,58 +231,48 @@ def test_a_wrong_type_is_one_line_with_file_key_and_value(load, changes, key, ty
     assert f"mine.yaml, key '{key}': " in message and typed in message and "1.0e-4" in message and "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        *(("sizes", {"train": {name: value}}, rf"key 'sizes\.train': {name} .*, got {value}$") for name, value in
-          {"questions": 4.5, "letters": 1, "open_answers": True, "other_texts": 3, "quest": 1}.items()),
-        ("source", "theirs", "key 'source': expected 'ours' or 'released', got 'theirs'$"),
-        ("dtype", "theirs", "key 'dtype': expected 'float32', 'bfloat16'.*, got 'theirs'$"),
-        *(("judge", GOOD["judge"] | {name: value}, f"judge.*{name}") for name, value in
-          {"max_calls": 0, "timeout": "1e1", "base_url": "localhost"}.items()),
-        ("judge", without(GOOD["judge"], "model"), "judge.*model"),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "value", "message"), [
+    *(("sizes", {"train": {name: value}}, rf"key 'sizes\.train': {name} .*, got {value}$") for name, value in
+      {"questions": 4.5, "letters": 1, "open_answers": True, "other_texts": 3, "quest": 1}.items()),
+    ("source", "theirs", "key 'source': expected 'ours' or 'released', got 'theirs'$"),
+    ("dtype", "theirs", "key 'dtype': expected 'float32', 'bfloat16'.*, got 'theirs'$"),
+    *(("judge", GOOD["judge"] | {name: value}, f"judge.*{name}") for name, value in
+      {"max_calls": 0, "timeout": "1e1", "base_url": "localhost"}.items()),
+    ("judge", without(GOOD["judge"], "model"), "judge.*model"),
+], ids=str)  # fmt: skip
 def test_a_size_source_dtype_or_judge_that_cannot_be_is_an_error_that_names_it(load, key, value, message):
     with pytest.raises(DataError, match=rf"mine\.yaml.*{message}"):
         load(**{key: value})
 
 
-@pytest.mark.parametrize("value", ["early", [1, 2], [[3], [4]], True, None], ids=repr)
-def test_a_grid_takes_settings_of_any_kind_and_may_be_of_a_method_without_arms(load, value):
-    assert load(methods=["ember"], grids=GOOD["grids"] | {"other": {"x": value}}).grids["other"] == {"x": value}
-
-
-@pytest.mark.parametrize("content", ["", "just text", "model: [", "- a"])
-def test_a_file_that_is_no_mapping(load, content):
-    with pytest.raises(EmberError, match=r"mine\.yaml"):
-        load(content)
+def test_a_file_that_is_no_mapping_is_named_and_an_unknown_profile_lists_the_known_ones(load):
+    for content in ("", "just text", "model: [", "- a"):
+        with pytest.raises(EmberError, match=r"mine\.yaml"):
+            load(content)
+    load()
+    load(file="other")
+    for name in ("nope", "", "../params/mine", "mine.yaml"):
+        with pytest.raises(UnknownNameError, match="known: mine, other"):
+            load_profile(name)
 
 
 # Arms
 
 
-@pytest.mark.parametrize("methods", [("a", "ember", "b"), ("ember", "a", "b"), ("a", "b", "ember"), ("a", "b")])
-def test_ember_is_the_first_arm_and_the_others_keep_their_order(load, methods):
+def test_ember_is_the_first_arm_the_others_keep_their_order_and_an_unknown_one_lists_them(load):
     """It is an arm in any case: the others run alone and after it. Controls run alone, at the end."""
     wanted = [("ember", False), ("a", False), ("a", True), ("b", False), ("b", True), ("aside", False)]
-    assert arms(load().model_copy(update={"methods": methods})) == wanted
+    for methods in (("a", "ember", "b"), ("ember", "a", "b"), ("a", "b", "ember"), ("a", "b")):
+        assert arms(load().model_copy(update={"methods": methods})) == wanted
     assert arms(load(methods=["ember"], controls=[])) == [("ember", False)]
-
-
-@pytest.mark.parametrize(
-    ("part", "arm", "message"),
-    [
-        ("localize", "none", r"arm in localize of profile mine 'none'; known: aside, ember, ember\+other, other"),
-        ("teach", "none", "arm in teach of profile mine 'none'"),
-        ("relearn", "nope", r"sweep of profile mine 'nope'; known: aside, ember, ember\+other, none, other"),
-    ],
-)
-def test_an_unknown_arm_lists_the_known_ones(load, part, arm, message):
-    sweeps = {"settings": {}, "sweeps": [SWEEP | {"arms": [arm]}]}
-    with pytest.raises(UnknownNameError, match=message):
-        plan(load(**{part: sweeps if part == "relearn" else GOOD[part] | {"arms": [arm]}}))
+    sweeps = {"settings": {}, "sweeps": [SWEEP | {"arms": ["nope"]}]}
+    for part, content, message in (
+        ("localize", {"arms": ["none"]}, r"localize of profile mine 'none'; known: aside, ember, ember\+other, other"),
+        ("teach", {"arms": ["none"]}, "arm in teach of profile mine 'none'"),
+        ("relearn", sweeps, r"sweep of profile mine 'nope'; known: aside, ember, ember\+other, none, other"),
+    ):
+        with pytest.raises(UnknownNameError, match=message):
+            plan(load(**{part: GOOD[part] | content}))
 
 
 # Jobs
@@ -368,19 +327,17 @@ def test_overlapping_sweeps_plan_a_relearning_once_with_fewer_seeds_or_several_b
     assert all(f"budget={job.parameters['budget']}" in job.name for job in found)
 
 
-@pytest.mark.parametrize(
-    ("part", "notebook", "runs", "emptied"),
-    [
-        ("trade", planning.CONTROL, [("Rome", 1), ("Greece", 1)], "edits"),
-        ("stability", planning.STABILITY, [("Rome", 1), ("Greece", 1)], "seeds"),
+def test_a_part_runs_on_the_first_seeds_if_it_names_anything(load):
+    both = [("Rome", 1), ("Greece", 1)]
+    for part, notebook, runs, emptied in (
+        ("trade", planning.CONTROL, both, "edits"),
+        ("stability", planning.STABILITY, both, "seeds"),
         ("teach", planning.TEACH, [(None, 1)], "arms"),
-        ("localize", planning.LOCALIZE, [("Rome", 1), ("Rome", 1), ("Greece", 1), ("Greece", 1)], "arms"),
-    ],
-)
-def test_a_part_runs_on_the_first_seeds_if_it_names_anything(load, part, notebook, runs, emptied):
-    found = jobs(load(**{part: {"seeds": 1} | GOOD[part]}), notebook)
-    assert [(job.parameters.get("concept_name"), job.parameters["seed"]) for job in found] == runs
-    assert not jobs(load(**{part: GOOD[part] | {emptied: []}}), notebook)
+        ("localize", planning.LOCALIZE, [both[0]] * 2 + [both[1]] * 2, "arms"),
+    ):
+        found = jobs(load(**{part: {"seeds": 1} | GOOD[part]}), notebook)
+        assert [(job.parameters.get("concept_name"), job.parameters["seed"]) for job in found] == runs
+        assert not jobs(load(**{part: GOOD[part] | {emptied: []}}), notebook)
 
 
 def test_stability_needs_the_factorization_controls_the_selection_localizing_the_erasures_teaching_nothing(load):
@@ -414,7 +371,7 @@ def test_jobs_need_only_earlier_ones_a_tour_ember_s_erasure_of_its_own_concept_a
 # Names of runs
 
 
-def test_run_name_holds_every_parameter_in_one_order_and_is_a_file_name():
+def test_run_name_holds_every_parameter_in_one_order_and_is_a_file_in_the_profile_s_results(tmp_path, monkeypatch):
     given = {"profile": "p", "seed": 1, "concept_name": "Ancient Rome", "model": "m", "zeta": 3, "alpha": 2}
     name = run_name("03_x", **given)
     assert run_name("03_x", **dict(reversed(given.items()))) == name
@@ -423,9 +380,6 @@ def test_run_name_holds_every_parameter_in_one_order_and_is_a_file_name():
         assert run_name("03_x", **given | other) != name
     name = run_name("x", concept_name="../../etc", model="owner/name")
     assert os.path.basename(name) == name
-
-
-def test_paths_are_in_the_results_of_the_profile(tmp_path, monkeypatch):
     monkeypatch.setenv("EMBER_RESULTS", str(tmp_path))
     assert manifest_path("p", "run") == tmp_path / "p" / "notebooks" / "run.json"
     assert frame_path("p", "run", "loss") == tmp_path / "p" / "records" / "run" / "loss.parquet"
