@@ -126,10 +126,14 @@ def test_what_was_not_written_here_is_never_replaced(tmp_path, change, named):
 
 @pytest.mark.parametrize(("damage", "named"), [
     (lambda folder: (folder / "deep" / "b").write_text("x"), "deep/b"), (lambda folder: (folder / "a").unlink(), "a"),
+    (lambda folder: (folder / "a").write_bytes(b"\x60"), "a is damaged"),  # one bit
+    (lambda folder: (folder / "a").write_bytes(b""), "a is damaged"),
+    (lambda folder: folder.rename(folder.with_name("moved")), MANIFEST),
     (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
-    (lambda folder: (folder / MANIFEST).write_text("{"), "incomplete or damaged"),
-    (lambda folder: (folder / MANIFEST).write_text('{"sha256": {"a": "0"}}'), "a is damaged"),
-    (lambda folder: (folder / MANIFEST).write_text("{}"), "sha256"),
+    *((lambda folder, text=text: (folder / MANIFEST).write_bytes(text), named) for text, named in (
+        (b"{", "incomplete or damaged"), (b'{"sha256": {"a": "0"}}', "a is damaged"), (b"{}", "sha256"),
+        (b"\xff\xfe\x00", "incomplete or damaged"), (b"[1]", "incomplete or damaged"), (b'{"sha256": "0"}', MANIFEST),
+    )),
 ])  # fmt: skip
 def test_reading_names_the_damaged_file_and_what_to_do(tmp_path, damage, named):
     folder = sealed(tmp_path / "edit", a="a", deep__b="b")
