@@ -10,6 +10,7 @@ from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -22,17 +23,9 @@ from ember.errors import DamagedFileError, EmberError
 from ember.evaluation.evaluate import evaluate
 from ember.evaluation.metrics import compare, harmonic_mean
 from ember.features import concept_features
+from ember.judging import grading
 from ember.judging.client import Judge, open_judge
-from ember.judging.grading import (
-    accepted_features,
-    feature_verdicts,
-    judge_coherence,
-    judge_features,
-    judge_open_answers,
-    judged_scores,
-    no_verdicts,
-    top_tokens,
-)
+from ember.judging.grading import judge_features, judge_open_answers, judged_scores, top_tokens
 from ember.judging.replies import Verdict
 from ember.judging.settings import JudgeConfig, deciding
 from ember.models.loading import weights_hash
@@ -131,28 +124,24 @@ def files_of(cache: Path) -> list[Path]:
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"base_url": "localhost:11434/v1"}, "'base_url': must start with http:// .*'localhost:11434/v1'"),
-        ({"base_url": "ftp://x/v1"}, "'base_url': must start with http"),
-        ({"model": " "}, "'model': expected text, got ' '"),
-        ({"model": 4}, "'model': expected text, got 4"),
-        ({"timeout": 0}, "'timeout': expected greater than 0, got 0"),
-        ({"timeout": "1e1"}, "'timeout': expected a valid number, got '1e1'"),
-        ({"retries": -1}, "'retries': expected greater than or equal to 0, got -1"),
-        ({"rereads": 1.5}, "'rereads': expected a valid integer.*1.5"),
-        ({"concurrency": 0}, "'concurrency': expected greater than 0, got 0"),
-        ({"max_calls": 0}, "'max_calls': expected greater than 0, got 0"),
-        ({"max_tokens": True}, "'max_tokens': .* got True"),
-        ({"required": 1}, "'required': expected a valid boolean, got 1"),
-        ({"options": {"temperature": 1}}, "'options': must be a mapping without model.*'temperature': 1"),
-        ({"modell": "m"}, "unknown setting in the judge 'modell'; known: .*model"),
-        ({"base_url": f"http://user:{KEY}@x/v1"}, "'base_url': .* environment variable"),
-        ({"base_url": f"http://x/v1?key={KEY}"}, "'base_url': .* environment variable"),
-        ({"key_variable": KEY}, "'key_variable': .* environment variable"),
-    ],
-)
+@pytest.mark.parametrize(("change", "said"), [
+    ({"base_url": "localhost:11434/v1"}, "'base_url': must start with http:// .*'localhost:11434/v1'"),
+    ({"base_url": "ftp://x/v1"}, "'base_url': must start with http"),
+    ({"model": " "}, "'model': expected text, got ' '"), ({"model": 4}, "'model': expected text, got 4"),
+    ({"timeout": 0}, "'timeout': expected greater than 0, got 0"),
+    ({"timeout": "1e1"}, "'timeout': expected a valid number, got '1e1'"),
+    ({"retries": -1}, "'retries': expected greater than or equal to 0, got -1"),
+    ({"rereads": 1.5}, "'rereads': expected a valid integer.*1.5"),
+    ({"concurrency": 0}, "'concurrency': expected greater than 0, got 0"),
+    ({"max_calls": 0}, "'max_calls': expected greater than 0, got 0"),
+    ({"max_tokens": True}, "'max_tokens': .* got True"),
+    ({"required": 1}, "'required': expected a valid boolean, got 1"),
+    ({"options": {"temperature": 1}}, "'options': must be a mapping without model.*'temperature': 1"),
+    ({"modell": "m"}, "unknown setting in the judge 'modell'; known: .*model"),
+    ({"base_url": f"http://user:{KEY}@x/v1"}, "'base_url': .* environment variable"),
+    ({"base_url": f"http://x/v1?key={KEY}"}, "'base_url': .* environment variable"),
+    ({"key_variable": KEY}, "'key_variable': .* environment variable"),
+])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not_repeated(change, said):
     settings = {"base_url": "http://localhost/v1", "model": "m", **change}
     with pytest.raises(EmberError, match=said) as caught:
@@ -164,12 +153,12 @@ def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not
         assert KEY not in str(direct.value)
 
 
-@pytest.mark.parametrize("key", ["", "  ", "secret\nkey", "geheim€"])
-def test_a_key_that_is_missing_or_cannot_be_one_is_an_error_without_it(key, monkeypatch):
-    monkeypatch.setenv(VARIABLE, key)
-    with pytest.raises(EmberError, match=VARIABLE) as caught:
-        Judge(JudgeConfig(base_url="http://localhost/v1", model="m", key_variable=VARIABLE))
-    assert not key.strip() or key not in str(caught.value)
+def test_a_key_that_is_missing_or_cannot_be_one_is_an_error_without_it(monkeypatch):
+    for key in ("", "  ", "secret\nkey", "geheim€"):
+        monkeypatch.setenv(VARIABLE, key)
+        with pytest.raises(EmberError, match=VARIABLE) as caught:
+            Judge(JudgeConfig(base_url="http://localhost/v1", model="m", key_variable=VARIABLE))
+        assert not key.strip() or key not in str(caught.value)
 
 
 # Requests and the cache
@@ -188,16 +177,11 @@ def test_a_request_is_a_chat_completion_at_temperature_0_with_the_key_if_there_i
     assert endpoint.requests[1]["key"] is None
 
 
-def test_the_same_question_is_asked_once(endpoint):
+def test_a_question_is_asked_once_by_all_processes_and_anew_where_the_reply_could_differ(endpoint):
     first = judge_for(endpoint).ask_all(["a", "b", "a"], parsed)
     again = judge_for(endpoint, retries=0, max_calls=1).ask_all(["b", "a"], parsed)
-    assert sorted(endpoint.prompts) == ["a", "b"]
     assert [v.values for v in [*first, *again]] == [YES] * 5
     assert all(v.cached for v in again) and not any(v.cached for v in first)
-
-
-def test_another_process_finds_the_reply(endpoint):
-    ask(judge_for(endpoint))
     code = (
         "import json, sys; from ember.judging.client import open_judge\n"
         "judge = open_judge(json.loads(sys.argv[1]))\n"
@@ -206,117 +190,80 @@ def test_another_process_finds_the_reply(endpoint):
     command = [sys.executable, "-c", code, json.dumps(settings_for(endpoint))]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert "cached=True" in done.stdout and done.stdout.strip().endswith("0")
-    assert len(endpoint.requests) == 1
+    assert sorted(endpoint.prompts) == ["a", "b"]
+    other = {"base_url": endpoint.url.replace("/v1", "/v2")}
+    for count, change in enumerate([{"model": "judge-2"}, {"reply_tokens": 50}, {"options": {"seed": 1}}, other], 3):
+        assert not ask(judge_for(endpoint, **change)).cached and len(endpoint.requests) == count
 
 
-@pytest.mark.parametrize("change", [{"model": "judge-2"}, {"reply_tokens": 50}, {"options": {"seed": 1}}, "url"])
-def test_whatever_a_reply_depends_on_makes_a_new_request(endpoint, change):
-    ask(judge_for(endpoint))
-    change = {"base_url": endpoint.url.replace("/v1", "/v2")} if change == "url" else change
-    assert not ask(judge_for(endpoint, **change)).cached
-    assert len(endpoint.requests) == 2
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [lambda text: text[:-20], lambda text: text.replace("true", "false"), lambda text: "{}", lambda text: "[]"],
-)
-def test_a_damaged_entry_is_named_and_not_read(endpoint, cache, damage):
-    judge = judge_for(endpoint)
-    ask(judge)
-    (entry,) = files_of(cache)
-    entry.write_text(damage(entry.read_text()))
-    with pytest.raises(DamagedFileError, match=str(entry)):
-        ask(judge)
-    entry.unlink()
-    assert ask(judge).values == YES
-
-
-def test_entries_are_whole_or_absent_after_an_interrupted_write(endpoint, cache, monkeypatch):
-    def broken(self: Path, *_: object, **__: object) -> None:
-        raise OSError("disk full")
-
+def test_an_interrupted_write_leaves_no_entry_and_a_damaged_entry_is_named_and_not_read(endpoint, cache, monkeypatch):
     judge = judge_for(endpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", broken)
+        patch.setattr(Path, "write_text", Mock(side_effect=OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             ask(judge)
     assert not files_of(cache) and ask(judge).values == YES
+    (entry,) = files_of(cache)
+    whole = entry.read_text()
+    for damaged in (whole[:-20], whole.replace("true", "false"), "{}", "[]"):
+        entry.write_text(damaged)
+        with pytest.raises(DamagedFileError, match=str(entry)):
+            ask(judge)
+    entry.unlink()
+    assert ask(judge).values == YES
 
 
 # Failures that pass
 
 
 @pytest.mark.parametrize("step", [*map(failure, (429, 500, 503, 408)), "hang", "drop"], ids=str)
-def test_a_failure_that_passes_is_tried_again(endpoint, step):
+def test_a_failure_that_passes_is_tried_again_and_one_that_lasts_ends_after_the_retries(endpoint, step):
     endpoint.script = [step]
     assert ask(judge_for(endpoint)).values == YES
-    assert endpoint.prompts == ["a", "a"]
-
-
-@pytest.mark.parametrize("step", [failure(500, "overloaded"), failure(429), "hang", "drop"], ids=str)
-def test_a_failure_that_lasts_ends_after_the_retries(endpoint, step):
     endpoint.script = [step] * 9
     with pytest.raises(EmberError, match=r"gave no answer in 3 attempts"):
-        ask(judge_for(endpoint))
-    assert len(endpoint.requests) == 3
-    with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts.* Connect"):
-        ask(judge_for(endpoint, base_url="http://127.0.0.1:9/v1"))  # nobody listens
+        ask(judge_for(endpoint), "b")
+    assert endpoint.prompts == ["a", "a", "b", "b", "b"]
 
 
-@pytest.mark.parametrize("asked", ["0.4", "date"])
-@pytest.mark.parametrize("status", [429, 503])
-def test_the_endpoint_s_own_wait_is_kept(endpoint, status, asked):
-    # A date has no fractions of seconds, so two seconds ahead are one at least.
-    stated = asked if asked != "date" else formatdate(time.time() + 2, usegmt=True)
-    endpoint.script = [failure(status, Retry_After=stated)]
-    ask(judge_for(endpoint, max_wait=5.0))
-    assert np.diff(endpoint.times) >= (0.4 if asked != "date" else 0.9)
-
-
-def test_waits_grow(endpoint):
+def test_waits_grow_and_the_endpoint_s_own_is_kept(endpoint):
     endpoint.script = [failure(500)] * 3
     ask(judge_for(endpoint, retries=3, backoff=0.1))
     waits = np.diff(endpoint.times)
     assert (waits >= [0.1, 0.2, 0.4]).all() and waits.max() < 1
+    for status in (429, 503):
+        # A date has no fractions of seconds, so two seconds ahead are one at least.
+        for stated, least in ((formatdate(time.time() + 2, usegmt=True), 0.9), ("0.4", 0.4)):
+            endpoint.script = [failure(status, Retry_After=stated)]
+            ask(judge_for(endpoint, max_wait=5.0), f"{status} {stated}")
+            assert np.diff(endpoint.times)[-1] >= least
+    with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts.* Connect"):
+        ask(judge_for(endpoint, base_url="http://127.0.0.1:9/v1"))  # nobody listens
 
 
-REFUSED = r"refuses the request for judge-1: {} bad key \[key\].*"
-
-
-@pytest.mark.parametrize(
-    ("step", "said"),
-    [
-        *(
-            (failure(status, f"bad key {KEY}"), REFUSED.format(status) + advice)
-            for status, advice in ((400, "options"), (401, VARIABLE), (403, "its terms"), (404, "base_url"), (301, ""))
-        ),
-        (failure(429, "daily quota", Retry_After="3600"), "asks to wait 3600 s, and max_wait is 2 s: 429 daily quota"),
-    ],
-)
-def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpoint, step, said):
-    endpoint.script = [step]
-    with pytest.raises(EmberError, match=said):
-        ask(judge_for(endpoint))
-    assert len(endpoint.requests) == 1
+def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpoint):
+    refused = r"refuses the request for judge-1: {} bad key \[key\].*{}"
+    advice = ((400, "options"), (401, VARIABLE), (403, "its terms"), (404, "base_url"), (301, ""))
+    steps = [(failure(status, f"bad key {KEY}"), refused.format(status, told)) for status, told in advice]
+    wait = "asks to wait 3600 s, and max_wait is 2 s: 429 daily quota"
+    for count, (step, said) in enumerate([*steps, (failure(429, "daily quota", Retry_After="3600"), wait)], 1):
+        endpoint.script = [step]
+        with pytest.raises(EmberError, match=said):
+            ask(judge_for(endpoint))
+        assert len(endpoint.requests) == count
 
 
 # Replies that make no sense
 
 
-NONSENSE = [*map(reply, ("I think so.", '{"right": true}', ""))]
-NONSENSE += [(200, {}, body) for body in (b"<html>", b"[1]", b'{"choices": []}')]
-
-
-@pytest.mark.parametrize("step", NONSENSE, ids=lambda step: step[2].decode()[-60:])
-def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cache, step):
-    endpoint.script = [step] * 3
-    judge = judge_for(endpoint)
-    verdict = ask(judge)
-    assert verdict.values == {} and np.isnan(verdict.value("correct"))
-    assert verdict.reason.startswith("not readable in 3 attempts: ")
-    assert len(endpoint.requests) == 3 and not files_of(cache)  # asked anew next time
-    assert ask(judge).values == YES
+def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cache):
+    bodies = [(200, {}, body) for body in (b"<html>", b"[1]", b'{"choices": []}')]
+    for step in (*map(reply, ("I think so.", '{"right": true}', "")), *bodies):
+        endpoint.script, judge, before = [step] * 3, judge_for(endpoint), len(endpoint.requests)
+        verdict = ask(judge, str(step))
+        assert verdict.values == {} and np.isnan(verdict.value("correct")), step
+        assert verdict.reason.startswith("not readable in 3 attempts: ") and len(endpoint.requests) == before + 3
+    assert not files_of(cache) and ask(judge, str(step)).values == YES  # asked anew next time
 
 
 def test_the_model_is_told_what_was_wrong_and_a_reply_that_is_no_unicode_can_be_kept(endpoint):
@@ -345,19 +292,15 @@ def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
 
 
 def test_the_budget_in_tokens_stops_before_a_call_that_could_exceed_it(endpoint):
-    """Each call may take 10 + 20 // 2 tokens and takes 10."""
+    """Each call may take 10 + 20 // 2 tokens and takes 10; as many as it may where the endpoint does not state them."""
     judge = judge_for(endpoint, max_tokens=45, reply_tokens=10, concurrency=1)
     with pytest.raises(EmberError, match=r"max_tokens=45 \(30 tokens used, 20 more possible\)"):
         judge.ask_all([letter * 20 for letter in "abcdefgh"], parsed)
     assert len(endpoint.requests) == 3 and judge.tokens == 30
-
-
-@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": -1}, {"total_tokens": "many"}])
-def test_tokens_that_the_endpoint_does_not_state_count_as_expected(endpoint, usage):
-    endpoint.script = [reply('{"correct": true}', usage=usage)]
-    judge = judge_for(endpoint, reply_tokens=10)
-    ask(judge, "a" * 20)
-    assert judge.tokens == 20
+    for letter, usage in zip("ijkl", (None, {}, {"total_tokens": -1}, {"total_tokens": "many"}), strict=True):
+        endpoint.script, judge = [reply('{"correct": true}', usage=usage)], judge_for(endpoint, reply_tokens=10)
+        ask(judge, letter * 20)
+        assert judge.tokens == 20, usage
 
 
 def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
@@ -376,23 +319,20 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
 # A profile's judge
 
 
-def test_without_a_key_there_is_one_note_and_no_judge_unless_it_is_required(endpoint, monkeypatch):
-    assert open_judge({}) is None
+def test_without_a_key_there_is_one_note_and_no_judge_and_a_required_one_must_answer(endpoint, monkeypatch):
+    assert open_judge({}) is None and isinstance(open_judge(settings_for(endpoint)), Judge) and not endpoint.requests
+    for count, step in enumerate((failure(401), (200, {}, b"<html>")), 1):
+        endpoint.script = [reply("ready"), step]
+        assert isinstance(open_judge(settings_for(endpoint, required=True)), Judge)
+        with pytest.raises(EmberError, match=endpoint.url):
+            open_judge(settings_for(endpoint, required=True))
+        assert len(endpoint.requests) == 2 * count
     monkeypatch.delenv(VARIABLE)
     with pytest.warns(UserWarning, match=rf"{VARIABLE}.*Judged scores will be missing") as noted:
         assert open_judge(settings_for(endpoint)) is None
-    assert len(noted) == 1 and not endpoint.requests
     with pytest.raises(EmberError, match=rf"{VARIABLE}.*take judge\.required or the judge out of the profile"):
         open_judge(settings_for(endpoint, required=True))
-
-
-@pytest.mark.parametrize("step", [failure(401), (200, {}, b"<html>")], ids=["refused", "no endpoint"])
-def test_a_required_judge_must_answer_before_work_starts(endpoint, step):
-    endpoint.script = [reply("ready"), step]
-    assert isinstance(open_judge(settings_for(endpoint, required=True)), Judge)
-    with pytest.raises(EmberError, match=endpoint.url):
-        open_judge(settings_for(endpoint, required=True))
-    assert isinstance(open_judge(settings_for(endpoint)), Judge) and len(endpoint.requests) == 2
+    assert len(noted) == 1 and len(endpoint.requests) == 4
 
 
 def test_a_key_that_arrives_makes_results_stale_and_a_larger_budget_does_not(endpoint, monkeypatch):
@@ -409,14 +349,11 @@ def test_a_key_that_arrives_makes_results_stale_and_a_larger_budget_does_not(end
 QUESTIONS = [q for q in make_concept().questions if q.split == "test"]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ('{"correct": true}', 1.0), ('```json\n{"correct": false}\n```', 0.0), ('{"correct": 1}', np.nan),
-        ('<think>{"correct": true}?</think>The {answer} is wrong: {"correct": false}', 0.0),
-        ('{"correct": "yes"}', np.nan), ("yes", np.nan),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "value"), [
+    ('{"correct": true}', 1.0), ('```json\n{"correct": false}\n```', 0.0), ('{"correct": 1}', np.nan),
+    ('<think>{"correct": true}?</think>The {answer} is wrong: {"correct": false}', 0.0),
+    ('{"correct": "yes"}', np.nan), ("yes", np.nan),
+])  # fmt: skip
 def test_open_answers_are_right_wrong_or_missing(endpoint, text, value):
     endpoint.answer = lambda prompt: text
     judged = judge_open_answers(judge_for(endpoint), QUESTIONS[:2], ["in Gaul", ""])
@@ -435,22 +372,18 @@ def test_the_judge_sees_question_reference_and_answer(endpoint):
     assert (row.model, row.served_by, row.endpoint) == ("judge-1", "served-1", f"{endpoint.url}/chat/completions")
     assert json.loads(row["values"]) == YES
     assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
-    assert judged.verdicts.columns.tolist() == no_verdicts().columns.tolist()
+    assert judged.verdicts.columns.tolist() == grading.no_verdicts().columns.tolist()
 
 
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ('{"instruction": 2, "fluency": 0}', (2, 0)),
-        ('{"instruction": 1.0, "fluency": 2}', (1, 2)),
-        *((f'{{"instruction": {bad}, "fluency": 1}}', None) for bad in ("3", "-1", "1.5", "true", "NaN")),
-        ('{"instruction": 1}', None),
-    ],
-)
+@pytest.mark.parametrize(("text", "values"), [
+    ('{"instruction": 2, "fluency": 0}', (2, 0)), ('{"instruction": 1.0, "fluency": 2}', (1, 2)),
+    *((f'{{"instruction": {bad}, "fluency": 1}}', None) for bad in ("3", "-1", "1.5", "true", "NaN")),
+    ('{"instruction": 1}', None),
+])  # fmt: skip
 def test_coherence_has_two_scores_of_0_to_2_or_none(endpoint, text, values):
     endpoint.answer = lambda prompt: text
     responses = pd.DataFrame({"item": ["i"], "prompt": ["Say yes."], "text": ["Yes."]})
-    items = judge_coherence(judge_for(endpoint), responses).items
+    items = grading.judge_coherence(judge_for(endpoint), responses).items
     assert items.metric.tolist() == ["judge_instruction", "judge_fluency"]
     assert set(items.set) == {"generation"}
     np.testing.assert_array_equal(items.value, values or (np.nan, np.nan))
@@ -459,14 +392,6 @@ def test_coherence_has_two_scores_of_0_to_2_or_none(endpoint, text, values):
 @pytest.fixture
 def features(cache):
     return concept_features(make_loaded(), make_concept(), rank=4, sparsity=0.3, max_iter=20)
-
-
-def test_the_judge_of_features_sees_the_most_active_tokens(features):
-    G = features.factorization.G[:, 1].abs()
-    place = {token: k for k, token in enumerate(features.table.token)}
-    activations = [float(G[place[token]]) for token in top_tokens(features, 1, count=5)]
-    assert activations == sorted(activations, reverse=True) and activations[0] == float(G.max())
-    assert 0 < len(top_tokens(features, 1, count=10**6)) == int((G > 0).sum())
 
 
 @pytest.mark.parametrize(
@@ -486,8 +411,8 @@ def test_a_feature_is_accepted_with_a_confidence_of_85_percent(endpoint, feature
     judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [2, 0])
     rows = judged.items.set_index(["item", "metric"]).value
     np.testing.assert_array_equal([rows["2", "accepted"], rows["0", "accepted"]], [accepted] * 2)
-    assert accepted_features(judged) == ([2, 0] if accepted == 1 else [])
-    table = features.scores.merge(feature_verdicts(judged), how="left", on="feature").set_index("feature")
+    assert grading.accepted_features(judged) == ([2, 0] if accepted == 1 else [])
+    table = features.scores.merge(grading.feature_verdicts(judged), how="left", on="feature").set_index("feature")
     np.testing.assert_array_equal(table.judge_accepted[[2, 0]], [accepted] * 2)
     assert table.judge_confidence.notna().sum() == (0 if np.isnan(accepted) else 2)
     assert judged.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
@@ -495,7 +420,12 @@ def test_a_feature_is_accepted_with_a_confidence_of_85_percent(endpoint, feature
     assert any(repr(top_tokens(features, k)[0]) in first for k in (0, 2))
 
 
-def test_a_feature_that_is_not_described_is_missing_and_not_refused(endpoint, features):
+def test_features_are_judged_by_their_most_active_tokens_and_without_a_description_missing(endpoint, features):
+    G = features.factorization.G[:, 1].abs()
+    place = {token: k for k, token in enumerate(features.table.token)}
+    activations = [float(G[place[token]]) for token in top_tokens(features, 1, count=5)]
+    assert activations == sorted(activations, reverse=True) and activations[0] == float(G.max())
+    assert 0 < len(top_tokens(features, 1, count=10**6)) == int((G > 0).sum())
     endpoint.answer = lambda prompt: "hm" if "<tokens>" in prompt else "never asked"
     judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [1])
     assert judged.items.value.isna().all() and judged.items.metric.tolist() == ["about", "confidence", "accepted"]
@@ -538,19 +468,16 @@ def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny):
         judged_scores(tiny, suite, "test", judge, edit, responses=plain.samples.assign(item="other"))
 
 
-def test_chat_prompts_of_open_answers_have_one_bos(endpoint, monkeypatch):
+def test_chat_prompts_of_open_answers_have_one_bos_and_sizes_of_nothing_get_nothing(endpoint, monkeypatch):
     loaded, seen = make_loaded(bos=True), []
+    empty = judged_scores(loaded, suite_of(), "test", judge_for(endpoint))
+    assert empty.items.empty and empty.verdicts.empty and not endpoint.requests
+    with pytest.raises(ValueError, match="split must be one of"):
+        judged_scores(loaded, suite_of(), "dev", judge_for(endpoint))
     generate = lambda loaded, prompts, **_: seen.extend(prompts) or [[5]] * len(prompts)  # noqa: E731
     monkeypatch.setattr("ember.judging.grading.generate_greedy", generate)
     judged_scores(loaded, suite_of(**ASKING), "test", judge_for(endpoint, rereads=0))
     assert len(seen) == 6 and all(ids.count(1) == 1 and ids[0] == 1 for ids in seen)
-
-
-def test_sizes_that_ask_for_nothing_get_nothing(endpoint):
-    judged = judged_scores(make_loaded(), suite_of(), "test", judge_for(endpoint))
-    assert judged.items.empty and judged.verdicts.empty and not endpoint.requests
-    with pytest.raises(ValueError, match="split must be one of"):
-        judged_scores(make_loaded(), suite_of(), "dev", judge_for(endpoint))
 
 
 # What a comparison makes of verdicts: rows of scores before and after
@@ -598,18 +525,15 @@ def test_judged_and_lettered_scores_are_the_paper_s_formulas():
     assert len(shared) == len(plain) and (shared.value == shared.value_plain).all()
 
 
-def test_what_no_judge_has_seen_is_not_there():
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_what_no_judge_has_seen_is_not_there_and_missing_verdicts_are_nan_and_never_0():
     metrics = set(compared({}).summary.metric)
     assert not any(tag in name for name in metrics for tag in ("judge", "open", "letter"))
     extra = {"efficacy_letter", "specificity_letter", "harmonic_letter", "letter_correct", "delta_letter_correct"}
     assert set(compared(LETTERS).summary.metric) - metrics == extra  # the final score needs judged coherence
-
-
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
-def test_missing_verdicts_are_nan_and_never_0():
     found = compared({key: (base, [np.nan] * 4) for key, (base, _) in JUDGED.items()})
     names = ("efficacy_open", "specificity_open", "harmonic_open", "coherence_judged", "final_judged", "final_open")
-    assert {name for name in names if np.isnan(found.value(name))} == set(names)
+    assert all(np.isnan(found.value(name)) for name in names)
     assert np.isnan(found.value("open_correct", "concept_open"))
     assert found.value("final") == compared({}).value("final")
     one = {**JUDGED, "concept_open/open_correct": ([1, 1, 1, 1], [1, np.nan, 0, 0])}
