@@ -196,11 +196,10 @@ def test_the_strongest_differ_most_among_those_above_the_ratio():
 def test_only_significant_concept_tokens_have_keyness():
     loaded, concept = make_loaded(), make_concept()
     table = token_table(loaded, SENTENCES, NEUTRAL).set_index("token_id")
-    bits = keyness_bits(loaded, concept)
-    expected = {i for i, row in table.iterrows() if row.key and row.role == "concept"}
-    assert set(bits.nonzero().flatten().tolist()) == expected
-    assert {table.token[i] for i in expected} == {" Rome", " Roman", " Romans"}
-    assert all(float(bits[i]) == pytest.approx(table.keyness[i]) for i in expected)
+    bits, expected = keyness_bits(loaded, concept), table.query("key and role == 'concept'")
+    assert set(bits.nonzero().flatten().tolist()) == set(expected.index)
+    assert set(expected.token) == {" Rome", " Roman", " Romans"}
+    assert bits[[*expected.index]].tolist() == pytest.approx(expected.keyness.tolist())
     assert not keyness_bits(loaded, replace(concept, further_neutral=SENTENCES)).any()
 
 

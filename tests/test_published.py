@@ -101,10 +101,10 @@ def test_fields_are_named_by_their_path(tmp_path):
     content = {
         "ids": [3, 5], "pair": (1, "a"), "rows": {"Rome": 0}, "layers": [{"F": "x"}, collections.OrderedDict(F="y")],
         "bare": {}, "kinds": {"b"}, "dtype": torch.float16, 7: "seven", "device": torch.device("cuda", 1),
-        "shape": torch.Size([2, 3]),
+        "shape": torch.Size([2, 3]), "words": np.array(["Rome", "Tiber"]),
     }  # fmt: skip
     found = {"ids": [3, 5], "pair": (1, "a"), "rows.Rome": 0, "layers.0.F": "x", "layers.1.F": "y", "7": "seven"}
-    got = unpickle(written(tmp_path, content | {"words": np.array(["Rome", "Tiber"])}, protocol=2))
+    got = unpickle(written(tmp_path, content, protocol=2))
     assert got.pop("words").tolist() == ["Rome", "Tiber"] and got == found
 
 
@@ -283,18 +283,14 @@ def test_an_archive_that_claims_what_it_does_not_hold(tmp_path, changes):
     refusal(rewritten(tmp_path / "file.pt", **changes))
 
 
-def test_many_arrays_of_the_same_bytes(tmp_path):
-    """A few bytes for each further copy; together they would fill the memory."""
+def test_many_arrays_of_the_same_bytes_and_nesting_take_no_memory_beyond_the_file(tmp_path):
+    """A few bytes for each further copy; each list holds the one before twice, 2¹⁸ entries, or itself."""
     raw = b"B" + struct.pack("<I", 800_000) + bytes(800_000) + b"q\x01"
     dtype = DTYPE + text("f8") + b"\x85Rq\x00"
     array = ARRAY + b"(K\x01J" + struct.pack("<i", 100_000) + b"\x85h\x00\x89h\x01tb"
     few, many = (b"\x80\x04" + dtype + b"0" + raw + b"0(" + array * count + b"l." for count in (2, 40))
     assert len(unpickle(written(tmp_path, few))["1"]) == 100_000
     assert "as large" in refusal(written(tmp_path, many))
-
-
-def test_nesting_takes_no_memory_beyond_the_file(tmp_path):
-    """Each list holds the one before twice: read out naively, 2¹⁸ entries. One may also hold itself."""
     own: list = [{}]
     own.append(own)
     assert unpickle(written(tmp_path, own)) == {}
@@ -357,7 +353,7 @@ def test_the_published_layout_becomes_features_of_ours(tmp_path, loaded, fit, th
     assert len(edits[0].changed()) > 0 and edits[0].changed().equals(edits[1].changed())
 
 
-def test_rows_are_matched_by_id_not_by_place(tmp_path, loaded, fit):
+def test_rows_are_matched_by_id_not_by_place_and_the_caller_may_name_the_fields(tmp_path, loaded, fit):
     """Also of NumPy arrays."""
     F, G, ids = fit
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
@@ -369,10 +365,6 @@ def test_rows_are_matched_by_id_not_by_place(tmp_path, loaded, fit):
     one, other = whole.contributions(some), mixed.contributions(some)
     assert one.keys() == other.keys() and len(one) > 0
     assert all(torch.allclose(one[i], other[i]) for i in one)
-
-
-def test_the_caller_may_name_the_fields(tmp_path, loaded, fit):
-    F, G, ids = fit
     path = written(tmp_path, {"best": {"left": F, "right": G}, "which": ids})
     fields = {"F": "best.left", "G": "best.right", "tokens": "which"}
     assert torch.equal(taken(path, loaded, fields=fields).factorization.F, F)
@@ -406,7 +398,7 @@ MISFITS = [
 
 @pytest.mark.parametrize(("change", "words"), MISFITS)
 def test_what_does_not_fit_the_model_s_rows(tmp_path, loaded, fit, change, words):
-    """The control is ``test_rows_are_matched_by_id_not_by_place``, where the same factors are taken."""
+    """The control is ``test_rows_are_matched_by_id…``, where the same factors are taken."""
     assert re.search(words, not_taken(written(tmp_path, table(*change(*fit))), loaded))
 
 

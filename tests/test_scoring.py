@@ -118,51 +118,37 @@ def score_everything(loaded: LoadedModel) -> np.ndarray:
     return np.concatenate([*options, *(part for score in texts for part in score)])
 
 
-def test_padding_does_not_leak(tiny):
-    """Whatever token fills the batches, on the left or the right, the scores are the same."""
-    assert tiny.pad_id == 0
-    before = score_everything(tiny)
-    tiny.pad_id = 77  # it is cached
-    np.testing.assert_allclose(score_everything(tiny), before, atol=1e-6, rtol=0)
-    assert weights_hash(tiny.model) == tiny.weights_hash  # which scoring leaves as they were
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_mixed_lengths_give_numbers(kind, dtype):
+def test_mixed_lengths_give_numbers_and_padding_does_not_leak(kind, dtype):
+    """Whatever token fills the batches, on the left or the right, the scores are the same."""
     loaded = make_loaded(kind, dtype=dtype)
-    assert np.isfinite(score_everything(loaded)).all()
+    assert loaded.pad_id == 0
+    before = score_everything(loaded)
+    assert np.isfinite(before).all()
+    loaded.pad_id = 77  # it is cached
+    np.testing.assert_allclose(score_everything(loaded), before, atol=1e-6, rtol=0)
+    assert weights_hash(loaded.model) == loaded.weights_hash  # which scoring leaves as they were
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_losses_equal_the_reference_and_those_alone_are_the_same_to_the_bit(loaded, batch_size):
+def test_losses_and_divergence_equal_the_reference_and_losses_alone_are_the_same_to_the_bit(loaded, batch_size):
     """Also with an edit applied; each token is scored once, from its start on; without one nothing diverges."""
-    edit = blank(loaded, " Roman")
-    sequences, starts = encoded(loaded)
-    scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded), batch_size=batch_size)
-    plain = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
+    edit, (sequences, starts) = blank(loaded, " Roman"), encoded(loaded)
+    score = partial(sequence_scores, loaded, sequences, starts, batch_size=batch_size)
+    scores, plain, before = score(partial(edit.applied, loaded)), score(), [reference(loaded, ids) for ids in sequences]
     with edit.applied(loaded):
-        edited = sequence_scores(loaded, sequences, starts, batch_size=batch_size)
+        edited, after = score(), [reference(loaded, ids) for ids in sequences]
     for k, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
         np.testing.assert_allclose(plain[k].loss, reference_loss(loaded, ids, start), atol=TOLERANCE, rtol=0)
         for one in (scores[k].base_loss, plain[k].base_loss):
             np.testing.assert_array_equal(one, plain[k].loss)
         np.testing.assert_array_equal(scores[k].loss, edited[k].loss)
         assert (plain[k].kl == 0).all()
-    assert any((score.loss != score.base_loss).any() for score in scores)
-
-
-def test_divergence_equals_the_reference_of_each_text_alone(loaded):
-    edit = blank(loaded, " Roman")
-    sequences, starts = encoded(loaded)
-    base = [reference(loaded, ids) for ids in sequences]
-    with edit.applied(loaded):
-        edited = [reference(loaded, ids) for ids in sequences]
-    scores = sequence_scores(loaded, sequences, starts, partial(edit.applied, loaded))
-    for k, start in enumerate(starts):
-        kl = torch.nn.functional.kl_div(edited[k], base[k], log_target=True, reduction="none").sum(-1)[start - 1 :]
+        kl = torch.nn.functional.kl_div(after[k], before[k], log_target=True, reduction="none").sum(-1)[start - 1 :]
         assert k or kl.max() > 10 * TOLERANCE
         np.testing.assert_allclose(scores[k].kl, kl, atol=TOLERANCE, rtol=0)
+    assert any((score.loss != score.base_loss).any() for score in scores)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -217,26 +203,22 @@ def argmax_loop(loaded: LoadedModel, ids: list[int], steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_greedy_generation_equals_an_argmax_loop(loaded, batch_size):
+def test_greedy_generation_equals_an_argmax_loop_and_stops_before_a_special_token(loaded, batch_size):
     talkative(loaded)
+    generate = partial(generate_greedy, loaded, max_new_tokens=6, batch_size=batch_size)
     prompts = [*map(loaded.encode, PROMPTS), loaded.encode_chat("Tell me about Rome.")]
-    expected = [argmax_loop(loaded, ids, 6) for ids in prompts]
-    assert len({token for out in expected for token in out}) > 12  # a model that repeats itself shows nothing
-    assert generate_greedy(loaded, prompts, max_new_tokens=6, batch_size=batch_size) == expected
-
-
-@pytest.mark.parametrize("special", [1, 2])
-def test_generation_stops_before_a_special_token(tiny, special):
-    talkative(tiny)
-    prompts = [tiny.encode(text) for text in PROMPTS]
-    before = generate_greedy(tiny, prompts, max_new_tokens=6)
+    before = generate(prompts)
+    assert before == [argmax_loop(loaded, ids, 6) for ids in prompts]
+    assert len({token for out in before for token in out}) > 12  # a model that repeats itself shows nothing
     i, k = next((i, k) for i, out in enumerate(before) for k in range(1, 6) if out[k] not in out[:k])
-    swap = [special, before[i][k]]
-    with torch.no_grad():
-        tiny.model.lm_head.weight[swap] = tiny.model.lm_head.weight[swap[::-1]]
-    after = generate_greedy(tiny, prompts, max_new_tokens=6)
-    assert after[i] == before[i][:k]
-    assert after == [argmax_loop(tiny, ids, 6) for ids in prompts]
+    for special in (1, 2):
+        swap, head = [special, before[i][k]], loaded.model.lm_head.weight
+        with torch.no_grad():
+            head[swap] = head[swap[::-1]]
+        after = generate(prompts)
+        assert after[i] == before[i][:k] and after == [argmax_loop(loaded, ids, 6) for ids in prompts]
+        with torch.no_grad():
+            head[swap] = head[swap[::-1]]
 
 
 WORDS = ("Rome", "Gaul", "the long river", "the forum")
