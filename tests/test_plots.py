@@ -66,9 +66,6 @@ def special_of(ax) -> list:
     return [bar for bar in bars_of(ax) if to_hex(bar[0].get_color()).upper() == plots.PALETTE["concept"]]
 
 
-# A grid
-
-
 @pytest.mark.parametrize("cells", [CELLS, ("only cell",), ("delta=0.5", "delta=2")], ids=len)
 def test_grid_curve_shows_every_cell_in_its_order_and_the_choice(cells):
     frame, choice = grid_frame(cells), cells[-1]
@@ -110,15 +107,10 @@ def test_grid_panels_have_one_panel_an_arm(arms):
     figure = plots.grid_panels(pd.concat(frames), chosen)
     shown = [ax for ax in figure.axes if ax.axison]
     assert [ax.get_title() for ax in shown] == [f"{'EMBER + ' if e else ''}{m.upper()}" for m, e in arms]
-    for k, ax in enumerate(shown):
+    for k, (ax, frame) in enumerate(zip(shown, frames, strict=True)):
         assert len(points_of(ax)) == len(CELLS)
         (special,) = special_of(ax)
-        frame = frames[k]
-        wanted = frame[(frame.cell == CELLS[k % 4]) & (frame.metric == "efficacy_cont")].value.iloc[0]
-        assert special[0].get_ydata()[0] == wanted
-
-
-# Arms
+        assert [*special[0].get_ydata()] == [*frame[(frame.cell == CELLS[k % 4]) & (frame.metric == SCORES[0])].value]
 
 
 def filled(bar) -> bool:
@@ -138,9 +130,7 @@ def test_arm_scores_have_a_panel_a_score_and_a_point_an_arm():
         assert base == {0.0 if SCORES[k] in ("efficacy_cont", "final_cont") else 1.0}
     (legend,) = figure.legends  # below the panels, where it covers no point
     assert "base model" in [text.get_text() for text in legend.get_texts()]
-
-
-def test_arm_scores_leave_out_what_was_not_run():
+    # What was not run is left out.
     assert [len(bars_of(ax)) for ax in plots.arm_scores(arm_frame([("ember", False), ("rmu", True)])).axes] == [2] * 4
 
 
@@ -149,10 +139,8 @@ def test_arm_trade_off_leads_from_alone_to_after_ember(arms):
     frame = apart(arm_frame(arms).to_dict("records"))
     ax = plots.arm_trade_off(frame)
     assert len(points_of(ax)) == len(bars_of(ax)) == len(arms)
-    place = {
-        arm: (part.value[part.metric == "specificity_cont"].iloc[0], part.value[part.metric == "efficacy_cont"].iloc[0])
-        for arm, part in frame.groupby(["method", "ember"])
-    }
+    wide = frame.pivot(index=["method", "ember"], columns="metric", values="value")
+    place = wide[["specificity_cont", "efficacy_cont"]].T.to_dict("list")
     arrows = [text for text in ax.texts if text.arrow_patch is not None]
     assert {(*text.xyann, *text.xy) for text in arrows} == {(*place[m, False], *place[m, True]) for m, e in arms if e}
     assert {text.get_text() for text in ax.texts} - {""} == {m.upper() for m, _ in arms}
@@ -185,11 +173,7 @@ def test_a_value_outside_its_interval_has_no_negative_bar(value):
     plots.arm_scores(arm_frame().assign(**outside))
     plots.arm_trade_off(arm_frame().assign(**outside))
     plots.ember_effect(arm_frame([("rmu", False)]).assign(**outside))
-    rows = pd.DataFrame([{"label": "x", "set": "concept", **outside}])
-    plots.interval_bars(rows, title="t", xlabel="x", base=0.0)
-
-
-# Single runs
+    plots.interval_bars(pd.DataFrame([{"label": "x", **outside}]), title="t", xlabel="x", base=0.0)
 
 
 def test_figures_of_a_fit_and_its_features():
@@ -206,12 +190,9 @@ def test_figures_of_a_fit_and_its_features():
     ax = feature_plots.token_preview(frame)
     assert labels_of(ax.yaxis) == ["␣Rome", "x"]
     assert [bar.get_width() for bar in ax.patches[:2]] == [0.5, 0.1]
-
-
-def test_item_changes_shows_every_question():
     sizes = {"concept": 9, "simdom": 5, "general": 7}
-    rows = [(name, -0.1 * k) for name, n in sizes.items() for k in range(n)]
-    ax = feature_plots.item_changes(pd.DataFrame(rows, columns=["set", "change"]))
+    changes = pd.DataFrame([(name, -0.1 * k) for name, n in sizes.items() for k in range(n)], columns=["set", "change"])
+    ax = feature_plots.item_changes(changes)  # every question
     assert [len(c.get_offsets()) for c in ax.collections if len(c.get_offsets()) > 1] == list(sizes.values())
     assert [label.split("n = ")[1] for label in labels_of(ax.xaxis)] == ["9)", "5)", "7)"]
 
