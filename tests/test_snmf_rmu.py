@@ -19,8 +19,6 @@ from ember.models.loading import LoadedModel
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
 
-# SNMF
-
 # Twelve neurons in eight dimensions; the third neuron carries no feature, the last one both.
 MATRIX, FEATURES = noise(12, 8), noise(12, 2, seed=1)
 MASKS = torch.zeros(2, 12, dtype=torch.bool)
@@ -30,13 +28,11 @@ WRITTEN = torch.nn.functional.normalize((MATRIX.T @ FEATURES).T, dim=1)  # the u
 
 
 def test_a_full_projection_leaves_nothing_of_any_feature_a_neuron_carries():
-    new = project_out(MATRIX, FEATURES, MASKS, 1.0)
+    new, free, only_first = project_out(MATRIX, FEATURES, MASKS, 1.0), ~MASKS.any(0), MASKS[0] & ~MASKS[1]
     for mask, direction in zip(MASKS, WRITTEN, strict=True):
         assert (MATRIX[mask] @ direction).abs().min() > 1e-2
         assert (new[mask] @ direction).abs().max() < 1e-5
-    free = ~MASKS.any(0)
     assert torch.equal(new[free], MATRIX[free])
-    only_first = MASKS[0] & ~MASKS[1]
     assert ((new - MATRIX)[only_first] @ WRITTEN[1]).abs().max() > 1e-2  # not orthogonalized away
 
 
@@ -89,19 +85,12 @@ def planted(cache, monkeypatch) -> list:
     return calls
 
 
-@pytest.mark.parametrize("band", snmf.BANDS)
-def test_every_band_of_a_shallow_model_holds_a_layer(tiny, cache, band):
-    fits, table = snmf.factorize(tiny, make_concept(), SnmfConfig(band=band, rank=3, tokens=20, max_iter=2), seed=0)
-    assert set(fits) == set(table.layer) == {"early": {0}, "middle": {0}, "late": {1}}[band]
-
-
 PLANTED = {"band": "late", "rank": 3, "sparsity": 3 / 64, "features": 1, "min_keyness": 1.0}
 
 
 @pytest.mark.parametrize("side", ["out", "in"])
 def test_a_planted_feature_is_found_and_projected_out(tiny, planted, tmp_path, side):
-    deltas = {f"delta_{name}": float(name == side) for name in ("out", "in")}
-    edit = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, **deltas))
+    edit = snmf.run(tiny, make_concept(), SnmfConfig(**PLANTED, delta_out=side == "out", delta_in=side == "in"))
     (about,) = edit.provenance.config["selected"]
     assert set(about["top_tokens"].split()[:3]) == {"Rome", "Roman", "Romans"}
     assert [sorted(texts) for texts in planted] == [sorted(SENTENCES), sorted(NEUTRAL)]
@@ -119,7 +108,10 @@ def test_a_planted_feature_is_found_and_projected_out(tiny, planted, tmp_path, s
     assert Edit.load(nothing.save(tmp_path / "edit")).changed().empty
 
 
-def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache):
+def test_every_band_holds_a_layer_and_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache):
+    for band, layer in {"early": 0, "middle": 0, "late": 1}.items():
+        fits, table = snmf.factorize(tiny, make_concept(), SnmfConfig(band=band, rank=3, tokens=20, max_iter=2), seed=0)
+        assert set(fits) == set(table.layer) == {layer}
     settings = {"band": "late", "rank": 5, "sparsity": 0.1, "max_iter": 20, "patience": 20, "tol": 1e-9}
 
     def fit(seed=0, **changes) -> torch.Tensor:
@@ -132,15 +124,10 @@ def test_a_factorization_in_the_cache_is_that_of_its_settings(tiny, cache):
         assert torch.equal(fit(), one)
 
 
-# RMU
-
-
 def plain_stream(loaded: LoadedModel, texts, layer: int) -> torch.Tensor:
     """The stream after a layer at all positions but the first, one text at a time, through a plain hook."""
     kept = []
-    handle = loaded.model.model.layers[layer].register_forward_hook(
-        lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out)[0, 1:])
-    )
+    handle = loaded.model.model.layers[layer].register_forward_hook(lambda _, __, out: kept.append(out[0, 1:]))
     for text in texts:
         loaded.model(torch.tensor([loaded.encode(text)]))
     handle.remove()
