@@ -12,9 +12,6 @@ def halves(pairs) -> tuple[list[Question], list[Question]]:
     return [question(p[0], p[1]) for p in pairs], [question(p[2], p[3]) for p in pairs]
 
 
-# Stems
-
-
 @pytest.mark.parametrize(("text", "expected"), [
     ("The Romans built roads.", "the roman built road"), ("Rome's Caesar’s", "rome caesar"),
     ("walked WALKING walks", "walk walk walk"), ("bold boldly", "bold bold"), ("horse horses", "hors hors"),
@@ -35,9 +32,6 @@ def test_content_stems_leave_out_what_every_question_has():
     assert content_stems("Rome, ROME and Roads") == content_stems("roads of rome")
 
 
-# Accepted answers
-
-
 @pytest.mark.parametrize(("forms", "expected"), [
     *(((f"{article} Tiber",), ["tiber"]) for article in ("the", "The", "a", "an", "An")),
     (("the Tiber River", "Tiber", "tiber", "A tiber", "?"), ["tiber river", "tiber"]),  # every form once, in order
@@ -45,9 +39,6 @@ def test_content_stems_leave_out_what_every_question_has():
 ])  # fmt: skip
 def test_accepted_answers_have_no_leading_article(forms, expected):
     assert [" ".join(form) for form in accepted(question("?", *forms))] == expected
-
-
-# Answers in texts
 
 
 @pytest.mark.parametrize(("answer", "text", "holds"), [
@@ -90,43 +81,25 @@ def test_stating_counts_by_weight_but_needs_two_words():
     assert vestals.stating(question("What did a vestal do?", "fire"), {"vestal": 1.0}) == [0]
 
 
-# Similarity
-
-
-def word_sets(seed: int, count: int) -> list[frozenset[str]]:
-    rng = np.random.default_rng(seed)
-    return [frozenset(rng.choice(list("abcdefgh"), size=rng.integers(0, 6))) for _ in range(count)]
-
-
-def test_rare_words_weigh_more_and_none_weighs_less_than_nothing():
+def test_rare_words_weigh_more_and_alike_equals_a_slow_reference():
     weight = rarity([frozenset("ab"), frozenset("a"), frozenset("a")])
     assert weight["b"] == pytest.approx(np.log(4 / 1.5))
     assert weight["b"] > weight["a"] > 0
     assert rarity([]) == {}
-
-
-def test_alike_against_a_slow_reference():
-    first, second = word_sets(0, 12), word_sets(1, 9)
-    weight = rarity([*first, *second])
-
-    def mass(words) -> float:
-        return sum(weight[word] for word in words)
-
-    expected = [[mass(a & b) / mass(a | b) if a | b else 0.0 for b in second] for a in first]
+    random = np.random.default_rng(0)
+    sets = [frozenset(random.choice(list("abcdefgh"), size=random.integers(0, 6))) for _ in range(21)]
+    first, second = sets[:12], sets[12:]
+    weight = rarity(sets)
+    expected = [[sum(map(weight.get, a & b)) / (sum(map(weight.get, a | b)) or 1) for b in second] for a in first]
     np.testing.assert_allclose(alike(first, second), expected, atol=1e-6)
     np.testing.assert_allclose(alike(second, first).T, expected, atol=1e-6)
-
-
-def test_alike_is_one_for_the_same_words_and_zero_for_none_in_common():
+    # One for the same words and zero for none in common.
     texts = [frozenset("abc"), frozenset("ad"), frozenset("e")]
     similarity = alike(texts, texts)
     np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-6)
     assert similarity[0, 2] == similarity[1, 2] == 0 < similarity[0, 1] < 1
     assert alike([frozenset()], [frozenset()]).tolist() == [[0.0]]
     assert alike([], [frozenset("a")]).shape == (0, 1)
-
-
-# Paraphrases
 
 
 def test_paraphrases_are_found_among_other_questions_and_nothing_else_is():
@@ -136,11 +109,8 @@ def test_paraphrases_are_found_among_other_questions_and_nothing_else_is():
     assert sorted((i, j) for j, i in paraphrases(second, first)) == paraphrases(first, second)
     assert {(k, k) for k in range(len(first))} <= set(paraphrases(first, first))
     assert paraphrases([], [ASKED]) == paraphrases([ASKED], []) == []
-
-
-@pytest.mark.parametrize("kind", DIFFERENT)
-def test_questions_for_two_facts_are_no_paraphrases(kind):
-    assert paraphrases(*halves(DIFFERENT[kind])) == []
+    for kind, pairs in DIFFERENT.items():
+        assert paraphrases(*halves(pairs)) == [], kind
 
 
 def test_the_same_words_with_another_answer_or_another_accepted_answer_are_the_same_question():
