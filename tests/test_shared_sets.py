@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pandas as pd
@@ -57,7 +59,7 @@ def folder(tmp_path) -> Path:
 # Reading
 
 
-def test_rows_are_those_of_the_released_numbers(folder):
+def test_rows_are_those_of_the_released_numbers_in_their_order_and_files_are_recorded(folder):
     sets, content = load_shared_sets(folder), released_files()
     for name, items in (("mmlu", sets.questions), ("alpaca", sets.instructions)):
         wanted = [(f"{name}[{row}]", split) for split in SPLITS for row in content[INDICES[name, split]]]
@@ -69,16 +71,11 @@ def test_rows_are_those_of_the_released_numbers(folder):
         assert len({question.answer, *question.distractors}) == 4 and question.options[question.gold] == question.answer
     row = content[INDICES["alpaca", "train"]][0]
     assert (sets.instructions[0].instruction, sets.instructions[0].response) == (f"Name jar {row}.", f"Jar {row}.")
-
-
-def test_the_order_of_the_numbers_is_kept(folder):
     (folder / INDICES["mmlu", "train"]).write_text("[9, 2, 5]")
-    assert [q.id for q in load_shared_sets(folder).questions][:3] == ["mmlu[9]", "mmlu[2]", "mmlu[5]"]
-
-
-def test_the_files_are_recorded(folder):
-    before = dict(load_shared_sets(folder).revisions)
-    assert before == dict(load_shared_sets(folder).revisions) and before.keys() == SETS.keys()
+    again = load_shared_sets(folder)
+    assert [q.id for q in again.questions][:3] == ["mmlu[9]", "mmlu[2]", "mmlu[5]"]
+    before = dict(sets.revisions)
+    assert before == dict(again.revisions) and before.keys() == SETS.keys()
     (folder / ALPACA).write_text((folder / ALPACA).read_text() + " ")
     after = dict(load_shared_sets(folder).revisions)
     assert after["mmlu"] == before["mmlu"] and after["alpaca"] != before["alpaca"]
@@ -103,66 +100,62 @@ def broken(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("file", [*INDICES.values(), MMLU, ALPACA])
-def test_missing_file(folder, file):
-    (folder / file).unlink()
-    assert broken(folder) == f"{folder / file}: the file is missing"
+def test_a_file_that_is_missing_or_no_parquet(folder):
+    (folder / MMLU).rename(folder / "kept")
+    (folder / MMLU).write_text("question,choices")
+    assert broken(folder).startswith(f"{folder / MMLU}: not a parquet file")
+    (folder / "kept").rename(folder / MMLU)
+    for file in (*INDICES.values(), MMLU, ALPACA):
+        content = (folder / file).read_bytes()
+        (folder / file).unlink()
+        assert broken(folder) == f"{folder / file}: the file is missing"
+        (folder / file).write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
+@pytest.mark.parametrize("file", INDICES.values())
+def test_bad_numbers(folder, file):
+    for content, words in (
         ("[1, 2", ", line 1: not JSON"), ("{}", ": expected a list, got {}"), ("[]", ": expected a longer list"),
         ("[1, -1]", ", entry '[1]': expected greater than or equal to 0, got -1"), ("[1.5]", ", entry '[0]'"),
         ('["1"]', ", entry '[0]': expected a valid integer, got '1'"), ("[true]", ", entry '[0]'"),
         ("[3, 4, 3]", ": row 3 occurs twice"), ("[13, 14]", ", entry 1: row 14, but the data set has 14 rows"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("file", INDICES.values())
-def test_bad_numbers(folder, file, content, words):
-    (folder / file).write_text(content)
-    assert broken(folder).startswith(f"{folder / file}{words}")
+    ):  # fmt: skip
+        (folder / file).write_text(content)
+        assert broken(folder).startswith(f"{folder / file}{words}")
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_a_row_in_both_splits(folder, name):
-    (folder / INDICES[name, "test"]).write_text((folder / INDICES[name, "train"]).read_text())
-    said = broken(folder)
-    assert said.startswith(str(folder / INDICES[name, "test"])) and "train rows too" in said
+def test_a_row_in_both_splits(folder):
+    for name in SETS:
+        path = folder / INDICES[name, "test"]
+        content = path.read_text()
+        path.write_text((folder / INDICES[name, "train"]).read_text())
+        said = broken(folder)
+        assert said.startswith(str(path)) and "train rows too" in said
+        path.write_text(content)
 
 
-@pytest.mark.parametrize("column", ["question", "choices", "answer"])
-def test_missing_column(folder, column):
-    pd.read_parquet(folder / MMLU).drop(columns=column).to_parquet(folder / MMLU)
-    said = broken(folder)
-    assert said.startswith(f"{folder / MMLU}: no column {column!r}") and "subject" in said
+def test_bad_questions(folder):
+    """A missing column, or a bad value in it."""
+    path = folder / MMLU
+    whole = pd.read_parquet(path)
+    bad = {"question": [" ", None], "choices": [["a", "b", "c"], ["a", "b", "c", ""], None], "answer": [4, -1]}
+    for column, values in bad.items():
+        whole.drop(columns=column).to_parquet(path)
+        said = broken(folder)
+        assert said.startswith(f"{path}: no column {column!r}") and "subject" in said
+        for value in values:
+            whole.to_parquet(path)
+            change_mmlu(folder, 1, column, value)
+            assert broken(folder).startswith(f"{path}, row 1, field '{column}"), value
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("question", " "), ("question", None), ("choices", ["a", "b", "c"]), ("choices", ["a", "b", "c", ""]),
-        ("choices", None), ("answer", 4), ("answer", -1),
-    ],
-)  # fmt: skip
-def test_bad_question(folder, column, value):
-    change_mmlu(folder, 1, column, value)
-    assert broken(folder).startswith(f"{folder / MMLU}, row 1, field '{column}")
-
-
-@pytest.mark.parametrize("field", ["instruction", "output"])
-@pytest.mark.parametrize("value", [None, "", " ", 5])
-def test_bad_instruction(folder, field, value):
-    row = released_files()[INDICES["alpaca", "test"]][0]
-    entries = json.loads((folder / ALPACA).read_text())
-    entries[row][field] = value
-    (folder / ALPACA).write_text(json.dumps(entries))
-    assert broken(folder) == f"{folder / ALPACA}, row {row}, field {field!r}: expected text, got {value!r}"
-
-
-def test_not_parquet(folder):
-    (folder / MMLU).write_text("question,choices")
-    assert broken(folder).startswith(f"{folder / MMLU}: not a parquet file")
+def test_bad_instruction(folder):
+    row, whole = released_files()[INDICES["alpaca", "test"]][0], (folder / ALPACA).read_text()
+    for field, value in product(("instruction", "output"), (None, "", " ", 5)):
+        entries = json.loads(whole)
+        entries[row][field] = value
+        (folder / ALPACA).write_text(json.dumps(entries))
+        assert broken(folder) == f"{folder / ALPACA}, row {row}, field {field!r}: expected text, got {value!r}"
 
 
 # Fetching
@@ -185,7 +178,7 @@ def hub(folder, tmp_path, monkeypatch, cache) -> list:
     return asked
 
 
-def test_the_commit_is_resolved_once_and_recorded(hub, folder):
+def test_a_revision_is_asked_for_once_and_its_commit_recorded(hub, folder, monkeypatch, tmp_path):
     places, commits = fetch_shared_sets()
     assert hub == ["main", "main"] and set(commits.values()) == {COMMIT}
     for name, path in places.items():
@@ -194,38 +187,35 @@ def test_the_commit_is_resolved_once_and_recorded(hub, folder):
         assert (about["repository"], about["revision"], about["commit"]) == (SETS[name][0], "main", COMMIT)
     assert fetch_shared_sets() == (places, commits) == fetch_shared_sets({"mmlu": COMMIT, "alpaca": "main"})
     assert hub == ["main", "main"]
-
-
-def test_a_named_revision_is_asked_for_and_kept(hub):
-    fetch_shared_sets({"mmlu": "v2"})
-    assert hub == ["v2", "main"]
-    fetch_shared_sets()
+    monkeypatch.setenv("EMBER_CACHE", str(tmp_path / "another"))
+    for revisions in ({"mmlu": "v2"}, None):
+        fetch_shared_sets(revisions)
     with pytest.raises(DamagedFileError, match=rf"holds v2 at {COMMIT}, not v3"):
         fetch_shared_sets({"mmlu": "v3"})
     with pytest.raises(DataError, match="'mmmlu'"):
         fetch_shared_sets({"mmmlu": "v3"})
-    assert hub == ["v2", "main"]
+    assert hub == ["main", "main", "v2", "main"]
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError, ConnectionError, ValueError])
-def test_no_connection(cache, monkeypatch, error):
-    def fail(*_, **__):
-        raise error("no route\nto the Hub")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(DownloadError, match="fetch-data --shared") as caught:
-        fetch_shared_sets()
-    assert "no route" in str(caught.value) and "\n" not in str(caught.value)
+def test_no_connection(cache, monkeypatch):
+    for error in (LocalEntryNotFoundError, ConnectionError, ValueError):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error("no route\nto the Hub")))
+        with pytest.raises(DownloadError, match="fetch-data --shared") as caught:
+            fetch_shared_sets()
+        assert "no route" in str(caught.value) and "\n" not in str(caught.value)
     assert not (cache / "shared_sets").exists() and issubclass(RevisionNotFoundError, OSError)
 
 
-@pytest.mark.parametrize("file", ["ember.json", ""])
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"{}")], ids=["gone", "other"])
-def test_damage_is_noticed(hub, file, spoil):
+def test_damage_is_noticed(hub):
     path = fetch_shared_sets()[0]["mmlu"]
-    spoil(path.with_name(file or path.name))
-    with pytest.raises(DamagedFileError, match="Delete the folder"):
-        fetch_shared_sets()
+    for damaged in (path.with_name("ember.json"), path):
+        content = damaged.read_bytes()
+        for spoil in (Path.unlink, lambda path: path.write_bytes(b"{}")):
+            spoil(damaged)
+            with pytest.raises(DamagedFileError, match="Delete the folder"):
+                fetch_shared_sets()
+        damaged.write_bytes(content)
+    fetch_shared_sets()
 
 
 # Evaluating with them
@@ -238,16 +228,11 @@ def cached(hub, folder, monkeypatch) -> None:
         monkeypatch.setattr(f"ember.data.{room}.fetch_released", lambda: folder)
 
 
-def test_cached_files_are_read_without_a_folder(cached, folder):
-    found = load_shared("released")
-    assert dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
-    assert found.questions == load_shared_sets(folder).questions
-
-
-def test_only_questions_and_instructions_are_theirs(folder):
-    ours, theirs = load_shared(), load_shared("released", folder=folder)
+def test_shared_data_have_their_questions_and_instructions_without_a_folder_from_the_cache(cached, folder):
+    ours, theirs, found = load_shared(), load_shared("released", folder=folder), load_shared("released")
     assert theirs == replace(load_shared_sets(folder), neutral=ours.neutral, neutral_fit=ours.neutral_fit)
     assert ours.revisions == () and dict(theirs.revisions).keys() == SETS.keys()
+    assert found.questions == theirs.questions and dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
 
 
 def test_a_suite_takes_the_shared_sets_of_its_source(cached):
@@ -279,8 +264,8 @@ def released_run(cached):
     return loaded, suite, edits
 
 
-def test_scores_without_other_sense_texts(released_run):
-    """Everything else is scored; the empty set is missing, not 0."""
+def test_an_empty_set_is_missing_and_not_0(released_run):
+    """Everything else is scored without other-sense texts; the trade tells one cost, what the neighbour loses."""
     loaded, suite, edits = released_run
     edit: Edit = edits["EMBER", 1.0]
     base, after = evaluate(loaded, suite, "test"), evaluate(loaded, suite, "test", edit)
@@ -292,10 +277,6 @@ def test_scores_without_other_sense_texts(released_run):
     lines = headline(unedited.assign(**labels), summary.assign(**labels))
     assert len(lines) == 6 and not lines["measure (test split)"].str.contains("other-sense").any()
 
-
-def test_localization_without_other_sense_texts(released_run):
-    loaded, suite, edits = released_run
-    edit = edits["EMBER", 1.0]
     marked = edit.rows_of(loaded.embedding_name)
     texts = {name: suite.texts[name]["test"] for name in suite.texts}
     everyday = everyday_exposure(loaded, marked, texts).set_index("set")
@@ -304,10 +285,6 @@ def test_localization_without_other_sense_texts(released_run):
     changes = token_changes(loaded, edit, {name: chosen for name, chosen in texts.items() if chosen}, marked)
     assert set(by_exposure(changes).set) == {"neutral", "paragraph"}
 
-
-def test_the_trade_without_other_sense_texts(released_run):
-    """One cost can be told, what the neighbour loses; the others are left out."""
-    loaded, suite, edits = released_run
     probe = make_probe(loaded, suite)
     assert probe.texts.keys() == {"neutral"}
     items = pd.concat(
