@@ -156,14 +156,8 @@ def test_the_relearning_table_pools_seeds_and_concepts():
     assert set(last.point) == {2}
     main = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == 1e-5)].set_index(["concept", "arm"])
     assert main.seeds["Rome", "EMBER"] == 2
-    arms = [
-        ("Rome", "EMBER"),
-        ("all concepts", "EMBER"),
-        ("Rome", "RMU"),
-        ("Rome", "EMBER + RMU"),
-        ("Rome", "unedited"),
-    ]
-    assert main.share[arms].tolist() == pytest.approx([0.5, 2 / 3, 1, 0, math.nan], nan_ok=True)
+    rome = main.share["Rome"][["EMBER", "RMU", "EMBER + RMU", "unedited"]]
+    assert [*rome, main.share["all concepts", "EMBER"]] == pytest.approx([0.5, 1, 0, math.nan, 2 / 3], nan_ok=True)
     assert main.accuracy["Rome", "RMU"] == pytest.approx((BASE > 0.5).mean())
     mlps = last[last.attack == "mlps"]
     assert mlps.net_share.isna().all() and mlps.share.notna().all()
