@@ -6,6 +6,12 @@ from transformers import GemmaTokenizerFast, PreTrainedTokenizerFast
 
 from ember.models.loading import LoadedModel, load_model
 
+GEMMA_CHAT = "<bos><start_of_turn>user\nWho built Rome?<end_of_turn>\n<start_of_turn>model\n"
+LLAMA_CHAT = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho built Rome?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
 
 @pytest.fixture(scope="module", params=KINDS)
 def real(request, tmp_path_factory) -> LoadedModel:
@@ -36,24 +42,15 @@ def test_chat_has_one_bos_although_template_and_tokenizer_both_bring_it(real):
     # Passing the template's text on as raw text is what doubles it.
     doubled = real.tokenizer(real.tokenizer.decode(ids))["input_ids"]
     assert doubled.count(real.tokenizer.bos_token_id) == 2
-    wanted = (
-        "<bos><start_of_turn>user\nWho built Rome?<end_of_turn>\n<start_of_turn>model\n"
-        if is_gemma(real)
-        else "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho built Rome?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-    assert real.tokenizer.decode(ids) == wanted
+    assert real.tokenizer.decode(ids) == (GEMMA_CHAT if is_gemma(real) else LLAMA_CHAT)
 
 
-def test_marks_of_turns_are_one_token_each_and_never_content(real):
+def test_marks_of_turns_are_one_token_each_and_padding_is_a_token_that_is_there(real):
     special = GEMMA_SPECIAL if is_gemma(real) else LLAMA_SPECIAL
     ids = {real.tokenizer.convert_tokens_to_ids(token) for token in special}
     assert ids <= real.special_ids
     turns = [token for token in special if "turn" in token or "header" in token]
     assert all(len(real.encode(token, bos=False)) == 1 for token in turns)
-
-
-def test_padding_is_a_token_that_is_there(real):
     pad, eos = real.tokenizer.pad_token_id, real.tokenizer.eos_token_id
     assert real.pad_id == (pad if is_gemma(real) else eos)
     assert is_gemma(real) or pad is None

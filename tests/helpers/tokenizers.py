@@ -1,24 +1,16 @@
 """Tiny random models of the paper's two architectures with tokenizers of the real classes, as folders to load from."""
 
 import json
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaTokenizerFast,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from ember.data.ours import load_concept, load_shared
 
-KINDS = ("gemma2", "llama")
+KINDS, VOCABULARY = ("gemma2", "llama"), 4000
 GEMMA_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -43,25 +35,17 @@ def texts() -> tuple[str, ...]:
     return (*concept.sentences, *concept.neutral, *concept.paragraphs, *shared.neutral_fit)
 
 
-def _trained(core: Tokenizer, special: list[str], vocab_size: int, alphabet: Iterable[str] = ()) -> dict:  # type: ignore[type-arg]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=list(alphabet), show_progress=False
-    )
-    core.train_from_iterator(texts(), trainer)
-    return dict(json.loads(core.to_str())["model"])
-
-
-def gemma_tokenizer(vocab_size: int = 4000) -> GemmaTokenizerFast:
+def gemma_tokenizer() -> transformers.GemmaTokenizerFast:
     """Gemma's class: BPE with byte fallback over text whose spaces are "▁", and BOS, padding and turns as in Gemma."""
     core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     core.normalizer = normalizers.Replace(" ", "▁")
     core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no piece spans two words
-    found = _trained(core, [*GEMMA_SPECIAL, "\n", *(f"<0x{k:02X}>" for k in range(256))], vocab_size)
-    tokenizer = GemmaTokenizerFast(
-        vocab=found["vocab"],
-        merges=[tuple(pair) for pair in found["merges"]],
-        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-    )
+    special = [*GEMMA_SPECIAL, "\n", *(f"<0x{k:02X}>" for k in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    core.train_from_iterator(texts(), trainer)
+    found = json.loads(core.to_str())["model"]
+    vocab, merges = found["vocab"], [tuple(pair) for pair in found["merges"]]
+    tokenizer = transformers.GemmaTokenizerFast(vocab=vocab, merges=merges, extra_special_tokens=GEMMA_SPECIAL[-2:])
     # As in Gemma's own tokenizer.json.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
@@ -70,38 +54,32 @@ def gemma_tokenizer(vocab_size: int = 4000) -> GemmaTokenizerFast:
     return tokenizer
 
 
-def llama_tokenizer(vocab_size: int = 4000) -> PreTrainedTokenizerFast:
+def llama_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Llama 3's: byte-level BPE, special tokens after the vocabulary, a post-processor that puts BOS, no padding."""
     core = Tokenizer(models.BPE(ignore_merges=True))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split, level = pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated"), pre_tokenizers.ByteLevel
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
-    _trained(core, [], vocab_size - len(LLAMA_SPECIAL), pre_tokenizers.ByteLevel.alphabet())
+    size = VOCABULARY - len(LLAMA_SPECIAL)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=level.alphabet(), show_progress=False)
+    core.train_from_iterator(texts(), trainer)
     core.add_special_tokens(LLAMA_SPECIAL)
     bos = LLAMA_SPECIAL[0]
-    core.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]),
-        ]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="<|eot_id|>")
+    start = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), start])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="<|eot_id|>")
     tokenizer.chat_template = LLAMA_TEMPLATE
     return tokenizer
 
 
-def planted(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def planted(tokenizer: transformers.PreTrainedTokenizerFast) -> list[int]:
     """Ids of the words of ``WORDS`` that are one token after a space."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     found = [tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][len(before) :] for word in WORDS]
     return sorted(ids[0] for ids in found if len(ids) == 1)
 
 
-def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+def tokenizer_of(kind: str) -> transformers.PreTrainedTokenizerFast:
     return gemma_tokenizer() if kind == "gemma2" else llama_tokenizer()
 
 
@@ -111,23 +89,25 @@ WORDS = (
 )  # fmt: skip
 
 
-def save_tiny(folder: Path, kind: str, *, layers: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> str:
+def save_tiny(folder: Path, kind: str) -> str:
     """Save a random model of real shape relations, Gemma's tied and Llama's not; returns the folder's path.
 
     The tokens of ``WORDS`` share a direction of the embeddings, so that there is a concept feature to be found.
     """
     tokenizer = tokenizer_of(kind)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     shape = {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     if kind == "gemma2":
-        model = Gemma2ForCausalLM(Gemma2Config(**shape, sliding_window=64, query_pre_attn_scalar=16))
+        model = transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(**shape, sliding_window=64, query_pre_attn_scalar=16)
+        )
     else:
-        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=False))
     with torch.no_grad():  # the default initialization is too flat to tell tokens apart
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -135,6 +115,6 @@ def save_tiny(folder: Path, kind: str, *, layers: int = 3, dtype: torch.dtype = 
         rows = planted(tokenizer)
         embedding = model.model.embed_tokens.weight
         embedding[rows] += 4 * embedding.norm(dim=1).mean() * torch.nn.functional.normalize(torch.randn(64), dim=0)
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
