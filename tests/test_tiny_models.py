@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from helpers.edits import EMBED
 from helpers.tokenizers import KINDS, WORDS, planted, save_tiny, tokenizer_of
 
 from ember.batch.planning import Job, plan, run_name
@@ -44,8 +45,6 @@ SMALL = {
     "teach": {"arms": [], "tokens": 1, "lr": 0.1, "batch_size": 1, "questions": 1, "texts": 1},
     "judge": {},
 }  # fmt: skip
-
-
 RELEARN = {
     "settings": {"points": [60, 120], "max_tokens": 32, "gradient_checkpointing": True},
     "sweeps": [{"arms": ["ember"], "attacks": ["all"], "lrs": [1e-3], "precisions": ["bf16"]}],
@@ -99,22 +98,28 @@ def frame(results: Path, start: str, name: str, *, method: str = "", ember: bool
     return pd.read_parquet(path)
 
 
-def test_every_notebook_ran_to_its_end(case):
-    _, results = case
-    ran = sorted(json.loads(p.read_text())["notebook"][:2] for p in (results / "notebooks").glob("*.json"))
-    assert ran == ["01", "02", "03", "03", "04", "05"]
+def edit_of(results: Path, method: str, *, ember: bool) -> Edit:
+    return Edit.load(next((results / "edits").glob(f"03_*__method={method}__ember={ember}__*")))
 
 
-def test_the_planted_feature_is_found_and_its_rows_are_edited(case):
+def test_every_notebook_ran_to_its_end_and_its_name_holds_the_folder_of_the_model_once(case):
+    kind, results = case
+    about = {path.stem: json.loads(path.read_text()) for path in (results / "notebooks").glob("*.json")}
+    assert sorted(a["notebook"][:2] for a in about.values()) == ["01", "02", "03", "03", "04", "05"]
+    assert all(stem == run_name(a["notebook"], **a["parameters"]) for stem, a in about.items())
+    assert all(a["parameters"]["model"].endswith(kind) for a in about.values())
+
+
+def test_the_planted_feature_is_found_and_its_rows_are_edited_and_kept_by_a_method_after_ember(case):
     kind, results = case
     preview = frame(results, "02", "preview")
     found = set(preview.token.str.strip())
     assert len(found & set(WORDS)) >= 0.5 * len(planted(tokenizer_of(kind)))
     assert (preview.role == "concept").all()
-    name = next((results / "edits").glob("03_*__method=ember__ember=False__*"))
-    rows = Edit.load(name).changed()
-    assert set(rows.parameter) == {"model.embed_tokens.weight"}
-    assert set(rows.row) == set(preview.token_id)
+    alone, both = edit_of(results, "ember", ember=False), edit_of(results, "rmu", ember=True)
+    assert set(alone.tensors) == {EMBED} < set(both.tensors)
+    assert set(alone.changed().row) == set(preview.token_id)
+    assert both.rows_of(EMBED) == alone.rows_of(EMBED)
 
 
 def test_records_say_in_which_precision_and_where(case):
@@ -127,36 +132,12 @@ def test_records_say_in_which_precision_and_where(case):
     assert {"accuracy", "gold_prob", "letter_valid"} <= set(measured.metric)
 
 
-def test_a_method_after_ember_keeps_ember_s_rows(case):
-    _, results = case
-    first, both = (
-        Edit.load(next((results / "edits").glob(f"03_*__method={method}__ember={ember}__*")))
-        for method, ember in (("ember", False), ("rmu", True))
-    )
-    rows = "model.embed_tokens.weight"
-    assert both.rows_of(rows) == first.rows_of(rows)
-    assert set(both.tensors) > {rows}
-
-
-def test_relearning_trains_and_is_measured_at_every_point(case):
+def test_relearning_is_measured_at_every_point_and_text_before_an_edit_is_the_base_model_s_to_the_bit(case):
     _, results = case
     items = frame(results, "04", "items", method="ember")
     assert set(items.point) == {0, 1, 2} and items.after.notna().all()
-    moved = frame(results, "04", "moved", method="ember")
-    assert moved.changed.iloc[0] > 0.1
-
-
-def test_text_before_an_edited_token_is_the_base_model_s_to_the_bit(case):
-    _, results = case
+    assert frame(results, "04", "moved", method="ember").changed.iloc[0] > 0.1
     tokens = frame(results, "05", "tokens", method="ember")
     untouched = tokens.before == 0
     assert untouched.any() and (tokens.change[untouched] == 0).all() and (tokens.kl[untouched] == 0).all()
     assert (tokens.change[~untouched] != 0).any()
-
-
-def test_run_names_hold_the_folder_of_the_model_once(case):
-    kind, results = case
-    for path in (results / "notebooks").glob("*.json"):
-        about = json.loads(path.read_text())
-        assert path.stem == run_name(about["notebook"], **about["parameters"])
-        assert about["parameters"]["model"].endswith(kind)
