@@ -31,17 +31,10 @@ def released_files() -> dict:
     names = ("Jar Town", "Élan")
     asked = {name: {key: [choice(f"{name} {key}", k) for k in range(3)] for key in KEYS} for name in names}
     return {
-        SENTENCES: [
-            {"concept": name, "sentences": [f"{name} has  jars.", f"Jars of\n{name} are old."]} for name in names
-        ],
-        NEUTRAL: [
-            {"url": f"https://x/{k}", "title": f"Page {k}", "sentence": f"It rained on day {k}."} for k in (1, 2)
-        ],
+        SENTENCES: [{"concept": n, "sentences": [f"{n} has  jars.", f"Jars of\n{n} are old."]} for n in names],
+        NEUTRAL: [{"url": f"https://x/{k}", "title": "Page", "sentence": f"It rained on day {k}."} for k in (1, 2)],
         CHOICE: asked,
-        OPEN: {
-            name: {key: [told(row, k) for k, row in enumerate(rows)] for key, rows in asked[name].items()}
-            for name in names
-        },
+        OPEN: {n: {key: [*map(told, rows, range(3))] for key, rows in asked[n].items()} for n in names},
         PARAGRAPHS: {name: {"RelearnParagraphs": [f"{name} is a town. Its jars are known."]} for name in names},
         **{name: [3 * k, 3 * k + 1] for k, name in enumerate(INDICES.values())},
     }
