@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -46,8 +47,7 @@ def opened(notebook: str = "03_erase_concept", *, seed: int = 0, **parameters) -
 
 def test_the_name_holds_the_parameters():
     """The concept is a Concept in a notebook and ``concept_name`` its name; files keep the short key."""
-    expected = "03_erase_concept__model=tiny__concept=tiny-rome__method=ember__ember=False__seed=42"
-    assert opened().name == expected
+    assert opened().name == "03_erase_concept__model=tiny__concept=tiny-rome__method=ember__ember=False__seed=42"
 
 
 # Records
@@ -60,7 +60,7 @@ def records(tmp_path_factory) -> pd.DataFrame:
     return run.records(SUMMARY, config=config, cell="delta=2", split="test", seconds=1.5)
 
 
-def test_records_hold_where_they_come_from(records):
+def test_records_hold_where_they_come_from_and_missing_values_are_nan(records):
     assert tuple(records.columns) == RECORD_COLUMNS and len(records) == len(SUMMARY)
     first = records.iloc[0]
     assert (first.model, first.weights_hash, first["dtype"]) == ("tiny-llama", make_loaded().weights_hash, "float32")
@@ -72,9 +72,6 @@ def test_records_hold_where_they_come_from(records):
     config = json.loads(first.config)
     assert (config["delta"], config["rank"], config["side"]) == (2.0, 8, "input")
     assert config.keys() == vars(EmberConfig()).keys()
-
-
-def test_missing_values_are_nan_and_no_provenance_is_missing(records):
     assert records[["value", "ci_low"]].isna().to_numpy().tolist() == [[False, False], [True, True]]
     assert records.effect_size.isna().all()
     measured = {"value", "ci_low", "ci_high", "effect_size"}
@@ -120,13 +117,9 @@ def test_saved_frames_are_labelled(results, records, capsys):
     }  # fmt: skip
     assert tuple(read_runs("smoke", "04_relearn", "records").columns) == (*RECORD_COLUMNS, "run")
     assert "minutes, peak memory" in capsys.readouterr().out
-
-
-def test_labels_can_be_given():
     opened("08_factor_stability").save(labels={"reference": "r"}, fits=pd.DataFrame({"seed": [7]}))
-    assert read_runs("smoke", "08_factor_stability", "fits").drop(columns="run").to_dict("list") == {
-        "seed": [7], "reference": ["r"],
-    }  # fmt: skip
+    (fit,) = read_runs("smoke", "08_factor_stability", "fits").drop(columns="run").to_dict("records")
+    assert fit == {"seed": 7, "reference": "r"}
 
 
 # Caches
@@ -195,9 +188,9 @@ def an_edit() -> Edit:
     return Edit.from_values(loaded, values, Provenance(loaded.name, loaded.weights_hash, "blank", {"delta": 2.0}, 1))
 
 
-def test_the_edit_of_an_arm_comes_back(results, an_edit):
+def test_the_edit_of_an_arm_comes_back_and_a_damaged_one_is_named(results, an_edit):
     run = opened("05_localize_coherence")
-    an_edit.save(results / "smoke" / "edits" / opened().name)
+    folder = an_edit.save(results / "smoke" / "edits" / opened().name)
     for arm in (None, Arm("ember")):
         kept = run.saved_edit(arm)
         assert (kept.provenance, kept.identity) == (an_edit.provenance, an_edit.identity)
@@ -205,13 +198,8 @@ def test_the_edit_of_an_arm_comes_back(results, an_edit):
         run.saved_edit(Arm("rmu", True))
     missing = opened(method="rmu", ember=True).name
     assert missing in str(caught.value) and str(results / "smoke") in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", ["empty", "truncated"])
-def test_a_damaged_saved_edit_is_named(results, an_edit, damage):
-    run = opened()
-    folder = an_edit.save(results / "smoke" / "edits" / run.name)
-    for file in folder.iterdir():
-        file.unlink() if damage == "empty" else file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(DamagedFileError, match=run.name):
-        run.saved_edit()
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:60]), Path.unlink):
+        for file in folder.iterdir():
+            damage(file)
+        with pytest.raises(DamagedFileError, match=opened().name):
+            run.saved_edit()
