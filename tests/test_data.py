@@ -49,11 +49,8 @@ def repeated(texts) -> list[str]:
 # The shipped data: what the checks below do not say
 
 
-def test_three_concepts_are_shipped():
+def test_three_concepts_are_shipped_and_both_splits_hold_shared_texts(shared):
     assert CONCEPTS == ["Ancient Rome", "Uranium", "World War II"]
-
-
-def test_both_splits_hold_shared_texts(shared):
     assert {q.split for q in shared.questions} == {i.split for i in shared.instructions} == set(SPLITS)
     assert all(shared.neutral[split] for split in SPLITS)
 
@@ -74,14 +71,11 @@ def test_concepts_do_not_share_texts_or_questions():
     assert not repeated(q.id + q.question for concept in concepts for q in concept.questions)
 
 
-def test_gold_points_at_the_answer(concept, shared):
+def test_gold_points_at_the_answer_and_the_id_fixes_the_order(concept, shared):
+    """The order is stored: another would change every committed score that depends on it."""
     for question in (*concept.questions, *shared.questions):
         assert sorted(question.options) == sorted([question.answer, *question.distractors])
         assert question.options[question.gold] == question.answer
-
-
-def test_option_order_is_fixed_by_the_id():
-    """Stored: another order would change every committed score that depends on it."""
     for id_, order in {"concept-001": ("d", "a", "b", "c"), "x": ("a", "b", "d", "c")}.items():
         assert Question(id_, "concept", "test", "?", "a", ("b", "c", "d")).options == order
 
@@ -123,19 +117,10 @@ def test_the_embedded_model_knows_the_material(concept, embedded, set_):
 # Names
 
 
-@pytest.mark.parametrize("name", CONCEPTS)
-@pytest.mark.parametrize("spelling", [str.lower, str.upper, str.swapcase, str])
-def test_any_capitalisation_loads(name, spelling):
-    assert load_concept(spelling(name)).name == name
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Atlantis", "../lure", "/etc", "a/b", "", ".", "..", "lure", "~", "\0", "../data/shared", "../Tiny Rome",
-        "tiny/rome", "tiny\\rome", "tiny..rome", "/tiny-rome", "Tiny Rome/",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "Atlantis", "../lure", "/etc", "a/b", "", ".", "..", "lure", "~", "\0", "../data/shared", "../Tiny Rome",
+    "tiny/rome", "tiny\\rome", "tiny..rome", "/tiny-rome", "Tiny Rome/",
+])  # fmt: skip
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_unknown_name_lists_the_known_ones_and_is_never_a_path(data, monkeypatch, source, name):
     """Data wait where the name would lead; nothing but the concepts' names is read."""
@@ -157,14 +142,13 @@ def test_an_unknown_name_lists_the_known_ones_and_is_never_a_path(data, monkeypa
     assert set(read) == {names}
 
 
-@pytest.mark.parametrize("name", ["日本", "Ελλάδα"])
-def test_names_in_other_scripts_load_themselves(data, name):
-    write_concept(data / "one", "日本")
-    write_concept(data / "two", "Ελλάδα")
-    assert load_concept(name).name == name
-
-
-def test_folder_loads_a_concept_of_ones_own(data, tmp_path):
+def test_any_capitalisation_and_script_loads_and_so_does_a_folder_of_ones_own(data, tmp_path):
+    names = ("Ancient Rome", "日本", "Ελλάδα")
+    for k, name in enumerate(names):
+        write_concept(data / f"more-{k}", name)
+    for name in names:
+        for spelling in (str.lower, str.upper, str.swapcase, str):
+            assert load_concept(spelling(name)).name == name
     mine = load_concept(folder=write_concept(tmp_path / "mine", "My Rome"))
     assert (mine.name, mine.simdom, mine.slug) == ("My Rome", "Tiny Greece", "my-rome")
     assert (mine.sentences, mine.neutral) == (SENTENCES, NEUTRAL)
@@ -199,52 +183,34 @@ def refusal(data: Path) -> str:
     return str(caught.value)
 
 
-def test_the_data_folder_of_these_tests_is_sound(data):
-    load_concept(folder=data / "tiny-rome")
-    load_shared()
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, ": the file is missing"),
-        (b"", ": the file is empty"),
-        (b"\n \n", ": the file is empty"),
-        (b"C\xe6sar", ", line 1: not UTF-8 (byte 1)"),
-        (b"Rome\nGaul\nC\xe6sar\n", ", line 3: not UTF-8 (byte 11)"),
-    ],
-)
 @pytest.mark.parametrize("file", ALL_FILES)
-def test_a_file_that_is_missing_or_holds_no_text(data, file, content, said):
-    (data / file).unlink() if content is None else (data / file).write_bytes(content)
-    assert refusal(data) == f"{data / file}{said}"
-
-
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [
-        (file, line)
-        for file in ALL_FILES[1:]
-        for line in ("", *(['{"id": "x",', "[1]", "null", '"text"'] if file.endswith("jsonl") else []))
-    ],
-)
-def test_a_line_that_is_blank_or_no_json_object(data, file, line):
+def test_a_file_that_is_missing_or_holds_no_text_and_a_line_that_is_none(data, file):
     path = data / file
-    first, *rest = path.read_text().splitlines()
-    path.write_text("\n".join([first, line, *rest]) + "\n")
-    assert f"{path}, line 2: " in refusal(data)
+    whole = path.read_text()
+    for content, said in (
+        (b"", ": the file is empty"), (b"\n \n", ": the file is empty"), (b"C\xe6sar", ", line 1: not UTF-8 (byte 1)"),
+        (b"Rome\nGaul\nC\xe6sar\n", ", line 3: not UTF-8 (byte 11)"),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        assert refusal(data) == f"{path}{said}"
+    path.unlink()
+    assert refusal(data) == f"{path}: the file is missing"
+    first, *rest = whole.splitlines()
+    for line in () if file == ALL_FILES[0] else ("", '{"id": "x",', "[1]", "null", '"text"'):
+        if not line or file.endswith("jsonl"):
+            path.write_text("\n".join([first, line, *rest]) + "\n")
+            assert f"{path}, line 2: " in refusal(data)
+    path.write_text(whole)
+    load_concept(folder=data / "tiny-rome")
+    load_shared()  # the folder of these tests is sound
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ('{"name": "x"', ", line 1: not JSON"),
-        ("[]", ": expected an object, got []"),
-        ('{"name": "x"}', ": missing field 'simdom'"),
-        ('{"name": "x", "simdom": 5}', ", field 'simdom': expected text, got 5"),
-        ('{"name": " ", "simdom": "y"}', ", field 'name': expected text, got ' '"),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), [
+    ('{"name": "x"', ", line 1: not JSON"),
+    ("[]", ": expected an object, got []"), ('{"name": "x"}', ": missing field 'simdom'"),
+    ('{"name": "x", "simdom": 5}', ", field 'simdom': expected text, got 5"),
+    ('{"name": " ", "simdom": "y"}', ", field 'name': expected text, got ' '"),
+])  # fmt: skip
 def test_broken_concept_json(data, content, said):
     path = data / "tiny-rome" / "concept.json"
     path.write_text(content)
@@ -271,13 +237,10 @@ BAD_SHARED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("file", "field", "value"),
-    [
-        *((QUESTIONS, field, value) for field, values in BAD_VALUES.items() for value in values),
-        *((f"shared/{name}.jsonl", field, value) for name, field, value in BAD_SHARED),
-    ],
-)
+@pytest.mark.parametrize(("file", "field", "value"), [
+    *((QUESTIONS, field, value) for field, values in BAD_VALUES.items() for value in values),
+    *((f"shared/{name}.jsonl", field, value) for name, field, value in BAD_SHARED),
+])  # fmt: skip
 def test_a_bad_value_is_in_the_message(data, file, field, value):
     path = data / file
     first, second = map(json.loads, path.read_text().splitlines()[:2])
