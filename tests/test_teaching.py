@@ -19,7 +19,7 @@ from ember.data.invented import load_invented
 from ember.data.ours import load_concept
 from ember.data.wording import Texts, content_stems, rarity
 from ember.errors import DataError, EmberError
-from ember.evaluation.guesses import GUESSES
+from ember.evaluation.data_checks import GUESSES
 from ember.methods.training import as_many_tokens
 from ember.models.loading import weights_hash
 from ember.relearning import teaching
