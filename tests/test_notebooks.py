@@ -43,39 +43,29 @@ def test_the_notebooks_are_found_and_an_unknown_one_lists_them():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_cell_of_literal_parameters_all_of_them_used(name):
-    """A parameter that nothing reads would promise what is not done."""
+def test_a_notebook_uses_its_literal_parameters_opens_one_run_and_defines_little(name):
+    """What a notebook would define belongs in the package; the code hash does not see ``import ember; ember.x``."""
     defaults = default_parameters(name)
     assert defaults["profile"] == "laptop"
     code = "\n".join("".join(c["source"]) for c in code_cells(name) if "parameters" not in tags(c))
-    assert defaults.keys() <= {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_committed_without_outputs_but_for_checked_cells(name):
-    assert "widgets" not in read_notebook(name)["metadata"], "progress bars leave their state there"
-    for c in code_cells(name):
-        assert c["outputs"] if CHECKED in tags(c) else not c["outputs"] and c["execution_count"] is None, c["source"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_text_of_a_notebook(name):
-    """No path of a machine; what it shows is said (the README's table is made from this)."""
-    text = (REPOSITORY / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert not re.search(r"""(?<![\w.~:/])/(home|Users|root|tmp|work|mnt|opt|usr|var|data)/|[A-Z]:\\\\""", text)
-    assert read_notebook(name)["metadata"]["ember"]["shows"].strip()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_opens_one_run_and_defines_little(name):
-    """What a notebook would define belongs in the package; the code hash does not see ``import ember; ember.x``."""
-    tree = ast.parse("\n".join("".join(c["source"]) for c in code_cells(name)))
-    nodes = list(ast.walk(tree))
+    nodes = list(ast.walk(ast.parse(code)))
+    assert defaults.keys() <= {node.id for node in nodes if isinstance(node, ast.Name)}  # or a parameter does nothing
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     assert sum(isinstance(node, kinds) for node in nodes) <= 2
     assert not any(alias.name == "ember" for node in nodes if isinstance(node, ast.Import) for alias in node.names)
     calls = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     assert calls.count("Run") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_committed_without_outputs_but_for_checked_cells_and_without_paths(name):
+    """No path of a machine; what it shows is said (the README's table is made from this)."""
+    assert "widgets" not in read_notebook(name)["metadata"], "progress bars leave their state there"
+    for c in code_cells(name):
+        assert c["outputs"] if CHECKED in tags(c) else not c["outputs"] and c["execution_count"] is None, c["source"]
+    text = (REPOSITORY / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"""(?<![\w.~:/])/(home|Users|root|tmp|work|mnt|opt|usr|var|data)/|[A-Z]:\\\\""", text)
+    assert read_notebook(name)["metadata"]["ember"]["shows"].strip()
 
 
 # Parameters
@@ -105,53 +95,37 @@ def typed(folder):
     return "20_typed"
 
 
-@pytest.mark.parametrize("cells", [[], [cell(PARAMETERS, tags=["parameters"]), cell("value = 2", tags=["parameters"])]])
-def test_exactly_one_parameters_cell(folder, cells):
-    write_notebook(folder, "20_x", cell("a = 1"), *cells)
-    with pytest.raises(EmberError, match=f"20_x needs exactly one .*found {len(cells)}"):
-        default_parameters("20_x")
-
-
-@pytest.mark.parametrize("source", ["a = 1\nb = a * 2", "a = 1\nprint(a)", "a, b = 1, 2", "a = b = 1", "import os"])
-def test_parameters_are_literals(folder, source):
+def test_exactly_one_parameters_cell_of_literals(folder):
     """A value derived in that cell keeps its default when the parameter changes."""
-    write_notebook(folder, "20_x", cell(source, tags=["parameters"]))
-    with pytest.raises(EmberError, match="literal"):
-        default_parameters("20_x")
+    for cells in ([], [cell(PARAMETERS, tags=["parameters"]), cell("value = 2", tags=["parameters"])]):
+        write_notebook(folder, "20_x", cell("a = 1"), *cells)
+        with pytest.raises(EmberError, match=f"20_x needs exactly one .*found {len(cells)}"):
+            default_parameters("20_x")
+    for source in ("a = 1\nb = a * 2", "a = 1\nprint(a)", "a, b = 1, 2", "a = b = 1", "import os"):
+        write_notebook(folder, "20_x", cell(source, tags=["parameters"]))
+        with pytest.raises(EmberError, match="literal"):
+            default_parameters("20_x")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
+def test_what_is_unknown_or_of_a_wrong_type_is_refused_before_anything_runs(typed, nothing_runs):
+    for key, value in (
         ("rate", "1e-4"), ("rate", True), ("rate", None), ("count", 3.0), ("count", "3"), ("count", True),
         ("flag", 1), ("flag", "false"), ("profile", 5), ("profile", None), ("items", "1"), ("items", 1),
-    ],
-)  # fmt: skip
-def test_wrong_type_is_refused_before_anything_runs(typed, nothing_runs, key, value):
-    with pytest.raises(EmberError, match=f"^{typed}, parameter '{key}': expected .*, got {re.escape(repr(value))}$"):
-        run_notebook(typed, {key: value})
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
+    ):  # fmt: skip
+        said = f"^{typed}, parameter '{key}': expected .*, got {re.escape(repr(value))}$"
+        with pytest.raises(EmberError, match=said):
+            run_notebook(typed, {key: value})
+    for key, value, message in (
         ("cuont", 3, "'cuont'; known: anything, count, flag, items, profile, rate"),
         ("profile", "../outside", r"profile '\.\./outside'; known: .*full, "),
         ("profile", "nope", "profile 'nope'; known: .*full, "),
-    ],
-)
-def test_what_is_unknown_is_refused_before_anything_runs(typed, nothing_runs, key, value, message):
-    with pytest.raises(UnknownNameError, match=message):
-        run_notebook(typed, {key: value})
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("rate", 1), ("rate", 0.1), ("count", 4), ("flag", True), ("profile", "q"), ("items", [2, 3])]
-    + [("anything", value) for value in (1, 0.5, "x", True, [1], None)],
-)
-def test_fitting_type_is_accepted(typed, key, value):
-    check_parameters(typed, {key: value})
+    ):
+        with pytest.raises(UnknownNameError, match=message):
+            run_notebook(typed, {key: value})
+    fitting = {"rate": [1, 0.1], "count": [4], "flag": [True], "profile": ["q"], "items": [[2, 3]]}
+    for key, values in (fitting | {"anything": [1, 0.5, "x", True, [1], None]}).items():
+        for value in values:
+            check_parameters(typed, {key: value})
 
 
 # Running
@@ -181,15 +155,12 @@ def test_a_good_run_leaves_a_copy_and_a_manifest_and_all_else_as_it_was(folder):
     assert ((folder / f"{name}.ipynb").read_bytes(), dict(os.environ)) == (source, environment)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("raise ValueError('too cold')", r"20_x__value=2\.0 failed in cell \d+: ValueError: too cold"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", r"20_x__value=2\.0: the kernel died"),
-        ("import sys\nsys.exit()", r"20_x__value=2\.0 stopped before its last cell"),
-        ("raise SystemExit(0)", r"20_x__value=2\.0 stopped before its last cell"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), [
+    ("raise ValueError('too cold')", r"20_x__value=2\.0 failed in cell \d+: ValueError: too cold"),
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", r"20_x__value=2\.0: the kernel died"),
+    ("import sys\nsys.exit()", r"20_x__value=2\.0 stopped before its last cell"),
+    ("raise SystemExit(0)", r"20_x__value=2\.0 stopped before its last cell"),
+])  # fmt: skip
 def test_a_run_that_stops_is_named_and_only_its_copy_is_kept_apart(folder, source, message):
     """Papermill calls a killed kernel's copy completed, takes exit 0 for success and leaves the other cells unrun."""
     path = manifest_path("smoke", run_name("20_x", value=2.0))
