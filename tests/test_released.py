@@ -9,21 +9,11 @@ import pytest
 from helpers.released import KEYS, OPTIONS, PAPER_DATA, choice, git, make_repository, released_files, write_released
 
 from ember.data.ours import list_concepts, load_concept, load_shared
-from ember.data.released import (
-    CHOICE,
-    COMMIT,
-    FETCHED,
-    FILES,
-    NEUTRAL,
-    OPEN,
-    PARAGRAPHS,
-    SENTENCES,
-    fetch_released,
-    list_released,
-    load_released,
-)  # fmt: skip
+from ember.data.released import COMMIT, FETCHED, FILES, fetch_released, list_released, load_released
 from ember.errors import DamagedFileError, DataError, DownloadError, UnknownNameError
 from ember.evaluation.data_checks import check_concept
+
+SENTENCES, NEUTRAL, CHOICE, OPEN, PARAGRAPHS = FILES
 
 
 @pytest.fixture
@@ -34,7 +24,7 @@ def released(tmp_path) -> Path:
 # Reading
 
 
-def test_a_concept_has_the_texts_of_its_files(released):
+def test_a_concept_has_the_texts_of_its_files_under_any_spelling_of_its_name(released):
     (released / "notes.json").write_text("{")  # further files do not matter
     assert list_released(released) == ["Jar Town", "Élan"]
     concept = load_released("Jar Town", released)
@@ -44,44 +34,35 @@ def test_a_concept_has_the_texts_of_its_files(released):
     assert concept.paragraphs == ("Jar Town is a town. Its jars are known.",)
     assert concept.other_sense == concept.further_neutral == ()
     assert "Jar Town" in concept.simdom
+    for name in ("Jar Town", "jar town", "JAR TOWN", "jar-town"):
+        assert load_concept(name, source="released", folder=released) == concept
+    assert load_concept(list_concepts()[0]).source == "ours"
+    for source in ("theirs", "", "Released", "../released"):
+        for load in (lambda s: load_concept("Jar Town", source=s, folder=released), load_shared):
+            with pytest.raises(UnknownNameError, match=r"unknown source .*; known: ours, released"):
+                load(source)
 
 
-@pytest.mark.parametrize("name", ["Jar Town", "Élan"])
-def test_questions_have_the_place_and_the_options_of_the_file(released, name):
-    questions = load_released(name, released).questions
-    assert [q.id for q in questions] == [f"{key}[{k}]" for key in KEYS for k in range(3)]
-    for q in questions:
-        key, number = q.id.removesuffix("]").split("[")
-        row = released_files()[CHOICE][name][key][int(number)]
-        assert (q.set, q.split) == KEYS[key]
-        assert (q.question, q.answer) == (row["q"], row["correct_answer"]) and q.options[q.gold] == q.answer
-        assert sorted(q.options) == sorted(row["options"])
-    # An open answer of other words is an alias.
-    assert [q.aliases for q in questions] == [(), ("some flint",), ()] * 4
-
-
-def test_order_of_open_questions_and_escapes_of_json_do_not_matter(tmp_path, released):
+def test_questions_have_the_place_and_the_options_of_the_file(released):
+    """Whatever the order of the open questions and the escapes of JSON."""
     content = released_files()
+    for name in ("Jar Town", "Élan"):
+        questions = load_released(name, released).questions
+        assert [q.id for q in questions] == [f"{key}[{k}]" for key in KEYS for k in range(3)]
+        for q in questions:
+            key, number = q.id.removesuffix("]").split("[")
+            row = content[CHOICE][name][key][int(number)]
+            assert (q.set, q.split) == KEYS[key]
+            assert (q.question, q.answer) == (row["q"], row["correct_answer"]) and q.options[q.gold] == q.answer
+            assert sorted(q.options) == sorted(row["options"])
+        # An open answer of other words is an alias.
+        assert [q.aliases for q in questions] == [(), ("some flint",), ()] * 4
+    before = load_released("Élan", released)
     for rows in content[OPEN]["Élan"].values():
         rows.reverse()
-    other = write_released(tmp_path / "other", content)
     for name, value in content.items():
-        (other / name).write_text(json.dumps(value))
-    assert load_released("Élan", other) == load_released("Élan", released)
-
-
-@pytest.mark.parametrize("name", ["Jar Town", "jar town", "JAR TOWN", "jar-town"])
-def test_load_concept_reads_released_data(released, name):
-    concept = load_concept(name, source="released", folder=released)
-    assert concept == load_released("Jar Town", released)
-    assert (concept.source, load_concept(list_concepts()[0]).source) == ("released", "ours")
-
-
-@pytest.mark.parametrize("source", ["theirs", "", "Released", "../released"])
-def test_unknown_source(released, source):
-    for load in (lambda: load_concept("Jar Town", source=source, folder=released), lambda: load_shared(source)):
-        with pytest.raises(UnknownNameError, match=r"unknown source .*; known: ours, released"):
-            load()
+        (released / name).write_text(json.dumps(value))
+    assert load_released("Élan", released) == before
 
 
 # Broken files
@@ -99,31 +80,29 @@ def lines_of(path: Path, text: str) -> list[int]:
     return [k for k, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if text in line]
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, ": the file is missing"),
-        (b"", ": the file is empty"),
-        (b" \n\n", ": the file is empty"),
-        (b'[\n\n"C\xe6sar"]', ", line 3: not UTF-8 (byte 5)"),
-        (b'[\n\n"Gaul"', ", line 3: not JSON"),
-        *((content, "") for content in (b"[]", b"{}", b"null", b"5", b'"text"', b"[1]", b'{"Jar Town": []}')),
-        (b'{"Jar Town": null}', ""),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), [
+    (None, ": the file is missing"), (b"", ": the file is empty"), (b" \n\n", ": the file is empty"),
+    (b'[\n\n"C\xe6sar"]', ", line 3: not UTF-8 (byte 5)"),
+    (b'[\n\n"Gaul"', ", line 3: not JSON"),
+    *((content, "") for content in (b"[]", b"{}", b"null", b"5", b'"text"', b"[1]", b'{"Jar Town": []}')),
+    (b'{"Jar Town": null}', ""),
+])  # fmt: skip
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_of_another_form(released, file, content, said):
     (released / file).unlink() if content is None else (released / file).write_bytes(content)
     assert broken(released).startswith(f"{released / file}{said}")
 
 
-@pytest.mark.parametrize("file", [CHOICE, OPEN, PARAGRAPHS])
-def test_a_concept_that_one_file_lacks(released, file):
-    content = released_files()[file]
-    del content["Jar Town"]
-    write_released(released, {file: content})
-    assert broken(released) == f"{released / file}: no entry for 'Jar Town'"
-    load_released("Élan", released)
+def test_a_concept_that_one_file_lacks_and_a_list_without_names(released):
+    for file in (CHOICE, OPEN, PARAGRAPHS):
+        content = released_files()[file]
+        write_released(released, {file: {name: entry for name, entry in content.items() if name != "Jar Town"}})
+        assert broken(released) == f"{released / file}: no entry for 'Jar Town'"
+        load_released("Élan", released)
+        write_released(released, {file: content})
+    write_released(released, {SENTENCES: [{"concept": "", "sentences": ["x"]}]})
+    with pytest.raises(DataError, match="field 'concept'"):
+        list_released(released)
 
 
 # File, the entry in it, the entry's place, and a text on its line (none in an entry that holds lists only).
@@ -179,54 +158,42 @@ def test_a_field_that_is_missing_of_a_wrong_type_or_blank(released, file, row, p
         assert f", {place}, field {field!r}: " in said and said.endswith(f"got {value!r}")
 
 
-@pytest.mark.parametrize(("file", "place", "field"), [
-    (SENTENCES, 0, "sentences"), (PARAGRAPHS, "Jar Town", "RelearnParagraphs")
-])  # fmt: skip
-@pytest.mark.parametrize("value", [None, 5, "", " \n", ["x"], {}])
-def test_a_text_that_is_none(released, file, place, field, value):
-    content = released_files()[file]
-    texts = content[place][field]
-    texts.append(value)
-    write_released(released, {file: content})
-    assert broken(released).endswith(f", Jar Town, field '{field}[{len(texts) - 1}]': expected text, got {value!r}")
+def test_a_text_that_is_none(released):
+    for file, place, field in ((SENTENCES, 0, "sentences"), (PARAGRAPHS, "Jar Town", "RelearnParagraphs")):
+        for value in (None, 5, "", " \n", ["x"], {}):
+            content = released_files()[file]
+            (texts := content[place][field]).append(value)
+            write_released(released, {file: content})
+            where = f", Jar Town, field '{field}[{len(texts) - 1}]': "
+            assert broken(released).endswith(f"{where}expected text, got {value!r}")
+        write_released(released)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"options": [*OPTIONS[:3], last]} for last in ("clay", "", " ", 5, None, ["amber"])),
-        *({"options": options} for options in (OPTIONS[:3], [*OPTIONS, "jade"], ["clay", "clay", "glass", "flint"])),
-        {"correct_answer": "jade"},
-        {"correct_answer": "Clay"},
-    ],
-)
 @pytest.mark.parametrize("key", KEYS)
-def test_bad_options(released, key, changes):
+def test_bad_options(released, key):
     """The message names the line on which the question stands."""
-    content = released_files()[CHOICE]
-    row = content["Jar Town"][key][2] = choice(f"Jar Town {key}", 2, **changes)
-    path = write_released(released, {CHOICE: content}) / CHOICE
-    (line,) = lines_of(path, row["q"])
-    said = broken(released)
-    assert said.startswith(f"{path}, line {line}, Jar Town, {key}[2], field 'options")
-    assert repr(row["options"][-1]) in said
-    load_released("Élan", released)
+    lasts = [[*OPTIONS[:3], last] for last in ("clay", "", " ", 5, None, ["amber"])]
+    sizes = [OPTIONS[:3], [*OPTIONS, "jade"], ["clay", "clay", "glass", "flint"]]
+    answers = [{"correct_answer": "jade"}, {"correct_answer": "Clay"}]
+    for changes in (*({"options": options} for options in lasts + sizes), *answers):
+        content = released_files()[CHOICE]
+        row = content["Jar Town"][key][2] = choice(f"Jar Town {key}", 2, **changes)
+        path = write_released(released, {CHOICE: content}) / CHOICE
+        (line,) = lines_of(path, row["q"])
+        said = broken(released)
+        assert said.startswith(f"{path}, line {line}, Jar Town, {key}[2], field 'options"), changes
+        assert repr(row["options"][-1]) in said
+        load_released("Élan", released)
 
 
-@pytest.mark.parametrize(("name", "key"), [("Jar Town", "QA_test"), ("Élan", "QA_train")])
-def test_a_text_that_stands_twice_is_named_by_both_lines(released, name, key):
-    content = released_files()[CHOICE]
-    content["Jar Town"]["QA_test"][1], content["Élan"]["QA_train"][1] = choice("both", 1), choice("both", 1)
-    content[name][key][1]["hint"] = "x"
-    path = write_released(released, {CHOICE: content}) / CHOICE
-    first, second = lines_of(path, "jar 1 of both")
-    assert broken(released, name).startswith(f"{path}, line {first} or {second}, {name}, {key}[1]: unknown field")
-
-
-def test_a_list_without_names_cannot_be_listed(released):
-    write_released(released, {SENTENCES: [{"concept": "", "sentences": ["x"]}]})
-    with pytest.raises(DataError, match="field 'concept'"):
-        list_released(released)
+def test_a_text_that_stands_twice_is_named_by_both_lines(released):
+    for name, key in (("Jar Town", "QA_test"), ("Élan", "QA_train")):
+        content = released_files()[CHOICE]
+        content["Jar Town"]["QA_test"][1], content["Élan"]["QA_train"][1] = choice("both", 1), choice("both", 1)
+        content[name][key][1]["hint"] = "x"
+        path = write_released(released, {CHOICE: content}) / CHOICE
+        first, second = lines_of(path, "jar 1 of both")
+        assert broken(released, name).startswith(f"{path}, line {first} or {second}, {name}, {key}[1]: unknown field")
 
 
 # Fetching
@@ -268,13 +235,17 @@ def commit_all(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def test_fetched_files_are_those_of_the_commit(again, repository, cache):
-    """What the branch holds later does not matter."""
+def test_fetched_files_are_those_of_the_commit(again, repository, cache, tmp_path, monkeypatch):
+    """What the branch holds later does not matter, and a git hook does not redirect the fetch."""
     wanted = {name: (repository / "data" / name).read_bytes() for name in FETCHED}
     (repository / "data" / CHOICE).write_text("{}")
     commit_all(repository)
+    (other := tmp_path / "other").mkdir()
+    git(other, "init", "--quiet")
+    before = sorted(other.rglob("*"))
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     fetched = again()
-    assert cache in fetched.parents
+    assert cache in fetched.parents and sorted(other.rglob("*")) == before
     assert {path.name: path.read_bytes() for path in fetched.iterdir() if path.name != "ember.json"} == wanted
     assert list_released(fetched) == ["Jar Town", "Élan"]
     assert list(fetched.parent.iterdir()) == [fetched]
@@ -305,26 +276,22 @@ def refused(cache: Path, repository: Path, commit: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("commit", ["0" * 40, "f" * 40, "nope", ""])
-def test_wrong_commit(repository, cache, commit):
-    refused(cache, repository, commit)
-
-
-@pytest.mark.parametrize("file", FETCHED)
-def test_a_commit_that_lacks_a_file(repository, cache, file):
-    (repository / "data" / file).unlink()
-    assert file in refused(cache, repository, commit_all(repository))
-
-
-def test_without_git(made, repository, cache, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert "'git'" in refused(cache, repository, made[1])
-
-
-def test_an_unreachable_repository_can_be_tried_again(made, again, repository, cache, tmp_path):
+def test_what_cannot_be_fetched_is_told_and_can_be_tried_again(made, again, repository, cache, tmp_path, monkeypatch):
+    for wrong in ("", "0" * 40, "f" * 40, "nope"):
+        refused(cache, repository, wrong)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert "'git'" in refused(cache, repository, made[1])
     hidden = repository.rename(tmp_path / "hidden")
     refused(cache, repository, made[1])
     hidden.rename(repository)
+    for file in FETCHED:
+        path = repository / "data" / file
+        content = path.read_bytes()
+        path.unlink()
+        assert file in refused(cache, repository, commit_all(repository))
+        path.write_bytes(content)
+        git(repository, "add", "-A")
     assert list_released(again()) == ["Jar Town", "Élan"]
 
 
@@ -346,15 +313,6 @@ def test_a_damaged_file_is_noticed(again, fetched, file, spoil):
     assert list_released(again()) == ["Jar Town", "Élan"]
 
 
-def test_a_git_hook_does_not_redirect_the_fetch(again, cache, tmp_path, monkeypatch):
-    (other := tmp_path / "other").mkdir()
-    git(other, "init", "--quiet")
-    before = sorted(other.rglob("*"))
-    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    again()
-    assert sorted(other.rglob("*")) == before
-
-
 # The authors' data
 
 
@@ -370,4 +328,6 @@ def test_the_authors_data_leak(name):
     assert places.get_group("question in two splits").str.fullmatch(r"(QA|SimdomQA)_test\[\d+\]").all()
     assert places.get_group("fit sentence states a test fact").str.fullmatch(r"sentences\[\d+\]").all()
     counts = report.table.set_index("check").value
-    assert (counts[["question in two splits", "fit sentence states a test fact"]] > 0).all() and not report.table.ok.all()
+    assert (
+        counts[["question in two splits", "fit sentence states a test fact"]] > 0
+    ).all() and not report.table.ok.all()
