@@ -63,58 +63,45 @@ def test_every_command_is_listed_and_explains_itself(run, command):
     assert status == 0 and out.startswith(f"usage: python -m ember {command}")
 
 
-@pytest.mark.parametrize("arguments", [[], ["nope"], ["erase", "Ancient Rome"], ["preview", "--rank", "many"]])
-def test_wrong_usage_exits_2(run, arguments):
-    status, _, errors = run(*arguments)
-    assert status == 2
-    assert "usage: " in errors
-
-
-def test_starts_as_a_module_and_shows_no_traceback():
+def test_wrong_usage_exits_2_and_started_as_a_module_it_shows_no_traceback(run):
+    for arguments in ([], ["nope"], ["erase", "Ancient Rome"], ["preview", "--rank", "many"]):
+        status, _, errors = run(*arguments)
+        assert status == 2 and "usage: " in errors
     command = [sys.executable, "-m", "ember", "preview", "Atlantis"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert_one_line(done.stderr, "'Atlantis'", *list_concepts())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        *((["preview", name], [repr(name), *list_concepts()]) for name in ("Atlantis", "../ancient", "/etc", "")),
-        *(
-            (["preview", "Ancient Rome", "--model", name], [repr(name), *MODELS])
-            for name in ("nope", "../nope", "/nope/nope")
-        ),
-        (["check-data", "--model", "nope"], ["'nope'", *MODELS]),
-        *((["reproduce", "--profile", name], [repr(name), *list_profiles()]) for name in ("nope", "../smoke", "")),
-        (["run-notebook", "nope"], ["'nope'", "00_tour"]),
-        (["run-notebook", "10_report", '{"prfile": "x"}'], ["'prfile'", "known: profile"]),
-        (["run-notebook", "10_report", '{"profile": 5}'], ["'profile'", "got 5"]),
-        (["run-notebook", "10_report", "{profile"], ["JSON"]),
-        (["run-notebook", "10_report", "[1]"], ["an object, got [1]"]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("arguments", "words"), [
+    *((["preview", name], [repr(name), *list_concepts()]) for name in ("Atlantis", "../ancient", "/etc", "")),
+    *(
+        (["preview", "Ancient Rome", "--model", name], [repr(name), *MODELS])
+        for name in ("nope", "../nope", "/nope/nope")
+    ),
+    (["check-data", "--model", "nope"], ["'nope'", *MODELS]),
+    *((["reproduce", "--profile", name], [repr(name), *list_profiles()]) for name in ("nope", "../smoke", "")),
+    (["run-notebook", "nope"], ["'nope'", "00_tour"]),
+    (["run-notebook", "10_report", '{"prfile": "x"}'], ["'prfile'", "known: profile"]),
+    (["run-notebook", "10_report", '{"profile": 5}'], ["'profile'", "got 5"]),
+    (["run-notebook", "10_report", "{profile"], ["JSON"]),
+    (["run-notebook", "10_report", "[1]"], ["an object, got [1]"]),
+], ids=str)  # fmt: skip
 def test_what_is_unknown_or_unfit_is_told_with_what_is_known(run, arguments, words):
     status, out, errors = run(*arguments)
     assert (status, out) == (1, "")
     assert_one_line(errors, *words)
 
 
-def test_dry_run_tells_what_would_run(run):
+def test_dry_run_and_plan_tell_what_would_run_and_what_a_profile_needs(run, no_model):
     """Nothing is there yet, so everything would."""
     status, out, _ = run("reproduce", "--profile", "smoke", "--dry-run")
-    assert status == 0
-    assert out.startswith("Profile smoke: ")
+    assert status == 0 and out.startswith("Profile smoke: ")
     assert out.count("to run") == len(plan(load_profile("smoke"))) > 7
     assert not list(Path(os.environ["EMBER_RESULTS"]).rglob("*.json"))
-
-
-def test_plan_lists_every_run_and_what_a_profile_needs(run, no_model):
     status, out, _ = run("plan", "--profile", "paper-gemma")
     profile = load_profile("paper-gemma")
-    assert status == 0
-    assert out.count("not measured yet") == len(plan(profile))
+    assert status == 0 and out.count("not measured yet") == len(plan(profile))
     assert profile.needs and out.endswith(f"{profile.needs}\n")
     status, out, _ = run("plan", "--profile", "laptop")
     assert re.search(r"about \d+ s", out) and re.search(r"^About \d+ minutes to go", out, re.M)
@@ -168,16 +155,11 @@ def test_check_data_lists_what_to_mend(run, sound, no_model):
     assert line.findall(out) == list("1234567") and "more" not in out
 
 
-def test_check_data_of_ones_own_folder_compares_it_with_the_minimum(run, concept, no_model):
-    status, out, _ = run("check-data", concept, "--no-model")
+def test_check_data_compares_ones_own_folder_with_the_minimum_and_asks_the_model(run, concept, model):
+    status, out, _ = run("check-data", concept, "--model", model)
     assert status == 1
     assert re.search(r"^ *sentences +≥ 150 +4(\.00)? !", out, re.M)
     assert "Tiny Rome: length of paragraphs (4)" in out
-
-
-def test_check_data_asks_the_model(run, concept, model):
-    status, out, _ = run("check-data", concept, "--model", model)
-    assert status == 1
     assert re.search(r"^ *empty question, probability, concept test +≤ 0\.35 +[01]\.\d\d\b", out, re.M)
 
 
