@@ -85,18 +85,13 @@ def test_the_hub_refuses_or_is_away(hub, error, words):
     assert found.fatal and words in str(found) and GEMMA.location in str(found)
 
 
-@pytest.mark.parametrize(
-    ("files", "complete"),
-    [
-        ({"config.json": "{}", "model.safetensors": ""}, True),
-        ({"config.json": "{}"}, False),
-        ({"model.safetensors": ""}, False),
-        ({"config.json": "{}", "model.safetensors.index.json": INDEX, "part-1.safetensors": ""}, False),
-        ({"config.json": "{}", "model.safetensors.index.json": INDEX, "part-1.safetensors": "",
-          "part-2.safetensors": ""}, True),
-    ],
-    ids=["one file", "no weights", "no config", "half", "parts"],
-)  # fmt: skip
+@pytest.mark.parametrize(("files", "complete"), [
+    ({"config.json": "{}", "model.safetensors": ""}, True), ({"config.json": "{}"}, False),
+    ({"model.safetensors": ""}, False),
+    ({"config.json": "{}", "model.safetensors.index.json": INDEX, "part-1.safetensors": ""}, False),
+    ({"config.json": "{}", "model.safetensors.index.json": INDEX, "part-1.safetensors": "",
+      "part-2.safetensors": ""}, True),
+], ids=["one file", "no weights", "no config", "half", "parts"])  # fmt: skip
 def test_what_is_cached_whole_needs_no_access(hub, files, complete):
     assert list(model_access(GEMMA)) == [] and hub.asked == [GEMMA.location]  # access is enough
     hub.error = answer(GatedRepoError, 403)
@@ -119,13 +114,10 @@ def test_offline_only_the_cache_counts(hub, monkeypatch):
 # The machine
 
 
-@pytest.mark.parametrize(
-    ("gpu", "asked", "device", "words"),
-    [
-        (False, "", "cpu", ("wants a GPU", "EMBER_DEVICE=cpu")), (False, "cpu", "cpu", ()), (True, "", "cuda", ()),
-        (True, "cuda:3", "cpu", ("cuda:3", "EMBER_DEVICE")), (True, "gpu", "cpu", ("'gpu'", "EMBER_DEVICE")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("gpu", "asked", "device", "words"), [
+    (False, "", "cpu", ("wants a GPU", "EMBER_DEVICE=cpu")), (False, "cpu", "cpu", ()), (True, "", "cuda", ()),
+    (True, "cuda:3", "cpu", ("cuda:3", "EMBER_DEVICE")), (True, "gpu", "cpu", ("'gpu'", "EMBER_DEVICE")),
+])  # fmt: skip
 def test_a_large_model_wants_a_gpu_unless_the_cpu_is_asked_for(machine, monkeypatch, gpu, asked, device, words):
     machine(gpu=gpu)
     monkeypatch.setenv("EMBER_DEVICE", asked)
