@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,70 +56,53 @@ def edits(loaded):
     return {side: METHODS["ember"].run(loaded, make_concept(), config) for side, config in configs.items()}
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_scores_are_those_of_the_edited_model(loaded, probe, edits, side):
-    found = trade.probe_edit(loaded, probe, edits[side])
-    measured = found[found.metric.isin(probe.base.metric)]
-    assert len(measured) == len(probe.base)
-    assert (len(found) > len(measured)) == (side == "input")  # what is expected of general English
-    expected = {name: question_scores(loaded, asked, edits[side]) for name, asked in probe.questions.items()}
-    expected |= {name: text_scores(loaded, texts, edits[side]) for name, texts in probe.texts.items()}
-    mine, wanted = measured.set_index(["set", "item", "metric"]).edited, pd.concat(expected, names=["set"])
-    wanted = wanted.set_index(["item", "metric"], append=True).droplevel(1).value
-    pd.testing.assert_series_equal(mine, wanted.loc[mine.index], atol=1e-4, check_names=False)
+def test_scores_are_those_of_the_base_model_and_of_the_edited_one(loaded, probe, edits):
+    """Released concepts have no texts in another sense."""
+    released = load_suite(replace(make_concept(), other_sense=()), shared=shared_data())
+    sets = {"concept", "simdom", "neutral"}
+    for base, names in ((probe.base, sets | {"other_sense"}), (trade.make_probe(loaded, released).base, sets)):
+        assert set(base.set) == names and (base[base.metric == "kl"].value == 0).all()
+    for side, edit in edits.items():
+        found = trade.probe_edit(loaded, probe, edit)
+        measured = found[found.metric.isin(probe.base.metric)]
+        assert len(measured) == len(probe.base)
+        assert (len(found) > len(measured)) == (side == "input")  # what is expected of general English
+        expected = {name: question_scores(loaded, asked, edit) for name, asked in probe.questions.items()}
+        expected |= {name: text_scores(loaded, texts, edit) for name, texts in probe.texts.items()}
+        mine, wanted = measured.set_index(["set", "item", "metric"]).edited, pd.concat(expected, names=["set"])
+        wanted = wanted.set_index(["item", "metric"], append=True).droplevel(1).value
+        pd.testing.assert_series_equal(mine, wanted.loc[mine.index], atol=1e-4, check_names=False)
 
 
 def test_everyday_damage_is_what_follows_an_edited_token_times_their_frequency(loaded, probe, edits):
+    """An edit of output embeddings acts everywhere."""
     edit, texts = edits["input"], probe.texts["other_sense"]
     marked = edit.rows_of(EMBED)
     sequences = [loaded.encode(text) for text in texts]
     scores = sequence_scores(loaded, sequences, [1] * len(texts), partial(edit.applied, loaded))
     count = sum(i in marked for ids in sequences for i in ids[:-1])
-    items = trade.probe_edit(loaded, probe, edit).assign(edit="EMBER", delta=1.0)
-    found = curves(items, n_resamples=20).cost["everyday"]["EMBER"]
+    items = {side: trade.probe_edit(loaded, probe, e).assign(edit="EMBER", delta=1.0) for side, e in edits.items()}
+    found = {side: curves(part, n_resamples=20).cost["everyday"]["EMBER"][0] for side, part in items.items()}
     expected = sum(score.kl.sum() for score in scores) / count * expected_per_thousand(loaded, marked)
-    assert found[0, 0] == pytest.approx(expected, rel=1e-4)
-    assert found[0, 0] > 0 and found[0, 1:].std() > 0
-
-
-def test_an_edit_of_output_embeddings_acts_everywhere(loaded, probe, edits):
-    items = trade.probe_edit(loaded, probe, edits["output"])
-    neutral = items[(items.set == "neutral") & (items.metric == "kl")].edited.mean()
-    found = curves(items.assign(edit="EMBER", delta=1.0), n_resamples=20).cost["everyday"]["EMBER"]
-    assert found[0, 0] == pytest.approx(1000 * neutral) and neutral > 0
+    assert found["input"][0] == pytest.approx(expected, rel=1e-4)
+    assert found["input"][0] > 0 and found["input"][1:].std() > 0
+    neutral = items["output"].query("set == 'neutral' and metric == 'kl'").edited.mean()
+    assert found["output"][0] == pytest.approx(1000 * neutral) and neutral > 0
 
 
 def test_items_without_an_edited_token_are_not_scored_again(loaded, probe, edits, monkeypatch):
-    asked: list[str] = []
-
-    def counted(loaded, texts, edit):
-        asked.extend(texts)
-        return text_scores(loaded, texts, edit)
-
-    monkeypatch.setattr(trade, "text_scores", counted)
+    spy = Mock(wraps=text_scores)
+    monkeypatch.setattr(trade, "text_scores", spy)
     trade.probe_edit(loaded, probe, edits["input"])
     marked = edits["input"].rows_of(EMBED)
     holding = [t for texts in probe.texts.values() for t in texts if marked & set(loaded.encode(t))]
-    assert asked == holding
+    assert [text for call in spy.call_args_list for text in call.args[1]] == holding
     assert 0 < len(holding) < sum(map(len, probe.texts.values()))
 
 
-def test_a_probe_holds_the_base_model_s_scores(loaded, probe):
-    """Released concepts have no texts in another sense."""
-    released = load_suite(replace(make_concept(), other_sense=()), shared=shared_data())
-    sets = {"concept", "simdom", "neutral"}
-    for base, names in ((probe.base, sets | {"other_sense"}), (trade.make_probe(loaded, released).base, sets)):
-        assert set(base.set) == names
-        assert (base[base.metric == "kl"].value == 0).all()
-
-
-def column(values: list[float]) -> np.ndarray:
-    return np.array(values, dtype=float)[:, None]
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "expected"),
-    [
+def test_areas_of_simple_paths():
+    """A path is straight from (0, 0) on."""
+    for x, y, expected in (
         ([1], [1], 0.5),  # a straight line
         ([0], [1], 1.0),  # free
         ([-0.5], [1], 1.0),  # a negative cost counts as none
@@ -127,43 +111,32 @@ def column(values: list[float]) -> np.ndarray:
         ([2], [2], 0.5),  # cut at the limit
         ([1, 0.5], [0.5, 1], 0.5625),  # coming back is better: 1 from 0.5 on
         ([0, 1], [1, 0], 1.0),  # the best so far counts
-    ],
-)
-def test_areas_of_simple_paths(x, y, expected):
-    """A path is straight from (0, 0) on."""
-    assert area(column(x), column(y), 1.0) == pytest.approx(expected, abs=0.01)
+    ):
+        assert area(np.c_[x], np.c_[y], 1.0) == pytest.approx(expected, abs=0.01)
 
 
-def test_a_better_edit_never_has_a_smaller_area():
+def test_a_better_edit_never_has_a_smaller_area_and_draws_are_independent_of_each_other():
     x, y = np.random.default_rng(0).random((2, 4, 200))
-    assert (area(x, y + 0.1, 1.0) >= area(x, y, 1.0)).all()
-    assert (area(0.5 * x, y, 1.0) >= area(x, y, 1.0) - 1e-12).all()
-
-
-def test_draws_are_independent_of_each_other():
-    x, y = np.random.default_rng(0).random((2, 3, 5))
+    areas, costs = area(x, y, 1.0), cost_at(x, y, 0.5)
+    assert (area(x, y + 0.1, 1.0) >= areas).all()
+    assert (area(0.5 * x, y, 1.0) >= areas - 1e-12).all()
     for k in range(5):
-        one = x[:, k : k + 1], y[:, k : k + 1]
-        assert area(x, y, 0.8)[k] == pytest.approx(area(*one, 0.8)[0])
-        np.testing.assert_allclose(cost_at(x, y, 0.5)[k], cost_at(*one, 0.5)[0])
+        one = x[:, [k]], y[:, [k]]
+        np.testing.assert_allclose([areas[k], costs[k]], [area(*one, 1.0)[0], cost_at(*one, 0.5)[0]])
 
 
-@pytest.mark.parametrize(
-    ("x", "gain", "expected"),
-    [*[([1, 3], *pair) for pair in ((0.5, 0.5), (1, 1), (1.5, 2), (2.5, np.nan), (0, 0))], ([1, 0.2], 0.9, 0.2)],
-)
-def test_the_cost_of_a_gain_lies_on_the_path_and_is_the_least_where_it_returns(x, gain, expected):
-    np.testing.assert_allclose(cost_at(column(x), column([1, 2]), gain), [expected])
+def test_the_cost_of_a_gain_lies_on_the_path_and_is_the_least_where_it_returns():
+    for gain, expected in ((0.5, 0.5), (1, 1), (1.5, 2), (2.5, np.nan), (0, 0)):
+        np.testing.assert_allclose(cost_at(np.c_[[1, 3]], np.c_[[1, 2]], gain), [expected])
+    np.testing.assert_allclose(cost_at(np.c_[[1, 0.2]], np.c_[[1, 2]], 0.9), [0.2])
 
 
 def run_items(seed: int = 0, better: float = 0.0) -> pd.DataFrame:
     """Two edits on 40 items a set; the second takes ``better`` more from the concept at every strength."""
     generator = np.random.default_rng(seed)
-    rows = []
-    for set_, metric, sign in (
-        ("concept", "gold_prob", -1), ("simdom", "gold_logprob", -1), ("other_sense", "kl", 1), ("neutral", "kl", 1),
-    ):  # fmt: skip
-        noise, more = generator.random(40), better if set_ == "concept" else 0.0
+    rows, metrics = [], {"concept": "gold_prob", "simdom": "gold_logprob", "other_sense": "kl", "neutral": "kl"}
+    for set_, metric in metrics.items():
+        noise, more, sign = generator.random(40), better * (set_ == "concept"), 1 if metric == "kl" else -1
         for (edit, taken), delta in itertools.product((("EMBER", noise), (RARE, noise + more)), (0.5, 1.0)):
             rows += [(edit, delta, set_, str(k), metric, 1.0, 1 + sign * delta * taken[k]) for k in range(40)]
     return pd.DataFrame(rows, columns=["edit", "delta", "set", "item", "metric", "base", "edited"])
@@ -173,41 +146,32 @@ def test_curves_are_mean_changes_and_all_edits_draw_the_same_items():
     items = run_items(better=0.3)
     found = curves(items, n_resamples=50)
     assert found.strengths == (0.5, 1.0)
-    mine = items[(items.set == "concept") & (items.edit == "EMBER") & (items.delta == 1.0)]
+    mine = items.query("set == 'concept' and edit == 'EMBER' and delta == 1")
     assert found.gain["EMBER"][1, 0] == pytest.approx((mine.base - mine.edited).mean())
     gaps = found.gain[RARE] - found.gain["EMBER"]
     np.testing.assert_allclose(gaps, np.array([[0.15], [0.3]]).repeat(51, 1), atol=1e-12)
-    assert found.gain["EMBER"][1].std() > 0
-    assert found.cost["neighbour"]["EMBER"][0, 0] > 0
+    assert found.gain["EMBER"][1].std() > 0 and found.cost["neighbour"]["EMBER"][0, 0] > 0
 
 
-@pytest.fixture(scope="module")
-def better_runs():
-    return {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
-
-
-def test_a_better_trade_has_a_larger_area_with_an_interval_above_zero(better_runs):
-    table = area_table(better_runs).set_index(["cost", "edit"])
+def test_a_better_trade_has_a_larger_area_and_takes_more_at_the_same_strength_draw_by_draw():
+    runs = {("Rome", seed): curves(run_items(seed, 0.3), n_resamples=200) for seed in (1, 2)}
+    table = area_table(runs).set_index(["cost", "edit"])
     own, better = table.loc["everyday", "EMBER"], table.loc["everyday", RARE]
-    assert better.runs == 2
-    assert 0 < better.difference_low < better.difference < better.difference_high
-    assert own.difference == own.difference_low == own.difference_high == 0
-    assert better.area == pytest.approx(own.area + better.difference)
-    equal = compare_areas(curves(run_items(), n_resamples=20))
-    for cost in COSTS:
-        assert equal[cost, "EMBER"][0] == pytest.approx(equal[cost, RARE][0])
-
-
-def test_what_is_taken_at_the_same_strength_is_compared_draw_by_draw(better_runs):
-    table = strength_table(better_runs).set_index(["edit", "delta"])
-    assert table.index.tolist() == [(edit, d) for edit in ("EMBER", RARE) for d in (0.5, 1.0)]
     differences = ["difference", "difference_low", "difference_high"]
+    assert better.runs == 2 and 0 < better.difference_low < better.difference < better.difference_high
+    assert own[differences].tolist() == [0, 0, 0]
+    assert better.area == pytest.approx(own.area + better.difference)
+    table = strength_table(runs).set_index(["edit", "delta"])
+    assert table.index.tolist() == [(edit, d) for edit in ("EMBER", RARE) for d in (0.5, 1.0)]
     for delta in (0.5, 1.0):
         own, better = table.loc["EMBER", delta], table.loc[RARE, delta]
         assert own.ci_low < own.gain < own.ci_high and own.runs == 2
         assert own[differences].tolist() == [0, 0, 0]
         assert better[differences].tolist() == pytest.approx([0.3 * delta] * 3)
         assert better.gain == pytest.approx(own.gain + 0.3 * delta)
+    equal = compare_areas(curves(run_items(), n_resamples=20))
+    for cost in COSTS:
+        assert equal[cost, "EMBER"][0] == pytest.approx(equal[cost, RARE][0])
 
 
 def test_a_run_without_a_cost_is_left_out_of_its_areas_alone():
@@ -231,19 +195,11 @@ def test_costs_are_compared_where_both_erase_the_same():
     items["edited"] = items.edited.mask(cheaper, (1 + items.edited) / 2)
     table = equal_gain_table({("Rome", 1): curves(items, n_resamples=100)}, RARE).set_index("cost")
     row = table.loc["everyday"]
-    assert row.own == pytest.approx(row.reference / 2)
-    assert row.difference_high < 0
+    assert row.own == pytest.approx(row.reference / 2) and row.difference_high < 0
     assert table.difference["neighbour"] == pytest.approx(0)
 
 
-def test_unknown_edits_list_the_known_ones():
-    with pytest.raises(UnknownNameError, match="'EMBR'; known: EMBER, EMBER, both sides"):
-        trade.known_edits(["EMBR"])
-    assert set(trade.known_edits(["LEACE"])) == {"LEACE"}
-    assert all(method in METHODS for method, _ in trade.EDITS.values())
-
-
-def test_the_figures_hold_every_edit():
+def test_the_figures_hold_every_edit_and_unknown_edits_list_the_known_ones():
     run = curves(run_items(), n_resamples=50)
     figure = control_plots.trade_curves(point_table(run))
     figure.canvas.draw()
@@ -252,5 +208,8 @@ def test_the_figures_hold_every_edit():
     figure = control_plots.area_differences(area_table({("Rome", 1): run}))
     figure.canvas.draw()
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [RARE]
-    assert set(control_plots._EDIT_STYLES) == set(trade.EDITS)
     plt.close("all")
+    assert set(control_plots._EDIT_STYLES) == set(trade.EDITS) and set(trade.known_edits(["LEACE"])) == {"LEACE"}
+    assert all(method in METHODS for method, _ in trade.EDITS.values())
+    with pytest.raises(UnknownNameError, match="'EMBR'; known: EMBER, EMBER, both sides"):
+        trade.known_edits(["EMBR"])
