@@ -47,40 +47,36 @@ def failure(status: int, text: str = "no", **headers: str) -> tuple[int, dict, b
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, text.encode()
 
 
-class Endpoint:
+class Handler(BaseHTTPRequestHandler):
+    log_message = Mock()
+
+    def do_POST(self) -> None:
+        at, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with at.lock:
+            at.times.append(time.monotonic())
+            at.requests.append({"path": self.path, "key": self.headers["authorization"], **body})
+            step = at.script.pop(0) if at.script else reply(at.answer(body["messages"][0]["content"]))
+        if step == "hang":
+            time.sleep(0.6)
+        if step in ("hang", "drop"):
+            self.close_connection = True
+            return
+        status, headers, content = step
+        self.send_response(status)
+        for name, value in {**headers, "content-length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+class Endpoint(ThreadingHTTPServer):
     """A chat-completions endpoint: plays ``script`` once, then answers by ``answer(prompt)``."""
 
     def __init__(self) -> None:
-        self.script: list = []
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url, self.lock = f"http://127.0.0.1:{self.server_port}/v1", threading.Lock()
         self.answer: Callable[[str], str] = lambda prompt: '{"correct": true}'
-        self.requests: list[dict] = []
-        self.times: list[float] = []
-        outer, lock = self, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    outer.times.append(time.monotonic())
-                    outer.requests.append({"path": self.path, "key": self.headers["authorization"], **body})
-                    step = outer.script.pop(0) if outer.script else None
-                if step == "hang":
-                    time.sleep(0.6)
-                if step in ("hang", "drop"):
-                    self.close_connection = True
-                    return
-                status, headers, content = step or reply(outer.answer(body["messages"][0]["content"]))
-                self.send_response(status)
-                for name, value in {**headers, "content-length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.script, self.requests, self.times = [], [], []
 
     @property
     def prompts(self) -> list[str]:
@@ -91,11 +87,10 @@ class Endpoint:
 def endpoint(cache, monkeypatch) -> Iterator[Endpoint]:
     monkeypatch.setenv(VARIABLE, KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    made = Endpoint()
-    threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with Endpoint() as made:
+        threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield made
+        made.shutdown()
 
 
 def settings_for(endpoint: Endpoint, **changes) -> dict:
@@ -121,25 +116,19 @@ def files_of(cache: Path) -> list[Path]:
     return [path for path in cache.rglob("*") if path.is_file()]
 
 
-# Settings
-
-
 @pytest.mark.parametrize(("change", "said"), [
     ({"base_url": "localhost:11434/v1"}, "'base_url': must start with http:// .*'localhost:11434/v1'"),
     ({"base_url": "ftp://x/v1"}, "'base_url': must start with http"),
     ({"model": " "}, "'model': expected text, got ' '"), ({"model": 4}, "'model': expected text, got 4"),
-    ({"timeout": 0}, "'timeout': expected greater than 0, got 0"),
+    *(({key: 0}, f"'{key}': expected greater than 0, got 0") for key in ("timeout", "concurrency", "max_calls")),
     ({"timeout": "1e1"}, "'timeout': expected a valid number, got '1e1'"),
     ({"retries": -1}, "'retries': expected greater than or equal to 0, got -1"),
     ({"rereads": 1.5}, "'rereads': expected a valid integer.*1.5"),
-    ({"concurrency": 0}, "'concurrency': expected greater than 0, got 0"),
-    ({"max_calls": 0}, "'max_calls': expected greater than 0, got 0"),
     ({"max_tokens": True}, "'max_tokens': .* got True"),
     ({"required": 1}, "'required': expected a valid boolean, got 1"),
     ({"options": {"temperature": 1}}, "'options': must be a mapping without model.*'temperature': 1"),
     ({"modell": "m"}, "unknown setting in the judge 'modell'; known: .*model"),
-    ({"base_url": f"http://user:{KEY}@x/v1"}, "'base_url': .* environment variable"),
-    ({"base_url": f"http://x/v1?key={KEY}"}, "'base_url': .* environment variable"),
+    *(({"base_url": url}, "'base_url': .* environment variable") for url in (f"http://user:{KEY}@x/v1", f"http://x/v1?key={KEY}")),
     ({"key_variable": KEY}, "'key_variable': .* environment variable"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not_repeated(change, said):
@@ -253,10 +242,7 @@ def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpo
         assert len(endpoint.requests) == count
 
 
-# Replies that make no sense
-
-
-def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cache):
+def test_nonsense_is_asked_again_with_what_was_wrong_and_then_missing_with_the_reason(endpoint, cache):
     bodies = [(200, {}, body) for body in (b"<html>", b"[1]", b'{"choices": []}')]
     for step in (*map(reply, ("I think so.", '{"right": true}', "")), *bodies):
         endpoint.script, judge, before = [step] * 3, judge_for(endpoint), len(endpoint.requests)
@@ -264,17 +250,12 @@ def test_nonsense_is_asked_again_and_then_missing_with_the_reason(endpoint, cach
         assert verdict.values == {} and np.isnan(verdict.value("correct")), step
         assert verdict.reason.startswith("not readable in 3 attempts: ") and len(endpoint.requests) == before + 3
     assert not files_of(cache) and ask(judge, str(step)).values == YES  # asked anew next time
-
-
-def test_the_model_is_told_what_was_wrong_and_a_reply_that_is_no_unicode_can_be_kept(endpoint):
+    # A reply that is no Unicode can be kept.
     endpoint.script, judge = [reply('{"right": 1}'), reply('{"correct": true, "why": "\ud800"}')], judge_for(endpoint)
     assert ask(judge).values == ask(judge).values == {"correct": True, "why": "?"}
-    user, assistant, told = endpoint.requests[1]["messages"]
+    user, assistant, told = endpoint.requests[-1]["messages"]
     assert (user["content"], assistant["content"]) == ("a", '{"right": 1}')
     assert "no 'correct'" in told["content"]
-
-
-# Budget
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -316,9 +297,6 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
     assert endpoint.requests[0]["key"] == f"Bearer {KEY}"
 
 
-# A profile's judge
-
-
 def test_without_a_key_there_is_one_note_and_no_judge_and_a_required_one_must_answer(endpoint, monkeypatch):
     assert open_judge({}) is None and isinstance(open_judge(settings_for(endpoint)), Judge) and not endpoint.requests
     for count, step in enumerate((failure(401), (200, {}, b"<html>")), 1):
@@ -346,90 +324,73 @@ def test_a_key_that_arrives_makes_results_stale_and_a_larger_budget_does_not(end
 # What is judged
 
 
-QUESTIONS = [q for q in make_concept().questions if q.split == "test"]
+def test_open_answers_are_right_wrong_or_missing_by_question_reference_and_answer(endpoint):
+    questions = [q for q in make_concept().questions if q.split == "test"][:2]
+    questions[0] = replace(questions[0], answer="Rome {x}", aliases=("Roma",))
+    for text, value in (
+        ('{"correct": true}', 1.0), ('```json\n{"correct": false}\n```', 0.0), ('{"correct": 1}', np.nan),
+        ('<think>{"correct": true}?</think>The {answer} is wrong: {"correct": false}', 0.0),
+        ('{"correct": "yes"}', np.nan), ("yes", np.nan),
+    ):  # fmt: skip
+        endpoint.answer = lambda prompt, text=text: text
+        judged = judge_open_answers(judge_for(endpoint, model=text), questions, ["in {Gaul}", ""])
+        wanted = [("concept_open", q.id, "open_correct", value) for q in questions]
+        pd.testing.assert_frame_equal(judged.items, pd.DataFrame(wanted, columns=judged.items.columns))
+        assert (judged.verdicts.reason != "").tolist() == [np.isnan(value)] * 2
+        row = judged.verdicts.iloc[0]
+        assert all(part in row.prompt for part in (questions[0].question, "Rome {x} / Roma", "in {Gaul}"))
+        assert row.prompt in endpoint.prompts and (row.reply, row.judge) == (text, "open")
+        assert (row.model, row.endpoint) == (text, f"{endpoint.url}/chat/completions")
+        told = ("", {}) if np.isnan(value) else ("served-1", {"correct": bool(value)})
+        assert (row.served_by, json.loads(row["values"])) == told
+        assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
+        assert judged.verdicts.columns.tolist() == grading.no_verdicts().columns.tolist()
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ('{"correct": true}', 1.0), ('```json\n{"correct": false}\n```', 0.0), ('{"correct": 1}', np.nan),
-    ('<think>{"correct": true}?</think>The {answer} is wrong: {"correct": false}', 0.0),
-    ('{"correct": "yes"}', np.nan), ("yes", np.nan),
-])  # fmt: skip
-def test_open_answers_are_right_wrong_or_missing(endpoint, text, value):
-    endpoint.answer = lambda prompt: text
-    judged = judge_open_answers(judge_for(endpoint), QUESTIONS[:2], ["in Gaul", ""])
-    wanted = [("concept_open", q.id, "open_correct", value) for q in QUESTIONS[:2]]
-    pd.testing.assert_frame_equal(judged.items, pd.DataFrame(wanted, columns=judged.items.columns))
-    assert (judged.verdicts.reason != "").tolist() == [np.isnan(value)] * 2
-
-
-def test_the_judge_sees_question_reference_and_answer(endpoint):
-    question = replace(QUESTIONS[0], answer="Rome {x}", aliases=("Roma",))
-    judged = judge_open_answers(judge_for(endpoint), [question], ["in {Gaul}"])
-    (prompt,) = endpoint.prompts
-    assert all(part in prompt for part in (question.question, "Rome {x} / Roma", "in {Gaul}"))
-    row = judged.verdicts.iloc[0]
-    assert (row.prompt, row.reply, row.judge) == (prompt, '{"correct": true}', "open")
-    assert (row.model, row.served_by, row.endpoint) == ("judge-1", "served-1", f"{endpoint.url}/chat/completions")
-    assert json.loads(row["values"]) == YES
-    assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
-    assert judged.verdicts.columns.tolist() == grading.no_verdicts().columns.tolist()
-
-
-@pytest.mark.parametrize(("text", "values"), [
-    ('{"instruction": 2, "fluency": 0}', (2, 0)), ('{"instruction": 1.0, "fluency": 2}', (1, 2)),
-    *((f'{{"instruction": {bad}, "fluency": 1}}', None) for bad in ("3", "-1", "1.5", "true", "NaN")),
-    ('{"instruction": 1}', None),
-])  # fmt: skip
-def test_coherence_has_two_scores_of_0_to_2_or_none(endpoint, text, values):
-    endpoint.answer = lambda prompt: text
+def test_coherence_has_two_scores_of_0_to_2_or_none(endpoint):
+    bad = [f'{{"instruction": {value}, "fluency": 1}}' for value in ("3", "-1", "1.5", "true", "NaN")]
+    good = {'{"instruction": 2, "fluency": 0}': (2, 0), '{"instruction": 1.0, "fluency": 2}': (1, 2)}
     responses = pd.DataFrame({"item": ["i"], "prompt": ["Say yes."], "text": ["Yes."]})
-    items = grading.judge_coherence(judge_for(endpoint), responses).items
-    assert items.metric.tolist() == ["judge_instruction", "judge_fluency"]
-    assert set(items.set) == {"generation"}
-    np.testing.assert_array_equal(items.value, values or (np.nan, np.nan))
+    for text in (*good, *bad, '{"instruction": 1}'):
+        endpoint.answer = lambda prompt, text=text: text
+        items = grading.judge_coherence(judge_for(endpoint, model=text), responses).items
+        assert items.metric.tolist() == ["judge_instruction", "judge_fluency"] and set(items.set) == {"generation"}
+        np.testing.assert_array_equal(items.value, good.get(text, (np.nan, np.nan)), err_msg=text)
 
 
-@pytest.fixture
-def features(cache):
-    return concept_features(make_loaded(), make_concept(), rank=4, sparsity=0.3, max_iter=20)
+def test_features_are_accepted_with_a_confidence_of_85_percent_by_their_most_active_tokens(endpoint):
+    features = concept_features(make_loaded(), make_concept(), rank=4, sparsity=0.3, max_iter=20)
+    for about, confidence, accepted in ((True, 0.85, 1), (True, 0.84, 0), (False, 0.99, 0), (True, 1.2, np.nan)):
+        described = {}
 
+        def answer(prompt: str, about=about, confidence=confidence, described=described) -> str:
+            if "<tokens>" in prompt:
+                described[prompt] = f"words number {len(described)}"
+                return json.dumps({"description": described[prompt]})
+            assert any(text in prompt for text in described.values()) and "Tiny Rome" in prompt
+            return json.dumps({"about": about, "confidence": confidence})
 
-@pytest.mark.parametrize(
-    ("about", "confidence", "accepted"), [(True, 0.85, 1), (True, 0.84, 0), (False, 0.99, 0), (True, 1.2, np.nan)]
-)
-def test_a_feature_is_accepted_with_a_confidence_of_85_percent(endpoint, features, about, confidence, accepted):
-    described = {}
-
-    def answer(prompt: str) -> str:
-        if "<tokens>" in prompt:
-            described[prompt] = f"words number {len(described)}"
-            return json.dumps({"description": described[prompt]})
-        assert any(text in prompt for text in described.values()) and "Tiny Rome" in prompt
-        return json.dumps({"about": about, "confidence": confidence})
-
-    endpoint.answer = answer
-    judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [2, 0])
-    rows = judged.items.set_index(["item", "metric"]).value
-    np.testing.assert_array_equal([rows["2", "accepted"], rows["0", "accepted"]], [accepted] * 2)
-    assert grading.accepted_features(judged) == ([2, 0] if accepted == 1 else [])
-    table = features.scores.merge(grading.feature_verdicts(judged), how="left", on="feature").set_index("feature")
-    np.testing.assert_array_equal(table.judge_accepted[[2, 0]], [accepted] * 2)
-    assert table.judge_confidence.notna().sum() == (0 if np.isnan(accepted) else 2)
-    assert judged.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
+        endpoint.answer = answer
+        judged = judge_features(judge_for(endpoint, model=str((about, confidence))), "Tiny Rome", features, [2, 0])
+        rows = judged.items.set_index(["item", "metric"]).value
+        np.testing.assert_array_equal([rows["2", "accepted"], rows["0", "accepted"]], [accepted] * 2)
+        assert grading.accepted_features(judged) == ([2, 0] if accepted == 1 else [])
+        table = features.scores.merge(grading.feature_verdicts(judged), how="left", on="feature").set_index("feature")
+        np.testing.assert_array_equal(table.judge_accepted[[2, 0]], [accepted] * 2)
+        assert table.judge_confidence.notna().sum() == (0 if np.isnan(accepted) else 2)
+        assert judged.verdicts.judge.tolist() == ["describe"] * 2 + ["about"] * 2
     first = next(prompt for prompt in endpoint.prompts if "<tokens>" in prompt)
     assert any(repr(top_tokens(features, k)[0]) in first for k in (0, 2))
-
-
-def test_features_are_judged_by_their_most_active_tokens_and_without_a_description_missing(endpoint, features):
     G = features.factorization.G[:, 1].abs()
     place = {token: k for k, token in enumerate(features.table.token)}
     activations = [float(G[place[token]]) for token in top_tokens(features, 1, count=5)]
     assert activations == sorted(activations, reverse=True) and activations[0] == float(G.max())
     assert 0 < len(top_tokens(features, 1, count=10**6)) == int((G > 0).sum())
+    before = len(endpoint.prompts)  # without a description, a feature is missing
     endpoint.answer = lambda prompt: "hm" if "<tokens>" in prompt else "never asked"
     judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [1])
     assert judged.items.value.isna().all() and judged.items.metric.tolist() == ["about", "confidence", "accepted"]
-    assert all("<tokens>" in prompt for prompt in endpoint.prompts)
+    assert all("<tokens>" in prompt for prompt in endpoint.prompts[before:])
 
 
 # An evaluation with a judge
