@@ -16,15 +16,14 @@ BASE = rng.uniform(0.5, 0.9, 60)
 ERASED = BASE - rng.uniform(0.1, 0.4, 60)
 
 
-@pytest.mark.parametrize("expected", [0.0, 0.5, 1.0, 2.0, -1.0])
-def test_nothing_half_all_more_and_less_than_before(expected):
+def test_nothing_half_all_more_and_less_than_before():
     """The same share of every question comes back, so that every draw has it."""
-    share = share_regained([(BASE, ERASED, ERASED + expected * (BASE - ERASED))])
-    assert (share.share, share.ci_low, share.ci_high) == pytest.approx((expected, expected, expected))
-    assert share.gap == pytest.approx((BASE - ERASED).mean())
-    assert share.back == pytest.approx(expected * share.gap)
-    assert share.gap_low < share.gap < share.gap_high and share.back_low <= share.back <= share.back_high
-    assert (share.n, share.note) == (60, "")
+    for expected in (0.0, 0.5, 1.0, 2.0, -1.0):
+        share = share_regained([(BASE, ERASED, ERASED + expected * (BASE - ERASED))])
+        assert (share.share, share.ci_low, share.ci_high) == pytest.approx((expected, expected, expected))
+        assert share.gap == pytest.approx((BASE - ERASED).mean()) and share.back == pytest.approx(expected * share.gap)
+        assert share.gap_low < share.gap < share.gap_high and share.back_low <= share.back <= share.back_high
+        assert (share.n, share.note) == (60, "")
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -33,21 +32,18 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         noise = np.random.default_rng(seed)
         base = noise.normal(0.6, 0.2, 80)
         erased = base - noise.normal(0.3, 0.2, 80)
-        share = share_regained(
-            [(base, erased, erased + noise.normal(0.3 * truth, 0.1, 80))], n_resamples=300, seed=seed
-        )
+        parts = [(base, erased, erased + noise.normal(0.3 * truth, 0.1, 80))]
+        share = share_regained(parts, n_resamples=300, seed=seed)
         hits += share.ci_low <= truth <= share.ci_high
     assert 0.88 <= hits / 120 <= 0.99
 
 
-@pytest.mark.parametrize(
-    "base", [ERASED, ERASED + rng.normal(0, 0.2, 60), ERASED - 0.1], ids=["none", "unsure", "negative"]
-)
-def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by(base):
-    share = share_regained([(base, ERASED, ERASED + 0.05)])
-    assert all(math.isnan(v) for v in (share.share, share.ci_low, share.ci_high))
-    assert share.note.startswith(f"gap {share.gap:.3f} [") and "too small" in share.note
-    assert share.back == pytest.approx(0.05)
+def test_a_gap_that_may_be_nothing_is_said_and_not_divided_by():
+    for base in (ERASED, ERASED + rng.normal(0, 0.2, 60), ERASED - 0.1):  # none, unsure, negative
+        share = share_regained([(base, ERASED, ERASED + 0.05)])
+        assert all(math.isnan(v) for v in (share.share, share.ci_low, share.ci_high))
+        assert share.note.startswith(f"gap {share.gap:.3f} [") and "too small" in share.note
+        assert share.back == pytest.approx(0.05)
 
 
 def test_parts_are_pooled_by_their_means_widen_the_interval_and_must_be_whole():
@@ -72,16 +68,16 @@ def run_items(after=BASE, *, scale: float = 1.0) -> pd.DataFrame:
     frames = []
     for metric in ("gold_prob", "gold_logprob", "correct"):
         base, erased, end = (scale * v for v in (BASE, ERASED, after))
+        points = {0: erased, 100: (erased + end) / 2, 203: end}
         if metric == "correct":
-            base, erased, end = ((v > 0.5).astype(float) for v in (base, erased, end))
-        points = {0: erased, 100: (erased + end) / 2 if metric != "correct" else erased, 203: end}
-        relearned = pd.concat([scores(v, metric, tokens=t) for t, v in points.items()])
-        frames.append(regained_items(scores(base, metric), relearned))
+            base, points = base > 0.5, {0: erased > 0.5, 100: erased > 0.5, 203: end > 0.5}
+        relearned = pd.concat([scores(v * 1.0, metric, tokens=t) for t, v in points.items()])
+        frames.append(regained_items(scores(base * 1.0, metric), relearned))
     items = pd.concat(frames, ignore_index=True)
     return items.assign(stated=items.item.isin([f"q{k}" for k in range(10)]), run="a")
 
 
-def test_items_stand_beside_the_base_and_the_start():
+def test_items_stand_beside_the_base_and_the_start_and_the_summary_holds_accuracy_changes_and_shares():
     items = run_items()
     start, end = items[items.point == 0], items[(items.point == 2) & (items.metric == "gold_prob")]
     assert (start.after == start.erased).all()
@@ -89,6 +85,12 @@ def test_items_stand_beside_the_base_and_the_start():
     np.testing.assert_allclose(end.set_index("item").after[[f"q{k}" for k in range(60)]], BASE)
     with pytest.raises(ValueError, match="not asked"):  # a question that the base model was not asked
         regained_items(scores(BASE[:-1]), pd.concat([scores(ERASED, tokens=0), scores(BASE, tokens=9)]))
+    summary = regained_summary(items)
+    measured = {f"{what}_{score}" for what in ("delta", "regained") for score in ("gold_prob", "gold_logprob")}
+    assert set(summary.metric) == {"accuracy"} | measured
+    end = summary[(summary.tokens == 203) & (summary.set == "concept")].set_index("metric").value
+    expected = [(BASE > 0.5).mean(), 1.0, (BASE - ERASED).mean()]
+    assert end[["accuracy", "regained_gold_logprob", "delta_gold_prob"]].tolist() == pytest.approx(expected)
 
 
 def test_the_table_splits_stated_questions_and_arms_and_pools_the_runs_of_one():
@@ -98,27 +100,15 @@ def test_the_table_splits_stated_questions_and_arms_and_pools_the_runs_of_one():
         np.testing.assert_allclose(part.share, [0.0, 0.5, 1.0], atol=1e-12)
     # No stated question is no row.
     assert set(regained_table(run_items().assign(stated=False)).questions) == {"all", "not stated"}
-    items = pd.concat([run_items(), run_items(ERASED).assign(run="b")]).assign(method="rmu")
+    items = pd.concat([run_items(), run_items(ERASED).assign(run="b")])
     for method, shares in (("rmu", [0.5]), (items.run, [1.0, 0.0])):
         end = regained_table(items.assign(method=method), ["method"]).query("point == 2 and questions == 'all'")
         assert end.share.tolist() == pytest.approx(shares, abs=1e-12)
 
 
-def test_the_summary_holds_accuracy_changes_and_shares():
-    summary = regained_summary(run_items())
-    assert set(summary.metric) == {
-        "accuracy", "delta_gold_prob", "regained_gold_prob", "delta_gold_logprob", "regained_gold_logprob",
-    }  # fmt: skip
-    end = summary[(summary.tokens == 203) & (summary.set == "concept")].set_index("metric")
-    assert end.value["accuracy"] == pytest.approx((BASE > 0.5).mean())
-    assert end.value["regained_gold_logprob"] == pytest.approx(1.0)
-    assert end.value["delta_gold_prob"] == pytest.approx((BASE - ERASED).mean())
-
-
 def attacked(method="ember", *, after=BASE, scale=1.0, concept="Rome", **labels):
-    labels = {
-        "method": method, "ember": False, "attack": "all", "precision": "fp32", "lr": 1e-5, "budget": 1, "seed": 1,
-    } | labels  # fmt: skip
+    recipe = {"attack": "all", "precision": "fp32", "lr": 1e-5, "budget": 1}
+    labels = {"method": method, "ember": False, **recipe, "seed": 1} | labels
     run = f"{concept} {labels}"
     return run_items(after, scale=scale).assign(**labels, concept=concept, run=run, diverged=False)
 
@@ -134,6 +124,7 @@ def last_of(*runs: pd.DataFrame) -> pd.DataFrame:
     return relearn_tables.final_points(table).set_index("arm")
 
 
+@cache
 def all_attacks() -> pd.DataFrame:
     return pd.concat([
         attacked(), attacked(seed=2, after=ERASED), attacked("rmu"), attacked("rmu", ember=True, after=ERASED),
@@ -147,7 +138,7 @@ def all_table() -> pd.DataFrame:
     return relearn_tables.relearning_table(all_attacks())
 
 
-def test_the_relearning_table_pools_seeds_and_concepts():
+def test_the_relearning_table_pools_seeds_and_concepts_and_the_papers_attack_stands_beside_its_figures():
     """An attack without a reference has no net share."""
     table = all_table()
     assert set(table.concept) == {"Rome", "Greece", "all concepts"}
@@ -156,11 +147,24 @@ def test_the_relearning_table_pools_seeds_and_concepts():
     assert set(last.point) == {2}
     main = last[(last.attack == "all") & (last.precision == "fp32") & (last.lr == 1e-5)].set_index(["concept", "arm"])
     assert main.seeds["Rome", "EMBER"] == 2
-    rome = main.share["Rome"][["EMBER", "RMU", "EMBER + RMU", "unedited"]]
-    assert [*rome, main.share["all concepts", "EMBER"]] == pytest.approx([0.5, 1, 0, math.nan, 2 / 3], nan_ok=True)
+    arms = ["EMBER", "RMU", "EMBER + RMU", "unedited"]
+    shares = [*main.share["Rome"][arms], main.share["all concepts", "EMBER"]]
+    assert shares == pytest.approx([0.5, 1, 0, math.nan, 2 / 3], nan_ok=True)
     assert main.accuracy["Rome", "RMU"] == pytest.approx((BASE > 0.5).mean())
     mlps = last[last.attack == "mlps"]
     assert mlps.net_share.isna().all() and mlps.share.notna().all()
+    beside = relearn_tables.beside_the_paper(table, "tiny")
+    assert set(beside.model) == {"tiny"} and beside.source.str.startswith("here: ").all()
+    assert set(beside.arm) == set(arms)
+
+
+def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
+    rome = all_table().query("concept == 'Rome' and attack == 'all'")
+    chosen = relearn_tables.recipe(rome, most="method").iloc[0]
+    assert (chosen.precision, chosen.lr, chosen.budget) == ("fp32", 1e-5, 1)
+    rounded, equal = rome.query("precision == 'bf16' or method == 'ember'"), rome.query("method == 'ember'")
+    for arms, precision in ((rounded, "bf16"), (equal, "fp32")):
+        assert set(relearn_tables.recipe(arms, most="method").precision) == {precision}
 
 
 def test_what_training_does_to_the_unedited_model_is_taken_off():
@@ -190,73 +194,51 @@ def test_the_overview_has_a_dash_where_there_is_nothing_to_divide_by_and_marks_d
     assert ends.to_dict() == {"EMBER": "203", "RMU": "100 (diverged)"}
 
 
-def test_the_papers_attack_stands_beside_its_figures():
-    beside = relearn_tables.beside_the_paper(all_table(), "tiny")
-    assert set(beside.model) == {"tiny"} and beside.source.str.startswith("here: ").all()
-    assert set(beside.arm) == {"EMBER", "RMU", "EMBER + RMU", "unedited"}
-
-
 def movement() -> pd.DataFrame:
-    rows = []
-    for arm in all_attacks().drop_duplicates("run").to_dict("records"):
-        keys = {k: arm[k] for k in (*relearn_tables.ATTACKED, "concept", "seed")}
-        rows.append({**keys, "part": "all that is trained", "changed": 0.1 * arm["seed"], "travelled": np.nan})
-        if arm["method"] == "ember":
-            rows.append({**keys, "part": "edited rows of E", "changed": 1.0, "travelled": 0.01 * arm["seed"]})
-    return pd.DataFrame(rows)
+    rows = all_attacks().drop_duplicates("run")[[*relearn_tables.ATTACKED, "concept", "seed"]]
+    trained = rows.assign(part="all that is trained", changed=0.1 * rows.seed, travelled=np.nan)
+    edited = rows.assign(part="edited rows of E", changed=1.0, travelled=0.01 * rows.seed)
+    return pd.concat([trained, edited[edited.method == "ember"]])
 
 
 def test_movement_is_the_mean_over_seeds():
-    found = relearn_tables.mean_movement(movement(), "Rome").set_index(["arm", "precision", "lr"])
-    assert found.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.15)
+    rome, everywhere = (
+        relearn_tables.mean_movement(movement(), concept).set_index(["arm", "precision", "lr"])
+        for concept in ("Rome", "all concepts")
+    )
     arms = [("EMBER", "fp32", 1e-5), ("unedited", "fp32", 1e-5)]
-    assert found.travelled[arms].tolist() == pytest.approx([0.015, math.nan], nan_ok=True)
-    everywhere = relearn_tables.mean_movement(movement(), "all concepts").set_index(["arm", "precision", "lr"])
-    assert everywhere.changed["EMBER", "fp32", 1e-5] == pytest.approx(0.4 / 3)
+    assert rome.travelled[arms].tolist() == pytest.approx([0.015, math.nan], nan_ok=True)
+    assert [t.changed[arms[0]] for t in (rome, everywhere)] == pytest.approx([0.15, 0.4 / 3])
 
 
-def test_a_control_is_set_against_ember_after_the_same_attack():
-    ember = [attacked(seed=seed, after=BASE, concept=c) for seed in (1, 2) for c in ("Rome", "Greece")]
-    control = [attacked("zero_rows", seed=seed, after=ERASED, concept="Rome") for seed in (1, 2)]
-    alone = attacked("zero_rows", seed=3, concept="Rome")  # EMBER has no run with this seed
-    items = pd.concat([*ember, *control, alone], ignore_index=True)
-    (row,) = relearn_tables.left_beside_ember(items, ["zero_rows"]).query("metric == 'gold_prob'").itertuples()
-    assert (row.concept, row.method, row.attack, row.runs) == ("Rome", "zero_rows", "all", 2)
-    assert row.value == pytest.approx((ERASED - BASE).mean())
-    assert row.ci_low < row.value < row.ci_high < 0
-    both = pd.concat([items, attacked("zero_rows", seed=1, concept="Greece")], ignore_index=True)
+def test_a_control_is_set_against_ember_and_ember_with_a_method_against_it_alone_after_the_same_attack():
+    ember = [attacked(seed=seed, concept=c) for seed in (1, 2) for c in ("Rome", "Greece")]
+    control = [attacked("zero_rows", seed=seed, after=ERASED) for seed in (1, 2)]
+    alone = attacked("zero_rows", seed=3)  # EMBER has no run with this seed
+    items = pd.concat([*ember, *control, alone])
+    arms = [attacked("rmu"), attacked("rmu", ember=True, after=ERASED), attacked(after=ERASED), attacked("crisp")]
+    with_ember = relearn_tables.left_with_ember(pd.concat([*arms, attacked("none", scale=0.0)]))
+    beside = relearn_tables.left_beside_ember(items, ["zero_rows"])
+    for table, method, runs in ((beside, "zero_rows", 2), (with_ember, "rmu", 1)):
+        (row,) = table.query("metric == 'gold_prob'").itertuples()
+        assert (row.concept, row.method, row.attack, row.runs) == ("Rome", method, "all", runs)
+        assert row.value == pytest.approx((ERASED - BASE).mean())
+        assert row.ci_low < row.value < row.ci_high < 0
+    both = pd.concat([items, attacked("zero_rows", seed=1, concept="Greece")])
     table = relearn_tables.left_beside_ember(both, ["zero_rows"]).query("metric == 'gold_prob'").set_index("concept")
     assert table.runs.to_dict() == {"Rome": 2, "Greece": 1, "all concepts": 3}
     assert table.value["Greece"] == pytest.approx(0)
-
-
-def test_what_is_left_with_ember_is_set_against_the_method_alone():
-    items = pd.concat([
-        attacked("rmu", after=BASE), attacked("rmu", ember=True, after=ERASED), attacked(after=ERASED),
-        attacked("crisp", after=BASE), attacked("none", scale=0.0),
-    ], ignore_index=True)  # fmt: skip
-    (row,) = relearn_tables.left_with_ember(items).query("metric == 'gold_prob'").itertuples()
-    assert (row.method, row.runs) == ("rmu", 1)
-    assert row.value == pytest.approx((ERASED - BASE).mean())
-    assert row.ci_low < row.value < row.ci_high < 0
-
-
-@pytest.fixture
-def closed():
-    yield
-    plt.close("all")
 
 
 def bars_of(ax) -> list:
     return [c for c in ax.containers if type(c).__name__ == "ErrorbarContainer"]
 
 
-def test_panels_show_each_method_alone_and_after_ember_and_the_heat_map_writes_shares(closed):
-    """Panels beside the unedited model; unknown shares are left open."""
+def test_the_figures_show_each_method_alone_and_after_ember_shares_and_one_runs_training():
+    """Panels beside the unedited model; unknown shares are left open; the curve has all groups of questions."""
     table = all_table().query("concept == 'Rome' and precision == 'fp32' and lr == 1e-5")
-    figure = relearn_plots.regained_panels(
-        table.query("attack == 'all' and metric == 'gold_prob' and questions == 'all'")
-    )
+    panels = table.query("attack == 'all' and metric == 'gold_prob' and questions == 'all'")
+    figure = relearn_plots.regained_panels(panels)
     figure.canvas.draw()
     shown = [ax for ax in figure.axes if ax.get_title()]
     assert [(ax.get_title(), len(bars_of(ax))) for ax in shown] == [("EMBER", 2), ("RMU", 3)]
@@ -265,18 +247,24 @@ def test_panels_show_each_method_alone_and_after_ember_and_the_heat_map_writes_s
     ax.figure.canvas.draw()
     assert "100%\n[100%, 100%]" in [t.get_text() for t in ax.texts]
     assert {label.get_text() for label in ax.get_yticklabels()} == {"all", "mlps"}
+    steps = pd.DataFrame({"tokens": [50, 100, 150, 203], "loss": [4.0, 3.5, 3.2, 3.1]})
+    left, right = relearn_plots.relearning_curve(steps, regained_table(run_items()))
+    left.figure.canvas.draw()
+    assert len(bars_of(right)) == 3
+    labels = {t.get_text() for t in right.get_legend().get_texts()}
+    assert labels == {"all (n = 60)", "stated (n = 10)", "not stated (n = 50)", "base model"}
+    plt.close("all")
 
 
-def test_the_precision_table_and_panel_compare_only_arms_that_were_run_in_several(closed):
+def test_the_precision_table_and_panel_compare_only_arms_that_were_run_in_several():
     table = relearn_tables.precision_table(all_attacks(), movement())
     rows = table[table.concept == "Rome"]
     mine = rows.set_index(["arm", "precision", "lr"])
     assert {arm for arm, *_ in mine.index} == {"EMBER", "unedited"}
     assert set(mine.runs) == {1}  # the second seed was run in float32 only
-    assert mine.back["EMBER", "bf16", 1e-5] == pytest.approx(0.0)
-    assert mine.back["EMBER", "fp32", 1e-5] == pytest.approx((BASE - ERASED).mean())
-    assert mine.changed["EMBER", "bf16", 1e-5] == pytest.approx(0.1)
-    assert mine.travelled["EMBER", "fp32", 1e-5] == pytest.approx(0.01)
+    rounded, single = (mine.loc["EMBER", precision, 1e-5] for precision in ("bf16", "fp32"))
+    assert [rounded.back, single.back] == pytest.approx([0.0, (BASE - ERASED).mean()])
+    assert [rounded.changed, single.travelled] == pytest.approx([0.1, 0.01])
     assert not len(relearn_tables.precision_table(attacked(), movement()))
     figure = relearn_plots.precision_panel(rows)
     figure.canvas.draw()
@@ -285,21 +273,4 @@ def test_the_precision_table_and_panel_compare_only_arms_that_were_run_in_severa
     places = {(bar.get_label(), x) for bar in bars_of(shown) for x in bar.lines[0].get_xdata()}
     assert len(places) == len(rows) == 4
     assert {t.get_text() for t in shown.get_legend().get_texts()} == {"EMBER", "unedited"}
-
-
-def test_the_recipe_is_the_one_most_arms_share_and_float32_among_equals():
-    rome = all_table().query("concept == 'Rome' and attack == 'all'")
-    chosen = relearn_tables.recipe(rome, most="method").iloc[0]
-    assert (chosen.precision, chosen.lr, chosen.budget) == ("fp32", 1e-5, 1)
-    rounded, equal = rome.query("precision == 'bf16' or method == 'ember'"), rome.query("method == 'ember'")
-    for arms, precision in ((rounded, "bf16"), (equal, "fp32")):
-        assert set(relearn_tables.recipe(arms, most="method").precision) == {precision}
-
-
-def test_one_runs_curve_shows_training_and_all_groups_of_questions(closed):
-    steps = pd.DataFrame({"tokens": [50, 100, 150, 203], "loss": [4.0, 3.5, 3.2, 3.1]})
-    left, right = relearn_plots.relearning_curve(steps, regained_table(run_items()))
-    left.figure.canvas.draw()
-    assert len(bars_of(right)) == 3
-    labels = {t.get_text() for t in right.get_legend().get_texts()}
-    assert labels == {"all (n = 60)", "stated (n = 10)", "not stated (n = 50)", "base model"}
+    plt.close("all")
