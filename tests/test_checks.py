@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -49,8 +48,7 @@ def with_questions(data, lines: dict[int, dict]):
 
 def asking(text: str, answer: str) -> dict:
     """The fields of a question of ``helpers.wordings``; the wrong options stay."""
-    asked = question(text, answer)
-    return {"question": asked.question, "answer": asked.answer, "aliases": asked.aliases}
+    return {name: getattr(question(text, answer), name) for name in ("question", "answer", "aliases")}
 
 
 def words(count: int) -> str:
@@ -87,10 +85,9 @@ def test_sound_data_pass_every_check():
     assert {len(text.split()) for text in SOUND.paragraphs} == {60, 120}
     assert {len(text.split()) for text in (*SOUND.sentences, *SOUND.other_sense)} == {5, 45}
     report, shared = check_concept(SOUND), check_shared(SHARED)
-    assert set(report.table.subject) == {"Sound Rome"} and set(shared.table.subject) == {"shared"}
-    for one in (report, shared):
+    for one, subject in ((report, "Sound Rome"), (shared, "shared")):
         assert_only(one, {})
-        assert one.findings.empty
+        assert set(one.table.subject) == {subject} and one.findings.empty
         assert not one.table.check.str.contains("empty question").any()  # nothing is said of it without a model
     assert value(report, "concept test answers in neither") == 100
     for name, part in itertools.product(GUESSES, PARTS):
@@ -104,12 +101,9 @@ def test_items_tell_where_the_answers_occur():
     stating = f"So {third.question[len('Where does ') : -1]} at {third.answer}."
     concept = with_texts(concept, "sentences", {3: f"{words(6)} {second.answer}", 9: stating})
     items = mark_answers(concept).set_index("id")
-    marks = items[["in_sentences", "in_paragraphs", "stated"]]
-    assert list(marks.loc[first.id]) == [False, True, ""]
-    assert list(marks.loc[second.id]) == [True, False, ""]
-    assert list(marks.loc[third.id]) == [True, False, "9"]
-    assert len(items) == 320
-    assert items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
+    marks = items.loc[[first.id, second.id, third.id], ["in_sentences", "in_paragraphs", "stated"]]
+    assert marks.values.tolist() == [[False, True, ""], [True, False, ""], [True, False, "9"]]
+    assert len(items) == 320 and items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -126,61 +120,54 @@ def test_the_same_question_twice(one, other):
     assert_only(report, expected, f"same as questions.jsonl, line {min(one, other)}: ", *said)
 
 
-@pytest.mark.parametrize(
-    ("data", "check", "file", "test"),
-    [
+def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else():
+    """Within a set or from one to the other; in one split alone it is no leak. What is one: test_wording."""
+    first, answer, second, other = PARAPHRASES[1]
+    for data, check, file, test in (
         (SOUND, check_concept, "questions.jsonl", TEST),
         (SOUND, check_concept, "questions.jsonl", SIMDOM_TEST),
         (SHARED, check_shared, "general.jsonl", GENERAL_TEST),
-    ],
-    ids=["within a set", "from one to the other", "general"],
-)
-def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else(data, check, file, test):
-    """In one split alone it is no leak. Which questions are paraphrases: test_wording."""
-    first, answer, second, other = PARAPHRASES[1]
-    lines = {TRAIN + 4: asking(first, answer), test + 7: asking(second, other)}
-    said = f"{second} | {file}, line {TRAIN + 4}: {first}"
-    assert_only(check(with_questions(data, lines)), {LEAK: line_of(file, test + 7)}, said)
-    assert_only(check(with_questions(data, dict(enumerate(lines.values(), test)))), {})
+    ):
+        lines = {TRAIN + 4: asking(first, answer), test + 7: asking(second, other)}
+        said = f"{second} | {file}, line {TRAIN + 4}: {first}"
+        assert_only(check(with_questions(data, lines)), {LEAK: line_of(file, test + 7)}, said)
+        assert_only(check(with_questions(data, dict(enumerate(lines.values(), test)))), {})
 
 
 STATEMENTS = [
     ("Who turned everything to gold?", "Midas", "Whatever King Midas touched turned to gold."),
     ("What is a legionary's curved shield?", "a scutum", "Scuta, the curved shields, were heavy."),  # an alias
 ]
-STATED = "fit sentence states a test fact"
 
 
-@pytest.mark.parametrize("first", FIRST)
-def test_a_fit_sentence_states_a_test_fact(first):
+def test_a_fit_sentence_states_a_test_fact():
     """Those of train questions may be stated. What states a fact: test_wording."""
-    lines = {first + 11 + k: asking(*row[:2]) for k, row in enumerate(STATEMENTS)}
-    concept = with_texts(with_questions(SOUND, lines), "sentences", {21 + k: r[2] for k, r in enumerate(STATEMENTS)})
-    report = check_concept(concept)
-    said = [f"answers {concept.questions[line - 1].id}: {fields['question']}" for line, fields in lines.items()]
-    if first in (TEST, SIMDOM_TEST):
-        assert_only(report, {STATED: line_of("sentences.txt", 21, 22)}, *said)
-    else:
-        assert_only(report, {})
-    assert set(mark_answers(concept).stated) == {"", "21", "22"}
+    for first in FIRST:
+        lines = {first + 11 + k: asking(*row[:2]) for k, row in enumerate(STATEMENTS)}
+        stating = {21 + k: row[2] for k, row in enumerate(STATEMENTS)}
+        concept = with_texts(with_questions(SOUND, lines), "sentences", stating)
+        expected, said = {}, []
+        if first in (TEST, SIMDOM_TEST):
+            expected = {"fit sentence states a test fact": line_of("sentences.txt", 21, 22)}
+            said = [f"answers {concept.questions[line - 1].id}: {asked['question']}" for line, asked in lines.items()]
+        assert_only(check_concept(concept), expected, *said)
+        assert set(mark_answers(concept).stated) == {"", "21", "22"}
 
 
 def test_other_texts_may_use_the_same_words():
     """A paragraph may even state the fact: it is what relearning relearns."""
     asked, answer, stating = STATEMENTS[0]
-    harmless = [
-        "Midas was the last king of a rich old town.",  # the answer, another fact
-        "Everything in the temple had turned to gold.",  # the fact, without the answer
-        "The king thought of gold, and of nothing but gold.",
-    ]
-    concept = with_texts(
-        with_questions(SOUND, {TEST: asking(asked, answer)}), "sentences", dict(enumerate(harmless, 23))
-    )
+    harmless = {
+        23: "Midas was the last king of a rich old town.",  # the answer, another fact
+        24: "Everything in the temple had turned to gold.",  # the fact, without the answer
+        25: "The king thought of gold, and of nothing but gold.",
+    }
+    concept = with_texts(with_questions(SOUND, {TEST: asking(asked, answer)}), "sentences", harmless)
     assert_only(check_concept(with_texts(concept, "paragraphs", {3: f"{words(60)} {stating}"})), {})
 
 
 def test_too_few_texts_and_questions():
-    """One is missing of everything."""
+    """One is missing of everything, then all questions are."""
     kinds = ("sentences", "paragraphs", "other_sense")
     left = {kind: getattr(SOUND, kind)[1:] for kind in kinds}
     questions = tuple(q for line, q in enumerate(SOUND.questions, 1) if line - 10 not in FIRST)
@@ -189,14 +176,8 @@ def test_too_few_texts_and_questions():
     least |= {f"questions, {part}": size for part, size in SIZES.items()}
     assert_only(report, {check: [] for check in least})
     assert {check: value(report, check) + 1 for check in least} == least
-
-
-def test_no_questions_at_all():
     report = check_concept(dataclasses.replace(SOUND, questions=()))
     assert_only(report, {f"questions, {part}": [] for part in PARTS} | {"concept test answers in neither": []})
-
-
-def test_too_few_shared():
     fewer = {name: getattr(SHARED, name)[1:] for name in ("neutral_fit", "questions", "instructions")}
     fewer["neutral"] = SHARED.neutral | {"test": SHARED.neutral["test"][1:]}
     checks = {"questions": "general questions", "instructions": "instructions"}
@@ -205,19 +186,14 @@ def test_too_few_shared():
         assert_only(report, {checks.get(name, "neutral sentences"): []})
 
 
-@pytest.mark.parametrize(
-    ("kind", "least", "most"), [("sentences", 5, 45), ("paragraphs", 60, 120), ("other_sense", 5, 45)]
-)
-def test_texts_too_short_or_too_long(kind, least, most):
-    report = check_concept(with_texts(SOUND, kind, {31: words(least - 1), 32: words(most + 1)}))
-    said = [f"{count} words, wanted {least}-{most}: " for count in (least - 1, most + 1)]
-    assert_only(report, {f"length of {kind.replace('_', ' ')}": line_of(f"{kind}.txt", 31, 32)}, *said)
-
-
-def test_questions_and_options_too_short_or_too_long():
-    long = words(13)
+def test_texts_questions_and_options_too_short_or_too_long():
+    for kind, least, most in (("sentences", 5, 45), ("paragraphs", 60, 120), ("other_sense", 5, 45)):
+        report = check_concept(with_texts(SOUND, kind, {31: words(least - 1), 32: words(most + 1)}))
+        said = [f"{count} words, wanted {least}-{most}: " for count in (least - 1, most + 1)]
+        assert_only(report, {f"length of {kind.replace('_', ' ')}": line_of(f"{kind}.txt", 31, 32)}, *said)
     lines = {3: {"question": words(3)}, TEST: {"question": words(40)}, TEST + 1: {"answer": words(12)}}  # at the bounds
     assert_only(check_concept(with_questions(SOUND, lines)), {})
+    long = words(13)
     lines = {
         3: {"question": words(2)}, TEST: {"question": words(41)}, 6: {"answer": long},
         8: {"distractors": (*SOUND.questions[7].distractors[:2], long)},
@@ -230,20 +206,19 @@ def test_questions_and_options_too_short_or_too_long():
 def test_repeated_text():
     """In capitals and with other punctuation it is still the same text; in another order it is not."""
     concept, places, said = SOUND, [], []
-    for kind, line, where, other, other_line in (
-        ("sentences", 12, "sentences.txt, line 12", "sentences", 2),
-        ("paragraphs", 80, "paragraphs.txt, line 80", "paragraphs", 1),
-        ("other_sense", 5, "other_sense.txt, line 5", "sentences", 150),
-        ("neutral", 1, "neutral sentence 1", "sentences", 1),
-        ("neutral", 300, "neutral sentence 300", "neutral", 299),
-        ("further_neutral", 2, "neutral sentence 302", "other_sense", 3),
-        ("further_neutral", 30, "neutral sentence 330", "neutral", 4),
+    for kind, line, where, other, other_line, same in (
+        ("sentences", 12, "sentences.txt, line 12", "sentences", 2, "sentences.txt, line 2"),
+        ("paragraphs", 80, "paragraphs.txt, line 80", "paragraphs", 1, "paragraphs.txt, line 1"),
+        ("other_sense", 5, "other_sense.txt, line 5", "sentences", 150, "sentences.txt, line 150"),
+        ("neutral", 1, "neutral sentence 1", "sentences", 1, "sentences.txt, line 1"),
+        ("neutral", 300, "neutral sentence 300", "neutral", 299, "neutral sentence 299"),
+        ("further_neutral", 2, "neutral sentence 302", "other_sense", 3, "other_sense.txt, line 3"),
+        ("further_neutral", 30, "neutral sentence 330", "neutral", 4, "neutral sentence 4"),
     ):
         copy = f"“{getattr(SOUND, other)[other_line - 1].removesuffix('.').upper()}”!"
         concept = with_texts(concept, kind, {line: copy})
         places.append(where)
-        place = f"neutral sentence {other_line}" if other == "neutral" else f"{other}.txt, line {other_line}"
-        said.append(f"same as {place}: ")
+        said.append(f"same as {same}: ")
     concept = with_texts(concept, "sentences", {20: " ".join(reversed(SOUND.sentences[0].split()))})
     assert_only(check_concept(concept), {"repeated text": places}, *said)
 
@@ -322,42 +297,27 @@ def test_fewer_than_40_answers_in_no_text(hidden):
     assert_only(report, {"concept test answers in neither": []} if hidden > 60 else {})
 
 
-@pytest.fixture
-def blind(monkeypatch):
-    """Plant probability and accuracy after an empty question, by part; elsewhere 0.25."""
+def test_answers_that_the_model_guesses(monkeypatch):
+    """With planted scores, 0.25 where nothing else is said; those of a tiny model have the same form."""
+    scores = {"concept train": (0.36, 0.2), "concept test": (0.2, 0.36), "simdom train": (0.34, 0.34),
+              "simdom test": (0.9, 1.0), "general test": (0.5, 0.1)}  # fmt: skip
 
-    def plant(scores: dict[str, tuple[float, float]]) -> object:
-        def blind_scores(_, questions):
-            pairs = [(q.id, *scores.get(f"{q.set} {q.split}", (0.25, 0.25))) for q in questions]
-            return pd.DataFrame(pairs, columns=["item", "gold_prob", "correct"]).melt("item", var_name="metric")
+    def planted(_, questions):
+        pairs = [(q.id, *scores.get(f"{q.set} {q.split}", (0.25, 0.25))) for q in questions]
+        return pd.DataFrame(pairs, columns=["item", "gold_prob", "correct"]).melt("item", var_name="metric")
 
-        monkeypatch.setattr(data_checks, "blind_scores", blind_scores)
-        return object()
-
-    return plant
-
-
-def test_answers_that_the_model_guesses(blind):
-    scores = {"concept train": (0.36, 0.2), "concept test": (0.2, 0.36), "simdom train": (0.34, 0.34)}
-    report = check_concept(SOUND, blind({**scores, "simdom test": (0.9, 1.0)}))
+    asked = check_concept(make_concept(), make_loaded()).table.query("check.str.startswith('empty question')")
+    assert len(asked) == 8 and asked.value.between(0, 1).all() and len(set(asked.value)) > 1
+    monkeypatch.setattr(data_checks, "blind_scores", planted)
+    report, general = check_concept(SOUND, object()), check_shared(SHARED, object())
     probability, accuracy = "empty question, probability, ", "empty question, accuracy, "
     too_good = [f"{probability}concept train", f"{accuracy}concept test"]
     too_good += [f"{probability}simdom test", f"{accuracy}simdom test"]
     assert_only(report, {check: [] for check in too_good})
-    for part, (right, correct) in scores.items():
-        assert value(report, probability + part) == pytest.approx(right)
-        assert value(report, accuracy + part) == pytest.approx(correct)
+    for part in PARTS:
+        assert (value(report, probability + part), value(report, accuracy + part)) == pytest.approx(scores[part])
     assert report.table.check.str.startswith("empty question").sum() == 8
-    general = check_shared(SHARED, blind({"general test": (0.5, 0.1)}))
     assert_only(general, {f"{probability}general test": []})
-
-
-def test_a_real_model_is_asked():
-    """A tiny one: the planted scores above have the form of real ones."""
-    report = check_concept(make_concept(), make_loaded())
-    asked = report.table[report.table.check.str.startswith("empty question")]
-    assert len(asked) == 8
-    assert asked.value.between(0, 1).all() and len(set(asked.value)) > 1
 
 
 def test_bad_shared_texts_and_questions():
@@ -393,23 +353,15 @@ def test_bad_shared_texts_and_questions():
     assert_only(check_shared(changed), places, *said, "same as general.jsonl, line 10: ", "2 words", "option", "")
 
 
-@pytest.fixture
-def sound(tmp_path, monkeypatch) -> Path:
-    """The sound concept's folder in a data folder in place of ours."""
-    monkeypatch.setenv("EMBER_DATA", str(tmp_path / "data"))
-    return write_sound(tmp_path / "data")
-
-
-def test_check_data_checks_every_concept_and_what_they_share_or_one_folder(sound):
-    reports = check_data()
-    assert [report.table.subject.iloc[0] for report in reports] == ["Sound Rome", "shared"]
+def test_check_data_checks_every_concept_and_what_they_share_or_one_folder(tmp_path, monkeypatch):
+    """The places are lines of the files: an editor that goes to the named line finds the named text."""
+    monkeypatch.setenv("EMBER_DATA", str(tmp_path))
+    with pytest.raises(EmberError, match="no concept"):
+        check_data()
+    sound = write_sound(tmp_path)
+    reports = [*check_data(), *check_data(str(sound))]
+    assert [set(report.table.subject) for report in reports] == [{"Sound Rome"}, {"shared"}, {"Sound Rome"}]
     assert all(report.table.ok.all() for report in reports)
-    (report,) = check_data(str(sound))
-    assert report.table.ok.all() and set(report.table.subject) == {"Sound Rome"}
-
-
-def test_places_are_lines_of_the_files(sound):
-    """Read from disk: an editor that goes to the named line finds the named text."""
     path, asked = sound / "questions.jsonl", SOUND.questions[TEST + 6]
     given = f"{asked.question[:-1]} or the {asked.answer}?"
     path.write_text(path.read_text().replace(asked.question, given))
@@ -417,12 +369,6 @@ def test_places_are_lines_of_the_files(sound):
     (finding,) = report.findings.itertuples()
     name, line = finding.where.split(", line ")
     assert given in (sound / name).read_text().splitlines()[int(line) - 1]
-
-
-def test_a_data_folder_without_concepts_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMBER_DATA", str(tmp_path))
-    with pytest.raises(EmberError, match="no concept"):
-        check_data()
 
 
 def test_check_table_has_a_column_for_each_subject_and_marks_what_fails():
@@ -434,7 +380,5 @@ def test_check_table_has_a_column_for_each_subject_and_marks_what_fails():
     shown = table.set_index("check")
     assert list(shown.loc["sentences"]) == ["≥ 150", "149 !", ""]
     assert list(shown.loc["repeated text"]) == ["0", "0", "0"]
-    assert (
-        shown.loc["instructions", "Sound Rome"] == "" and shown.loc["longest option, general test", "shared"] == "0.25"
-    )
+    assert list(shown.loc["instructions"])[1] == "" and shown.shared["longest option, general test"] == "0.25"
     assert "!" not in "".join(shown["shared"]) and "".join(shown["Sound Rome"]).count("!") == 1
