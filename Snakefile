@@ -98,9 +98,6 @@ for notebook in NOTEBOOKS:
         output:
             str(manifest_path(PROFILE.name, stem(notebook))),
             [str(frame_path(PROFILE.name, stem(notebook), frame)) for frame in planning.FRAMES.get(notebook, ())],
-        # Seconds and memory as Snakemake sees them, sampled; the manifest has its own.
-        benchmark:
-            str(manifest_path(PROFILE.name, stem(notebook)).with_suffix(".tsv"))
         priority: int(notebook in (planning.FACTORIZE, planning.SELECT))  # much waits for them
         params:
             notebook=notebook,

@@ -34,12 +34,11 @@ def dry(request, tmp_path_factory) -> tuple[str, str]:
     return request.param, done.stdout + done.stderr
 
 
-def test_a_dry_run_lists_one_job_a_run_with_a_benchmark_file(dry):
+def test_a_dry_run_lists_one_job_a_run(dry):
     name, text = dry
     jobs = plan(load_profile(name))
     assert re.search(rf"^total +{len(jobs) + 2}$", text, re.M)  # and: fetch, all
     assert text.count(" -m ember run-notebook ") == len(jobs)
-    assert sorted(re.findall(r"^    benchmark: .*/notebooks/(.*)\.tsv$", text, re.M)) == sorted(j.name for j in jobs)
 
 
 def test_each_run_of_a_large_model_asks_for_one_gpu(dry):

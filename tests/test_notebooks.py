@@ -149,7 +149,7 @@ def test_a_good_run_leaves_a_copy_and_a_manifest_and_all_else_as_it_was(folder):
     about = json.loads(path.read_text())
     assert (about["notebook"], about["parameters"]) == (name, {"profile": "laptop", "value": 2.5})
     assert about["code_hash"] == code_hash(name)
-    assert about["wall_seconds"] > 0
+    assert about["wall_seconds"] > 0 and about["peak_memory_mb"] > 10
     assert "laptop 2.5 float" in printed(path.with_suffix(".ipynb"))
     assert sorted(p.name for p in path.parent.iterdir()) == [f"{path.stem}.ipynb", path.name]
     assert ((folder / f"{name}.ipynb").read_bytes(), dict(os.environ)) == (source, environment)

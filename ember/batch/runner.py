@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ def run_notebook(name: str, parameters: Mapping[str, Any]) -> Path:
     """Execute a notebook with papermill into the profile's results; return the manifest's path.
 
     The executed copy is called ``….failed.ipynb`` until its last cell has run. The manifest (parameters, code hash,
-    start, wall seconds) is written last of all, so that a run without one did not finish. A run that finds nothing of
+    start, wall seconds, peak memory) is written last of all, so that a run without one did not finish. A run that finds nothing of
     the concept to edit, or needs one that did, is no failure: its manifest holds the reason under ``nothing_found``,
     and its frames are empty files. A parameter that is unknown or of a wrong type, before anything runs, or a failing
     cell is an ``EmberError``.
@@ -50,6 +51,8 @@ def run_notebook(name: str, parameters: Mapping[str, Any]) -> Path:
         write_text(frame_path(profile, stem, frame), "")
     about: dict[str, Any] = {"notebook": name, "parameters": dict(parameters), "code_hash": code_hash(name)}
     about |= {"started": round(started, 1), "wall_seconds": round(time.time() - started, 1)}
+    # Snakemake's benchmark samples memory every half minute, and misses most peaks; this is the kernel's own maximum.
+    about["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
     about |= {"nothing_found": reason} if reason else {}
     write_text(manifest, json.dumps(about, indent=1) + "\n")
     return manifest

@@ -48,18 +48,14 @@ def measured_times(profile: str) -> pd.DataFrame:
 
 
 def write_run_times(profile: Profile) -> Path:
-    """Collect start, wall seconds and peak memory (sampled, MB) of a profile's runs into ``tables/run_times.csv``.
+    """Collect start, wall seconds and peak memory (MB) of a profile's runs into ``tables/run_times.csv``.
 
     ``start`` counts seconds from the start of the first run.
     """
     rows = []
     for job in plan(profile):
-        manifest = manifest_path(profile.name, job.name)
-        about, benchmark = json.loads(manifest.read_text(encoding="utf-8")), manifest.with_suffix(".tsv")
-        # A run that Snakemake did not make has no benchmark.
-        measured = pd.read_csv(benchmark, sep="\t", na_values="-").iloc[0] if benchmark.exists() else {}
-        seconds, memory = measured.get("s", about["wall_seconds"]), measured.get("max_rss", float("nan"))
-        rows.append((job.name, job.notebook, about["started"], seconds, memory))
+        about = json.loads(manifest_path(profile.name, job.name).read_text(encoding="utf-8"))
+        rows.append((job.name, job.notebook, *(about[key] for key in ("started", *_COLUMNS[3:]))))
     table = pd.DataFrame(rows, columns=_COLUMNS)
     table["start"] = (table.start - table.start.min()).round(1)
     return write_frame(results_dir(profile.name) / "tables" / "run_times.csv", table)
