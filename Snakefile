@@ -110,6 +110,6 @@ for notebook in NOTEBOOKS:
             gpu=int(not SMALL and notebook != planning.REPORT),
             mem_mb=lambda wildcards, attempt: MEMORY_MB * attempt,
             runtime=lambda wildcards, attempt: MINUTES * attempt,
-        # Compute nodes have no connection: whatever comes from the Hub was fetched by the one rule before. Nobody watches bars.
+        # Compute nodes have no connection: what comes from the Hub was fetched by the one rule before.
         shell:
             f"HF_HUB_OFFLINE=1 TQDM_DISABLE=1 {PYTHON} -m ember run-notebook {{params.notebook}} {{params.settings:q}}"

@@ -64,7 +64,7 @@ def test_only_the_fetch_may_need_a_connection(dry):
     commands = re.findall(r"^.* -m ember (?!run-notebook).*$", text, re.M)
     assert len(commands) == 1 and re.search(rf" -m ember fetch {name} --record ", commands[0])
     for command in re.findall(r"^.* -m ember run-notebook .*$", text, re.M):
-        assert re.search(r"(^|: ) *HF_HUB_OFFLINE=1 \S+ -m ember run-notebook ", command)
+        assert re.search(r"(^|: ) *HF_HUB_OFFLINE=1 TQDM_DISABLE=1 \S+ -m ember run-notebook ", command)
     assert re.search(r"^localrules:\n    all,\n    fetch,$", SNAKEFILE, re.M)
 
 

@@ -25,8 +25,8 @@ def run_notebook(name: str, parameters: Mapping[str, Any]) -> Path:
     """Execute a notebook with papermill into the profile's results; return the manifest's path.
 
     The executed copy is called ``….failed.ipynb`` until its last cell has run. The manifest (parameters, code hash,
-    start, wall seconds, peak memory) is written last of all, so that a run without one did not finish. A run that finds nothing of
-    the concept to edit, or needs one that did, is no failure: its manifest holds the reason under ``nothing_found``,
+    start, seconds, memory) is written last of all, so that a run without one did not finish. A run that finds nothing
+    of the concept to edit, or needs one that did, is no failure: its manifest holds the reason under ``nothing_found``,
     and its frames are empty files. A parameter that is unknown or of a wrong type, before anything runs, or a failing
     cell is an ``EmberError``.
     """
