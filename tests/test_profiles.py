@@ -2,8 +2,11 @@
 
 import ast
 import os
+import re
 import socket
+from functools import reduce
 from itertools import product
+from operator import getitem
 
 import pytest
 import yaml
@@ -53,19 +56,16 @@ def load(tmp_path, monkeypatch):
     return written
 
 
-def without(mapping: dict, key: str) -> dict:
-    return {k: v for k, v in mapping.items() if k != key}
-
-
-# Our profiles
-
-
-def test_the_profiles_are_there():
-    """The tests' profile can stand in for the default, as in `make nbval`; the paper's models have one each."""
-    smoke, laptop = load_profile("smoke"), load_profile("laptop")
-    for key in ("fit", "model", "concepts", "seeds"):
-        assert getattr(smoke, key) == getattr(laptop, key)
-    assert {load_profile(name).model for name in PAPERS} == {"gemma-2-2b-it", "llama-3.1-8b-instruct"}
+def changed(key: str, *value) -> str:
+    """The text of GOOD with this value at a dotted key, or without the key."""
+    content = yaml.safe_load(yaml.safe_dump(GOOD))
+    *way, last = (int(step) if step.isdigit() else step for step in re.findall(r"\w+", key))
+    at = reduce(getitem, way, content)
+    if value:
+        at[last] = value[0]
+    else:
+        del at[last]
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -80,6 +80,10 @@ def test_profile_names_what_exists_and_its_settings_are_accepted_where_they_go(n
         assert cells and all(METHODS[method].config(**settings) for settings in cells.values())
     for job in plan(profile):
         check_parameters(job.notebook, job.parameters)
+    # The tests' profile can stand in for the default, as in `make nbval`; the paper's models have one each.
+    smoke, laptop = load_profile("smoke"), load_profile("laptop")
+    assert all(getattr(smoke, key) == getattr(laptop, key) for key in ("fit", "model", "concepts", "seeds"))
+    assert {load_profile(name).model for name in PAPERS} == {"gemma-2-2b-it", "llama-3.1-8b-instruct"}
 
 
 @pytest.mark.parametrize("notebook", planning.FRAMES)
@@ -120,9 +124,6 @@ def test_a_paper_profile_is_the_paper_s_experiment_and_is_planned_without_a_netw
         assert max(layer for cell in cells for layer in cell["layers"]) < depth
 
 
-# Reading
-
-
 def test_a_profile_is_read_to_the_letter(load):
     """And a grid takes settings of any kind, and may be of a method without arms."""
     profile = load()
@@ -134,28 +135,24 @@ def test_a_profile_is_read_to_the_letter(load):
         assert load(methods=["ember"], grids=GOOD["grids"] | {"other": {"x": value}}).grids["other"] == {"x": value}
 
 
-# Cells
-
-
 def cells(load, method="other", **grid) -> dict:
     """Cells of a grid, as read from a file."""
     return load(grids=dict.fromkeys(("ember", "other", "aside"), grid)).cells(method)
 
 
-@pytest.mark.parametrize(("grid", "wanted"), [
-    ({}, {"only cell": {}}), ({"layer": 3}, {"only cell": {"layer": 3}}),
-    ({"layer": [3]}, {"only cell": {"layer": 3}}),
-    ({"delta": [2, 0.5, 10.0]}, {"delta=2": {"delta": 2}, "delta=0.5": {"delta": 0.5}, "delta=10": {"delta": 10}}),
-    ({"layer": [1, 7], "lr": [0.001, 0.5]},
-     {f"layer={k} lr={lr}": {"layer": k, "lr": lr} for k in (1, 7) for lr in (0.001, 0.5)}),
-    ({"lr": [0.1, 0.2], "band": "early", "k": [5]},
-     {f"lr={lr}": {"lr": lr, "band": "early", "k": 5} for lr in (0.1, 0.2)}),
-    ({"layers": [[3], [3, 4]], "mu": 2.0},
-     {f"layers={layers}": {"layers": layers, "mu": 2.0} for layers in ([3], [3, 4])}),
-], ids=repr)  # fmt: skip
-def test_cells_are_all_combinations_in_the_order_of_the_file(load, grid, wanted):
+def test_cells_are_all_combinations_in_the_order_of_the_file(load):
     """The first setting varies slowest. Fixed ones are in every cell and no label; so is a search of one value."""
-    assert list(cells(load, **grid).items()) == list(wanted.items())
+    for grid, wanted in (
+        ({}, {"only cell": {}}), *(({"layer": layer}, {"only cell": {"layer": 3}}) for layer in (3, [3])),
+        ({"delta": [2, 0.5, 10.0]}, {f"delta={d:g}": {"delta": d} for d in (2, 0.5, 10)}),
+        ({"layer": [1, 7], "lr": [0.001, 0.5]},
+         {f"layer={k} lr={lr}": {"layer": k, "lr": lr} for k in (1, 7) for lr in (0.001, 0.5)}),
+        ({"lr": [0.1, 0.2], "band": "early", "k": [5]},
+         {f"lr={lr}": {"lr": lr, "band": "early", "k": 5} for lr in (0.1, 0.2)}),
+        ({"layers": [[3], [3, 4]], "mu": 2.0},
+         {f"layers={layers}": {"layers": layers, "mu": 2.0} for layers in ([3], [3, 4])}),
+    ):  # fmt: skip
+        assert list(cells(load, **grid).items()) == list(wanted.items())
 
 
 def test_cells_have_the_fit_s_settings_do_not_follow_each_other_and_no_two_have_one_label(load):
@@ -170,79 +167,56 @@ def test_cells_have_the_fit_s_settings_do_not_follow_each_other_and_no_two_have_
         cells(load, lr=[0.1, 0.1000000001])
 
 
-# Broken profiles
+def test_an_unknown_key_lists_the_known_ones_and_a_missing_one_is_named(load):
+    for key, message in {
+        "delta": r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids",
+        "name": r"key in mine\.yaml 'name'; known: concepts",
+        "fit.ranks": r"key in fit of mine\.yaml 'ranks'; known: max_iter, .*rank, ",
+        "localize.more": r"key in localize of mine\.yaml 'more'; known: arms, seeds",
+        "relearn.more": r"relearn of mine\.yaml 'more'; known: settings",
+        "relearn.sweeps[0].lr": r"sweeps\[0\] of mine\.yaml 'lr'; .*lrs",
+        "judge.url": r"judge of mine\.yaml 'url'; known: .*base_url",
+    }.items():
+        with pytest.raises(UnknownNameError, match=message):
+            load(changed(key, 1))
+    for key in (
+        *GOOD, *(f"{part}.{key}" for part in ("fit", "grids") for key in GOOD[part]), "relearn.sweeps",
+        "relearn.sweeps[0].lrs", "localize.texts", "teach.tokens",
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=rf"mine\.yaml: missing key '{re.escape(key)}'"):
+            load(changed(key))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"delta": [1]}, r"key in mine\.yaml 'delta'; known: concepts, controls, dtype, fit, grids"),
-    ({"name": "x"}, r"key in mine\.yaml 'name'; known: concepts"),
-    ({"fit": GOOD["fit"] | {"ranks": 8}}, r"key in fit of mine\.yaml 'ranks'; known: max_iter, .*rank, "),
-    ({"localize": GOOD["localize"] | {"more": 1}}, r"key in localize of mine\.yaml 'more'; known: arms, seeds"),
-    ({"relearn": {"settings": {}, "sweeps": [], "more": 1}}, r"relearn of mine\.yaml 'more'; known: settings"),
-    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lr": [1.0]}]}}, r"sweeps\[0\] of mine\.yaml 'lr'; .*lrs"),
-    ({"judge": GOOD["judge"] | {"url": "x"}}, r"judge of mine\.yaml 'url'; known: .*base_url"),
+@pytest.mark.parametrize(("key", "value"), [
+    ("fit", [1]), ("fit.sparsity", "1e-4"), ("fit.rank", "8"), ("fit.rank", True), ("fit.precision", 64),
+    ("grids", 5), ("grids", ["ember", "other"]), ("grids.ember.delta", [0.5, "5e-1"]), ("grids.other.layer", "3e0"),
+    ("grids.other", [0.1]), ("seeds[0]", 1.5), ("concepts[1]", 7), ("methods[0]", None), ("model", 5),
+    ("concepts", "Rome"),  # would be read letter by letter
+    ("sizes.train", 4), ("relearn.sweeps[0].lrs[0]", "1e-5"), ("relearn.sweeps[0].budgets", ["4"]),
+    ("localize.arms", "ember"), ("trade.strengths[0]", "1e-1"), ("trade.seeds", "all"), ("stability.seeds", 2),
+    ("stability.precisions[0]", 64), ("teach.lr", "1e-4"), ("judge", "m"),
 ], ids=str)  # fmt: skip
-def test_unknown_key_lists_the_known_ones(load, changes, message):
-    with pytest.raises(UnknownNameError, match=message):
-        load(**changes)
-
-
-@pytest.mark.parametrize(("changes", "key"), [
-    *(({key: None}, key) for key in GOOD),
-    ({"fit": {"rank": 8}}, "fit.sparsity"), ({"fit": {"sparsity": 0.1}}, "fit.rank"),
-    *(({"grids": without(GOOD["grids"], name)}, f"grids.{name}") for name in GOOD["grids"]),
-    ({"relearn": {"settings": {}}}, "relearn.sweeps"),
-    ({"relearn": {"settings": {}, "sweeps": [without(SWEEP, "lrs")]}}, "relearn.sweeps[0].lrs"),
-    ({"localize": {"arms": ["ember"]}}, "localize.texts"),
-    ({"teach": without(GOOD["teach"], "tokens")}, "teach.tokens"),
-], ids=str)  # fmt: skip
-def test_missing_key(load, changes, key):
-    content = {name: value for name, value in (GOOD | changes).items() if value is not None}
-    with pytest.raises(DataError, match=rf"mine\.yaml: missing key '{key}'".replace("[", r"\[")):
-        load(yaml.safe_dump(content))
-
-
-@pytest.mark.parametrize(("changes", "key", "typed"), [
-    ({"fit": {"rank": 8, "sparsity": "1e-4"}}, "fit.sparsity", "'1e-4'"),  # what YAML makes of 1e-4
-    ({"fit": {"rank": "8", "sparsity": 0.1}}, "fit.rank", "'8'"),
-    ({"fit": {"rank": True, "sparsity": 0.1}}, "fit.rank", "True"),
-    ({"fit": GOOD["fit"] | {"precision": 64}}, "fit.precision", "64"), ({"fit": [1]}, "fit", "[1]"),
-    ({"grids": GOOD["grids"] | {"ember": {"delta": [0.5, "5e-1"]}}}, "grids.ember.delta", "'5e-1'"),
-    ({"grids": GOOD["grids"] | {"other": {"layer": "3e0"}}}, "grids.other.layer", "'3e0'"),
-    ({"grids": 5}, "grids", "5"), ({"grids": ["ember", "other"]}, "grids", "['ember', 'other']"),
-    ({"grids": GOOD["grids"] | {"other": [0.1]}}, "grids.other", "[0.1]"), ({"seeds": [1.5]}, "seeds[0]", "1.5"),
-    ({"concepts": ["Rome", 7]}, "concepts[1]", "7"),
-    ({"concepts": "Rome"}, "concepts", "'Rome'"),  # would be read letter by letter
-    ({"methods": [None]}, "methods[0]", "None"), ({"model": 5}, "model", "5"),
-    ({"sizes": {"train": 4}}, "sizes.train", "4"),
-    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"lrs": ["1e-5"]}]}}, "relearn.sweeps[0].lrs[0]", "'1e-5'"),
-    ({"relearn": {"settings": {}, "sweeps": [SWEEP | {"budgets": ["4"]}]}}, "relearn.sweeps[0].budgets[0]", "'4'"),
-    ({"localize": {"arms": "ember", "texts": 3}}, "localize.arms", "'ember'"),
-    ({"trade": GOOD["trade"] | {"strengths": ["1e-1"]}}, "trade.strengths[0]", "'1e-1'"),
-    ({"trade": GOOD["trade"] | {"seeds": "all"}}, "trade.seeds", "'all'"),
-    ({"stability": GOOD["stability"] | {"seeds": 2}}, "stability.seeds", "2"),
-    ({"stability": GOOD["stability"] | {"precisions": [64]}}, "stability.precisions[0]", "64"),
-    ({"teach": GOOD["teach"] | {"lr": "1e-4"}}, "teach.lr", "'1e-4'"), ({"judge": "m"}, "judge", "'m'"),
-], ids=str)  # fmt: skip
-def test_a_wrong_type_is_one_line_with_file_key_and_value(load, changes, key, typed):
+def test_a_wrong_type_is_one_line_with_file_key_and_value(load, key, value):
     with pytest.raises(DataError) as caught:
-        load(**changes)
+        load(changed(key, value))
     message = str(caught.value)
-    assert f"mine.yaml, key '{key}': " in message and typed in message and "1.0e-4" in message and "\n" not in message
+    entries = {"grids.ember.delta": (key, "5e-1"), "relearn.sweeps[0].budgets": (f"{key}[0]", "4")}
+    key, value = entries.get(key, (key, value))
+    assert f"mine.yaml, key '{key}': " in message and repr(value) in message
+    assert "1.0e-4" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    *(("sizes", {"train": {name: value}}, rf"key 'sizes\.train': {name} .*, got {value}$") for name, value in
+    *(("sizes.train", {name: value}, rf"key 'sizes\.train': {name} .*, got {value}$") for name, value in
       {"questions": 4.5, "letters": 1, "open_answers": True, "other_texts": 3, "quest": 1}.items()),
     ("source", "theirs", "key 'source': expected 'ours' or 'released', got 'theirs'$"),
     ("dtype", "theirs", "key 'dtype': expected 'float32', 'bfloat16'.*, got 'theirs'$"),
-    *(("judge", GOOD["judge"] | {name: value}, f"judge.*{name}") for name, value in
-      {"max_calls": 0, "timeout": "1e1", "base_url": "localhost"}.items()),
-    ("judge", without(GOOD["judge"], "model"), "judge.*model"),
+    ("judge.max_calls", 0, "judge.*max_calls"), ("judge.timeout", "1e1", "judge.*timeout"),
+    ("judge.base_url", "localhost", "judge.*base_url"), ("judge", {"base_url": "http://localhost"}, "judge.*model"),
 ], ids=str)  # fmt: skip
 def test_a_size_source_dtype_or_judge_that_cannot_be_is_an_error_that_names_it(load, key, value, message):
     with pytest.raises(DataError, match=rf"mine\.yaml.*{message}"):
-        load(**{key: value})
+        load(changed(key, value))
 
 
 def test_a_file_that_is_no_mapping_is_named_and_an_unknown_profile_lists_the_known_ones(load):
@@ -254,9 +228,6 @@ def test_a_file_that_is_no_mapping_is_named_and_an_unknown_profile_lists_the_kno
     for name in ("nope", "", "../params/mine", "mine.yaml"):
         with pytest.raises(UnknownNameError, match="known: mine, other"):
             load_profile(name)
-
-
-# Arms
 
 
 def test_ember_is_the_first_arm_the_others_keep_their_order_and_an_unknown_one_lists_them(load):
@@ -275,11 +246,6 @@ def test_ember_is_the_first_arm_the_others_keep_their_order_and_an_unknown_one_l
             plan(load(**{part: GOOD[part] | content}))
 
 
-# Jobs
-
-ARMS = [("ember", False), ("other", False), ("other", True), ("aside", False)]
-
-
 def jobs(profile: Profile, notebook: str) -> list[Job]:
     return [job for job in plan(profile) if job.notebook == notebook]
 
@@ -290,15 +256,15 @@ def values(found: list[Job], *keys: str) -> list[tuple]:
 
 def like(job: Job, notebook: str, *keys: str, **others) -> str:
     """Name of the run of another notebook on the same model, concept and seed."""
-    return run_name(
-        notebook, **{key: job.parameters[key] for key in ("model", "concept_name", "seed", *keys)}, **others
-    )
+    same = {key: job.parameters[key] for key in ("model", "concept_name", "seed", *keys)}
+    return run_name(notebook, **same, **others)
 
 
 def test_every_combination_is_planned_once_and_needs_what_its_own_concept_and_seed_give(load):
     """EMBER the features; an arm after it its saved edit, and the method alone; other methods nothing."""
     found = jobs(load(), ERASE)
-    wanted = [(c, s, m, e) for c in GOOD["concepts"] for s in GOOD["seeds"] for m, e in ARMS]
+    chosen = [("ember", False), ("other", False), ("other", True), ("aside", False)]
+    wanted = [(c, s, *arm) for c, s, arm in product(GOOD["concepts"], GOOD["seeds"], chosen)]
     assert values(found, "concept_name", "seed", "method", "ember") == wanted
     assert set(values(found, "model", "profile")) == {("tiny", "mine")}
     for job in found:
@@ -308,17 +274,15 @@ def test_every_combination_is_planned_once_and_needs_what_its_own_concept_and_se
         assert job.needs == (after if job.parameters["ember"] else () if method == "other" else features)
 
 
-def test_every_attack_of_a_sweep_meets_every_arm_and_needs_its_erasure(load):
+def test_every_attack_of_a_sweep_meets_every_arm_once_and_needs_its_erasure(load):
     found = jobs(load(), RELEARN)
     wanted = product(GOOD["concepts"], [("none", False), ("other", True)], ["all", "lora"], GOOD["seeds"])
-    keys = ("concept_name", "method", "ember", "attack", "seed")
-    assert sorted(values(found, *keys)) == sorted((c, *arm, a, s) for c, arm, a, s in wanted)
+    rows = values(found, "concept_name", "method", "ember", "attack", "seed")
+    assert sorted(rows) == sorted((c, *arm, a, s) for c, arm, a, s in wanted)
     for job in found:
         erased = like(job, ERASE, method="other", ember=True)
         assert job.needs == (() if job.parameters["method"] == "none" else (erased,))
-
-
-def test_overlapping_sweeps_plan_a_relearning_once_with_fewer_seeds_or_several_budgets(load):
+    # Overlapping sweeps plan a relearning once, with fewer seeds or several budgets.
     few = [SWEEP, SWEEP | {"arms": ["none"], "attacks": ["all", "mlps"], "seeds": 1}]
     found = jobs(load(relearn={"settings": {}, "sweeps": few}), RELEARN)
     assert len({job.name for job in found}) == len(found) == 2 * (2 * 2 * 2 + 1)
@@ -340,22 +304,20 @@ def test_a_part_runs_on_the_first_seeds_if_it_names_anything(load):
         assert not jobs(load(**{part: GOOD[part] | {emptied: []}}), notebook)
 
 
-def test_stability_needs_the_factorization_controls_the_selection_localizing_the_erasures_teaching_nothing(load):
+def test_jobs_need_only_earlier_ones_of_their_own_concept_and_seed_and_the_report_everything(load):
+    """Localizing erasures, controls the selection, stability the factorization, a tour EMBER's, teaching nothing."""
     profile = load()
     found = jobs(profile, planning.LOCALIZE)
     assert len(found) == len(GOOD["concepts"]) * len(GOOD["seeds"]) * 2
     for job in found:  # its own erasure, and EMBER's
         first, own = (like(job, ERASE, method=m, ember=m == "other") for m in ("ember", "other"))
         assert job.needs == ((first,) if job.parameters["method"] == "ember" else (first, own))
-    for job in jobs(profile, planning.STABILITY):
-        assert job.needs == (like(job, planning.FACTORIZE, "rank", "sparsity"),)
-    for job in jobs(profile, planning.CONTROL):
-        assert job.needs == (like(job, SELECT, **GOOD["fit"]),)
+    assert all(
+        job.needs == (like(job, planning.FACTORIZE, "rank", "sparsity"),) for job in jobs(profile, planning.STABILITY)
+    )
+    assert all(job.needs == (like(job, SELECT, **GOOD["fit"]),) for job in jobs(profile, planning.CONTROL))
     assert not any(job.needs for job in jobs(profile, planning.TEACH))
-
-
-def test_jobs_need_only_earlier_ones_a_tour_ember_s_erasure_of_its_own_concept_and_the_report_everything(load):
-    *others, report = plan(load())
+    *others, report = plan(profile)
     earlier: set[str] = set()
     for job in others:
         assert set(job.needs) <= earlier and job.name not in earlier
@@ -366,9 +328,6 @@ def test_jobs_need_only_earlier_ones_a_tour_ember_s_erasure_of_its_own_concept_a
     for tour in tours:
         alike = {key: tour.parameters[key] for key in ("model", "concept_name")}
         assert tour.needs == (run_name(ERASE, **alike, method="ember", ember=False, seed=1),)
-
-
-# Names of runs
 
 
 def test_run_name_holds_every_parameter_in_one_order_and_is_a_file_in_the_profile_s_results(tmp_path, monkeypatch):
