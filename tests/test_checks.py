@@ -32,8 +32,7 @@ LEAK, LENGTHS = "question in two splits", "length of questions and options"
 
 def replaced(items: tuple, lines: dict[int, object]) -> tuple:
     """The items with others on these lines."""
-    changed = dict(enumerate(items, 1)) | lines
-    return tuple(changed.values())
+    return tuple((dict(enumerate(items, 1)) | lines).values())
 
 
 def with_texts(concept: Concept, kind: str, lines: dict[int, str]) -> Concept:
@@ -106,18 +105,17 @@ def test_items_tell_where_the_answers_occur():
     assert len(items) == 320 and items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [(TRAIN, TEST + 3), (SIMDOM_TRAIN + 4, TEST + 3), (TRAIN, SIMDOM_TEST), (TEST, TEST + 9)]
-)
-def test_the_same_question_twice(one, other):
+def test_the_same_question_twice():
     """In two splits it is a leak, too."""
-    same = SOUND.questions[one - 1]
-    report = check_concept(with_questions(SOUND, {other: {"question": same.question.upper(), "answer": same.answer}}))
-    expected, said = {"repeated question": line_of("questions.jsonl", max(one, other))}, []
-    if one != TEST:
-        expected[LEAK] = line_of("questions.jsonl", other)
-        said = [f"{same.question.upper()} | questions.jsonl, line {one}: {same.question}"]
-    assert_only(report, expected, f"same as questions.jsonl, line {min(one, other)}: ", *said)
+    for one, other in ((TRAIN, TEST + 3), (SIMDOM_TRAIN + 4, TEST + 3), (TRAIN, SIMDOM_TEST), (TEST, TEST + 9)):
+        asked = SOUND.questions[one - 1]
+        text = asked.question.upper()
+        report = check_concept(with_questions(SOUND, {other: {"question": text, "answer": asked.answer}}))
+        expected, said = {"repeated question": line_of("questions.jsonl", max(one, other))}, []
+        if one != TEST:
+            expected[LEAK] = line_of("questions.jsonl", other)
+            said = [f"{text} | questions.jsonl, line {one}: {asked.question}"]
+        assert_only(report, expected, f"same as questions.jsonl, line {min(one, other)}: ", *said)
 
 
 def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else():
@@ -241,60 +239,57 @@ def test_a_question_holds_its_answer_or_an_alias():
     assert_only(check_concept(with_questions(SOUND, lines)), expected, *said)
 
 
-def longest(q: Question, right: bool) -> Question:
-    if right:
-        return dataclasses.replace(q, answer=f"{q.answer}u")
-    return dataclasses.replace(q, distractors=(*q.distractors[:2], f"{q.distractors[2]}u"))
+def longest(q: Question, right: bool) -> dict:
+    return {"answer": f"{q.answer}u"} if right else {"distractors": (*q.distractors[:2], f"{q.distractors[2]}u")}
 
 
-def first(q: Question, right: bool) -> Question:
-    return with_gold(q, 0 if right else 1 + len(q.id) % 3)
+def first(q: Question, right: bool) -> dict:
+    return {"id": with_gold(q, 0 if right else 1 + len(q.id) % 3).id}
 
 
-def similar(q: Question, right: bool) -> Question:
+def similar(q: Question, right: bool) -> dict:
     """The question uses a word that only begins like an option."""
-    like = q.answer if right else q.distractors[2]
-    return dataclasses.replace(q, question=f"{q.question[:-1]} or the {like}r?")
+    return {"question": f"{q.question[:-1]} or the {q.answer if right else q.distractors[2]}r?"}
+
+
+GUESSED = {"longest option": longest, "first option": first, "most similar option": similar}
 
 
 @pytest.mark.parametrize("right", [True, False], ids=["always", "never"])
-@pytest.mark.parametrize(
-    ("name", "plant"), [("longest option", longest), ("first option", first), ("most similar option", similar)]
-)
-def test_a_guess_that_is_always_or_never_right(name, plant, right):
+@pytest.mark.parametrize("name", GUESSED)
+def test_a_guess_that_is_always_or_never_right(name, right):
     """In two parts of a concept's questions; of the general ones, in one."""
-    parts = ["concept test", "simdom train"]
+    parts, plant = ["concept test", "simdom train"], GUESSED[name]
     lines = [PARTS[part] + k for part in parts for k in range(SIZES[part])]
-    planted = replaced(SOUND.questions, {line: plant(SOUND.questions[line - 1], right) for line in lines})
-    report = check_concept(dataclasses.replace(SOUND, questions=planted))
+    report = check_concept(with_questions(SOUND, {k: plant(SOUND.questions[k - 1], right) for k in lines}))
     assert_only(report, {f"{name}, {part}": [] for part in parts})
     assert all(value(report, f"{name}, {part}") == float(right) for part in parts)
-    general = tuple(plant(q, right) for q in SHARED.questions[:100]) + SHARED.questions[100:]
-    assert_only(check_shared(dataclasses.replace(SHARED, questions=general)), {f"{name}, general train": []})
+    general = with_questions(SHARED, {k: plant(q, right) for k, q in enumerate(SHARED.questions[:100], 1)})
+    assert_only(check_shared(general), {f"{name}, general train": []})
 
 
-@pytest.mark.parametrize(("others", "ok"), [(5, True), (6, False)])
-def test_guessing_is_measured_to_the_item(others, ok):
+def test_guessing_is_measured_to_the_item():
     """100 questions, 25 of them with the right option first: 0.30 is the last that passes."""
-    wrong = [line for line in range(TEST, SIMDOM_TRAIN) if SOUND.questions[line - 1].gold != 0][:others]
-    lines = {line: {"id": with_gold(SOUND.questions[line - 1], 0).id} for line in wrong}
-    assert_only(check_concept(with_questions(SOUND, lines)), {} if ok else {"first option, concept test": []})
+    wrong = [line for line in range(TEST, SIMDOM_TRAIN) if SOUND.questions[line - 1].gold != 0]
+    for others, expected in ((5, {}), (6, {"first option, concept test": []})):
+        lines = {line: first(SOUND.questions[line - 1], True) for line in wrong[:others]}
+        assert_only(check_concept(with_questions(SOUND, lines)), expected)
 
 
-@pytest.mark.parametrize("hidden", [60, 61])
-def test_fewer_than_40_answers_in_no_text(hidden):
+def test_fewer_than_40_answers_in_no_text():
     """The last words of paragraphs and sentences become answers; one answer in both counts once."""
-    answers = [q.answer for q in SOUND.questions[TEST - 1 : TEST - 1 + hidden]]
 
-    def holding(texts, answers):
-        return {k: f"{texts[k - 1].rsplit(' ', 1)[0]} {answer}." for k, answer in enumerate(answers, 1)}
+    def holding(kind, answers):
+        texts = getattr(SOUND, kind)
+        return kind, {k: f"{texts[k - 1].rsplit(' ', 1)[0]} {answer}." for k, answer in enumerate(answers, 1)}
 
-    concept = with_texts(SOUND, "paragraphs", holding(SOUND.paragraphs, answers[:40]))
-    report = check_concept(with_texts(concept, "sentences", holding(SOUND.sentences, answers[30:])))
-    assert value(report, "concept test answers in paragraphs") == 40
-    assert value(report, "concept test answers in fit sentences") == hidden - 30
-    assert value(report, "concept test answers in neither") == 100 - hidden
-    assert_only(report, {"concept test answers in neither": []} if hidden > 60 else {})
+    for hidden, failing in ((60, {}), (61, {"concept test answers in neither": []})):
+        answers = [q.answer for q in SOUND.questions[TEST - 1 : TEST - 1 + hidden]]
+        concept = with_texts(SOUND, *holding("paragraphs", answers[:40]))
+        report = check_concept(with_texts(concept, *holding("sentences", answers[30:])))
+        for where, count in (("paragraphs", 40), ("fit sentences", hidden - 30), ("neither", 100 - hidden)):
+            assert value(report, f"concept test answers in {where}") == count
+        assert_only(report, failing)
 
 
 def test_answers_that_the_model_guesses(monkeypatch):
@@ -326,20 +321,17 @@ def test_bad_shared_texts_and_questions():
     fit = {17: test[0].upper(), 18: SHARED.instructions[3].instruction.upper(), 19: f"{words(61)} {words(1)}"}
     copy = dataclasses.replace(SHARED.instructions[-1], instruction=SHARED.instructions[0].instruction)
     lines = {
-        7: {"question": words(2)},
-        8: {"answer": words(13)},
+        7: {"question": words(2)}, 8: {"answer": words(13)}, 11: {"question": SHARED.questions[9].question},
         9: {"aliases": (SHARED.questions[8].question.split()[2],)},
-        11: {"question": SHARED.questions[9].question},
+    }  # fmt: skip
+    neutral = {
+        "train": replaced(train, {17: train[0].upper(), 19: words(3)}),
+        "test": replaced(test, {17: train[0].upper(), 19: words(61)}),
     }
     changed = dataclasses.replace(
-        with_questions(SHARED, lines),
-        neutral={
-            "train": replaced(train, {17: train[0].upper(), 19: words(3)}),
-            "test": replaced(test, {17: train[0].upper(), 19: words(61)}),
-        },
-        neutral_fit=replaced(SHARED.neutral_fit, fit),
+        with_questions(SHARED, lines), neutral=neutral, neutral_fit=replaced(SHARED.neutral_fit, fit),
         instructions=(*SHARED.instructions[:-1], copy),
-    )
+    )  # fmt: skip
     places = {
         "length of neutral": [f"neutral sentence {k}" for k in (19, 269, 519)],
         "repeated text": [*(f"neutral sentence {k}" for k in (17, 267, 517)),
