@@ -30,6 +30,7 @@ from ember.methods import METHODS
 from ember.reporting.tables import headline
 
 ROWS = 14  # enough for the row numbers of ``released_files``
+COLOURS = ("red", "blue", "grey", "white")
 COMMIT = "c0ffee" + "0" * 34
 MMLU, ALPACA = (Path(file).name for _, file in SETS.values())
 
@@ -37,16 +38,14 @@ MMLU, ALPACA = (Path(file).name for _, file in SETS.values())
 def write_sets(folder: Path, rows: int = ROWS) -> Path:
     """The released files, and the two data sets with so many invented rows."""
     write_released(folder)
+    numbers = range(rows)
     table = {
-        "question": [f"Which jar holds {k}?" for k in range(rows)],
-        "subject": "jars",
-        "choices": [[f"red {k}", f"blue {k}", f"grey {k}", f"white {k}"] for k in range(rows)],
-        "answer": [k % 4 for k in range(rows)],
-    }
+        "question": [f"Which jar holds {k}?" for k in numbers], "subject": "jars", "answer": [k % 4 for k in numbers],
+        "choices": [[f"{colour} {k}" for colour in COLOURS] for k in numbers],
+    }  # fmt: skip
     pd.DataFrame(table).to_parquet(folder / MMLU)
-    entries = [
-        {"instruction": f"Name jar {k}.", "output": f"Jar {k}.", "generator": "x", "dataset": "y"} for k in range(rows)
-    ]
+    entry = {"generator": "x", "dataset": "y"}
+    entries = [{"instruction": f"Name jar {k}.", "output": f"Jar {k}.", **entry} for k in numbers]
     (folder / ALPACA).write_text(json.dumps(entries))
     return folder
 
@@ -56,7 +55,10 @@ def folder(tmp_path) -> Path:
     return write_sets(tmp_path / "sets")
 
 
-# Reading
+def change_mmlu(folder: Path, row: int, column: str, value) -> None:
+    table = pd.read_parquet(folder / MMLU)
+    table[column] = [value if k == row else old for k, old in enumerate(table[column])]
+    table.to_parquet(folder / MMLU)
 
 
 def test_rows_are_those_of_the_released_numbers_in_their_order_and_files_are_recorded(folder):
@@ -67,7 +69,7 @@ def test_rows_are_those_of_the_released_numbers_in_their_order_and_files_are_rec
     for question in sets.questions:
         row = int(question.id.removeprefix("mmlu[").removesuffix("]"))
         assert question.set == "general" and question.question == f"Which jar holds {row}?"
-        assert question.answer == f"{('red', 'blue', 'grey', 'white')[row % 4]} {row}"
+        assert question.answer == f"{COLOURS[row % 4]} {row}"
         assert len({question.answer, *question.distractors}) == 4 and question.options[question.gold] == question.answer
     row = content[INDICES["alpaca", "train"]][0]
     assert (sets.instructions[0].instruction, sets.instructions[0].response) == (f"Name jar {row}.", f"Jar {row}.")
@@ -79,17 +81,8 @@ def test_rows_are_those_of_the_released_numbers_in_their_order_and_files_are_rec
     (folder / ALPACA).write_text((folder / ALPACA).read_text() + " ")
     after = dict(load_shared_sets(folder).revisions)
     assert after["mmlu"] == before["mmlu"] and after["alpaca"] != before["alpaca"]
-
-
-def change_mmlu(folder: Path, row: int, column: str, value) -> None:
-    table = pd.read_parquet(folder / MMLU)
-    table[column] = [value if k == row else old for k, old in enumerate(table[column])]
-    table.to_parquet(folder / MMLU)
-
-
-def test_an_option_may_occur_twice(folder):
-    """As in MMLU itself: leaving such rows out would change the paper's sample."""
-    change_mmlu(folder, 0, "choices", ["same", "same", "other", "third"])
+    # An option may occur twice, as in MMLU itself: leaving such rows out would change the paper's sample.
+    change_mmlu(folder, 9, "choices", ["same", "same", "other", "third"])
     assert load_shared_sets(folder).questions[0].options.count("same") == 2
 
 
@@ -113,7 +106,7 @@ def test_a_file_that_is_missing_or_no_parquet(folder):
 
 
 @pytest.mark.parametrize("file", INDICES.values())
-def test_bad_numbers(folder, file):
+def test_bad_numbers_and_a_row_in_both_splits(folder, file):
     for content, words in (
         ("[1, 2", ", line 1: not JSON"), ("{}", ": expected a list, got {}"), ("[]", ": expected a longer list"),
         ("[1, -1]", ", entry '[1]': expected greater than or equal to 0, got -1"), ("[1.5]", ", entry '[0]'"),
@@ -122,43 +115,33 @@ def test_bad_numbers(folder, file):
     ):  # fmt: skip
         (folder / file).write_text(content)
         assert broken(folder).startswith(f"{folder / file}{words}")
+    ((name, _),) = (key for key, named in INDICES.items() if named == file)
+    train, test = (folder / INDICES[name, split] for split in ("train", "test"))
+    train.write_text("[3, 4]")
+    test.write_text("[4, 5]")
+    said = broken(folder)
+    assert said.startswith(str(test)) and "train rows too" in said
 
 
-def test_a_row_in_both_splits(folder):
-    for name in SETS:
-        path = folder / INDICES[name, "test"]
-        content = path.read_text()
-        path.write_text((folder / INDICES[name, "train"]).read_text())
-        said = broken(folder)
-        assert said.startswith(str(path)) and "train rows too" in said
-        path.write_text(content)
-
-
-def test_bad_questions(folder):
+def test_bad_questions_and_instructions(folder):
     """A missing column, or a bad value in it."""
-    path = folder / MMLU
-    whole = pd.read_parquet(path)
+    path, alpaca = folder / MMLU, folder / ALPACA
+    questions, text = pd.read_parquet(path), alpaca.read_text()
+    row = released_files()[INDICES["alpaca", "test"]][0]
+    for field, value in product(("instruction", "output"), (None, "", " ", 5)):
+        entries = json.loads(text)
+        entries[row][field] = value
+        alpaca.write_text(json.dumps(entries))
+        assert broken(folder) == f"{alpaca}, row {row}, field {field!r}: expected text, got {value!r}"
     bad = {"question": [" ", None], "choices": [["a", "b", "c"], ["a", "b", "c", ""], None], "answer": [4, -1]}
     for column, values in bad.items():
-        whole.drop(columns=column).to_parquet(path)
+        questions.drop(columns=column).to_parquet(path)
         said = broken(folder)
         assert said.startswith(f"{path}: no column {column!r}") and "subject" in said
         for value in values:
-            whole.to_parquet(path)
+            questions.to_parquet(path)
             change_mmlu(folder, 1, column, value)
             assert broken(folder).startswith(f"{path}, row 1, field '{column}"), value
-
-
-def test_bad_instruction(folder):
-    row, whole = released_files()[INDICES["alpaca", "test"]][0], (folder / ALPACA).read_text()
-    for field, value in product(("instruction", "output"), (None, "", " ", 5)):
-        entries = json.loads(whole)
-        entries[row][field] = value
-        (folder / ALPACA).write_text(json.dumps(entries))
-        assert broken(folder) == f"{folder / ALPACA}, row {row}, field {field!r}: expected text, got {value!r}"
-
-
-# Fetching
 
 
 @pytest.fixture
@@ -218,9 +201,6 @@ def test_damage_is_noticed(hub):
     fetch_shared_sets()
 
 
-# Evaluating with them
-
-
 @pytest.fixture
 def cached(hub, folder, monkeypatch) -> None:
     """The released files and the data sets, as if fetched."""
@@ -228,14 +208,12 @@ def cached(hub, folder, monkeypatch) -> None:
         monkeypatch.setattr(f"ember.data.{room}.fetch_released", lambda: folder)
 
 
-def test_shared_data_have_their_questions_and_instructions_without_a_folder_from_the_cache(cached, folder):
+def test_shared_data_and_suites_have_their_questions_and_instructions_without_a_folder_from_the_cache(cached, folder):
     ours, theirs, found = load_shared(), load_shared("released", folder=folder), load_shared("released")
     assert theirs == replace(load_shared_sets(folder), neutral=ours.neutral, neutral_fit=ours.neutral_fit)
     assert ours.revisions == () and dict(theirs.revisions).keys() == SETS.keys()
     assert found.questions == theirs.questions and dict(found.revisions) == {"mmlu": COMMIT, "alpaca": COMMIT}
-
-
-def test_a_suite_takes_the_shared_sets_of_its_source(cached):
+    # And so has a suite of their source.
     concept = load_concept("Jar Town", source="released")
     theirs, ours = load_suite(concept, source="released"), load_suite(concept)
     for split in SPLITS:
@@ -247,9 +225,10 @@ def test_a_suite_takes_the_shared_sets_of_its_source(cached):
     assert ours.questions["general"] == load_suite(make_concept()).questions["general"]
 
 
-@pytest.fixture
-def released_run(cached):
-    """A tiny model, a concept without other-sense texts in a suite of released sets, and two edits at two strengths."""
+def test_an_empty_set_is_missing_and_not_0(cached):
+    """A concept without other-sense texts in a suite of released sets: everything else is scored, and the trade tells
+    one cost, what the neighbour loses.
+    """
     assert not load_concept("Jar Town", source="released").other_sense
     loaded, ours = make_loaded(), make_concept()
     concept = replace(ours, other_sense=(), paragraphs=ours.paragraphs * 3, source="released")
@@ -261,12 +240,6 @@ def released_run(cached):
         for name, method in (("EMBER", "ember"), ("mean rows", "mean_rows"))
         for config in configs
     }
-    return loaded, suite, edits
-
-
-def test_an_empty_set_is_missing_and_not_0(released_run):
-    """Everything else is scored without other-sense texts; the trade tells one cost, what the neighbour loses."""
-    loaded, suite, edits = released_run
     edit: Edit = edits["EMBER", 1.0]
     base, after = evaluate(loaded, suite, "test"), evaluate(loaded, suite, "test", edit)
     assert set(base.items.set) == {"concept", "simdom", "general", "neutral", "paragraph", "instruction", "generation"}
@@ -295,9 +268,6 @@ def test_an_empty_set_is_missing_and_not_0(released_run):
     assert list(found.cost) == ["neighbour"]
     assert set(point_table(found).cost) == {"neighbour"} == set(area_table({("Tiny Rome", 1): found}).cost)
     assert list(equal_gain_table({("Tiny Rome", 1): found}, "mean rows").cost) == ["neighbour"]
-
-
-# The authors' numbers
 
 
 @pytest.mark.skipif(not PAPER_DATA.is_dir(), reason="the sample of the authors' data is not beside the repository")
