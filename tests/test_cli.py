@@ -25,6 +25,8 @@ from ember.features import ConceptFeatures, concept_features
 from ember.models.loading import load_model
 from ember.models.specs import MODELS
 
+ROME = "Ancient Rome"
+EIGHT = ["--rank", "8", "--features", *map(str, range(8))]
 COMMANDS = [
     "reproduce", "erase", "preview", "check-data", "fetch-data", "fetch-model", "import-features", "run-notebook",
     "preflight", "plan", "fetch",
@@ -50,21 +52,26 @@ def concept(tmp_path, monkeypatch) -> Path:
 
 
 def assert_one_line(errors: str, *words: str) -> None:
-    assert re.fullmatch(r"error: [^\n]+\n", errors)
-    for word in words:
-        assert word in errors
+    assert re.fullmatch(r"error: [^\n]+\n", errors) and all(word in errors for word in words), errors
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_listed_and_explains_itself(run, command):
-    status, out, _ = run("--help")
-    assert status == 0 and re.search(rf"^ +{command}\b", out, re.M)
-    status, out, _ = run(command, "--help")
-    assert status == 0 and out.startswith(f"usage: python -m ember {command}")
+def assert_refused(found: tuple, *words: str) -> None:
+    """Exit status 1, nothing printed, and one line of error with these words."""
+    assert found[:2] == (1, "")
+    assert_one_line(found[2], *words)
+
+
+def test_every_command_is_listed_and_explains_itself(run):
+    status, listed, _ = run("--help")
+    assert status == 0
+    for command in COMMANDS:
+        status, out, _ = run(command, "--help")
+        assert status == 0 and out.startswith(f"usage: python -m ember {command}")
+        assert re.search(rf"^ +{command}\b", listed, re.M)
 
 
 def test_wrong_usage_exits_2_and_started_as_a_module_it_shows_no_traceback(run):
-    for arguments in ([], ["nope"], ["erase", "Ancient Rome"], ["preview", "--rank", "many"]):
+    for arguments in ([], ["nope"], ["erase", ROME], ["preview", "--rank", "many"]):
         status, _, errors = run(*arguments)
         assert status == 2 and "usage: " in errors
     command = [sys.executable, "-m", "ember", "preview", "Atlantis"]
@@ -75,10 +82,7 @@ def test_wrong_usage_exits_2_and_started_as_a_module_it_shows_no_traceback(run):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     *((["preview", name], [repr(name), *list_concepts()]) for name in ("Atlantis", "../ancient", "/etc", "")),
-    *(
-        (["preview", "Ancient Rome", "--model", name], [repr(name), *MODELS])
-        for name in ("nope", "../nope", "/nope/nope")
-    ),
+    *((["preview", ROME, "--model", name], [repr(name), *MODELS]) for name in ("nope", "../nope", "/nope/nope")),
     (["check-data", "--model", "nope"], ["'nope'", *MODELS]),
     *((["reproduce", "--profile", name], [repr(name), *list_profiles()]) for name in ("nope", "../smoke", "")),
     (["run-notebook", "nope"], ["'nope'", "00_tour"]),
@@ -88,9 +92,7 @@ def test_wrong_usage_exits_2_and_started_as_a_module_it_shows_no_traceback(run):
     (["run-notebook", "10_report", "[1]"], ["an object, got [1]"]),
 ], ids=str)  # fmt: skip
 def test_what_is_unknown_or_unfit_is_told_with_what_is_known(run, arguments, words):
-    status, out, errors = run(*arguments)
-    assert (status, out) == (1, "")
-    assert_one_line(errors, *words)
+    assert_refused(run(*arguments), *words)
 
 
 def test_dry_run_and_plan_tell_what_would_run_and_what_a_profile_needs(run, no_model):
@@ -128,7 +130,7 @@ def no_model(monkeypatch):
     monkeypatch.setattr("ember.models.loading.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
 
 
-def test_check_data_passes_sound_data(run, sound, no_model):
+def test_check_data_passes_sound_data_and_lists_what_to_mend(run, sound, no_model):
     status, out, errors = run("check-data", "--no-model")
     assert (status, errors) == (0, "")
     header, *_, blank, last = out.splitlines()
@@ -138,9 +140,6 @@ def test_check_data_passes_sound_data(run, sound, no_model):
     assert "empty question" not in out and "!" not in out
     status, out, _ = run("check-data", sound, "--no-model")
     assert status == 0 and "Sound Rome" in out and "shared" not in out
-
-
-def test_check_data_lists_what_to_mend(run, sound, no_model):
     path = sound / "sentences.txt"
     texts = path.read_text().splitlines()
     path.write_text("\n".join([text.split()[0] for text in texts[:7]] + texts[7:]) + "\n")
@@ -163,17 +162,12 @@ def test_check_data_compares_ones_own_folder_with_the_minimum_and_asks_the_model
     assert re.search(r"^ *empty question, probability, concept test +≤ 0\.35 +[01]\.\d\d\b", out, re.M)
 
 
-def test_check_data_of_released_files(run, tmp_path, no_model):
-    folder = write_released(tmp_path / "released")
-    status, out, errors = run("check-data", folder, "--released", "--no-model")
-    assert (status, errors) == (1, "")
-    assert re.search(r"^ *check +wanted +Jar Town +Élan$", out, re.M)
-    assert re.search(r"^Jar Town: length of sentences \(1\)\n  sentences\[0\]: 4 words", out, re.M)
-
-
-def test_check_data_names_file_line_and_field(run, concept, tmp_path):
+def test_check_data_of_released_files_and_of_broken_ones_by_file_line_and_field(run, concept, tmp_path, no_model):
     theirs = write_released(tmp_path / "released") / released.CHOICE
     ours = concept / "questions.jsonl"
+    status, out, errors = run("check-data", theirs.parent, "--released", "--no-model")
+    assert (status, errors) == (1, "") and re.search(r"^ *check +wanted +Jar Town +Élan$", out, re.M)
+    assert re.search(r"^Jar Town: length of sentences \(1\)\n  sentences\[0\]: 4 words", out, re.M)
     theirs.write_text(theirs.read_text().replace('"correct_answer": "flint"', '"correct_answer": "jade"', 1))
     ours.write_text(ours.read_text().replace('"split": "test"', '"split": "dev"', 1))
     for arguments, words in (
@@ -181,9 +175,7 @@ def test_check_data_names_file_line_and_field(run, concept, tmp_path):
         ((concept,), (f"{ours}, line 1, field 'split'", "'dev'")),
         ((tmp_path / "nope",), (str(tmp_path / "nope"),)),
     ):
-        status, out, errors = run("check-data", *arguments, "--no-model")
-        assert (status, out) == (1, "")
-        assert_one_line(errors, *words)
+        assert_refused(run("check-data", *arguments, "--no-model"), *words)
 
 
 @pytest.fixture
@@ -204,9 +196,7 @@ def test_fetch_data_fetches_once_and_tells_what_there_is(run, upstream, monkeypa
     status, out, _ = run("check-data", "--released", "--no-model")
     assert status == 1 and "Jar Town" in out
     monkeypatch.setenv("EMBER_CACHE", str(upstream.parent / "another"))
-    status, out, errors = run("fetch-data")
-    assert (status, out) == (1, "")
-    assert_one_line(errors, "git could not fetch it", "--folder")
+    assert_refused(run("fetch-data"), "git could not fetch it", "--folder")
 
 
 def test_fetch_data_with_the_shared_sets_tells_their_commits(run, upstream, tmp_path, monkeypatch):
@@ -229,12 +219,8 @@ def test_fetch_data_with_the_shared_sets_tells_their_commits(run, upstream, tmp_
     assert_one_line(errors, "holds v2", "not v3")
 
 
-def features(count: int) -> list[str]:
-    return ["--rank", str(count), "--features", *map(str, range(count))]
-
-
 def test_erase_saves_the_edit_that_preview_shows(run, model, concept, tmp_path):
-    options = ["--folder", concept, "--model", model, *features(8)]
+    options = ["--folder", concept, "--model", model, *EIGHT]
     status, out, _ = run("preview", *options)
     *table, last = out.splitlines()
     assert status == 0 and last.startswith(f"{len(table) - 1} rows would change; ") and len(table) > 1
@@ -255,11 +241,9 @@ def test_an_edit_that_cannot_be_is_an_error_that_names_the_bound_or_the_path(run
     for arguments, words in (
         (["preview", *options, "--rank", "300"], ("rank", "300", "32")),
         (["preview", *options, "--rank", "8", "--features", "8"], ("8", "0..7")),
-        (["erase", *options, *features(8), "--output", tmp_path / "file" / "edit"], ("file",)),
+        (["erase", *options, *EIGHT, "--output", tmp_path / "file" / "edit"], ("file",)),
     ):
-        status, out, errors = run(*arguments)
-        assert (status, out) == (1, "")
-        assert_one_line(errors, *words)
+        assert_refused(run(*arguments), *words)
     status, _, errors = run("preview", "--folder", concept, "--model", tmp_path / "empty")
     assert status == 1 and errors.startswith("error: ") and "Traceback" not in errors
 
@@ -272,10 +256,8 @@ def test_import_features(run, model, concept, tmp_path):
     path = tmp_path / "theirs.pkl"
     path.write_bytes(pickle.dumps({"left": fit.factorization.F, "G": fit.factorization.G, "ids": ids}))
     folder = tmp_path / "imported"
-    command = [
-        "import-features", path, "--model", model, "--concept", about.name, "--source", "ours", "--folder", concept,
-        "--output", folder,
-    ]  # fmt: skip
+    command = ["import-features", path, "--model", model, "--concept", about.name, "--source", "ours"]
+    command += ["--folder", concept, "--output", folder]
     status, _, errors = run(*command)
     assert status == 1 and not folder.exists()
     assert_one_line(errors, "no field ", " for F", "'left'", "--field")
