@@ -62,18 +62,18 @@ NOTHING = made(F, activations({4: 1.0}, {3: 1.0}, {4: 2.0}), 5)
 FITS = {"a": FIRST, "b": TURNED, "c": PARTLY, "d": NOTHING}
 
 
-@pytest.mark.parametrize(("kept", "size"), [(12, 0.0), (12, 0.02), (7, 0.0), (7, 0.02)])
-def test_a_planted_permutation_is_found(kept, size):
+def test_a_planted_permutation_is_found():
     """Whatever scales and signs; also where the other fit holds fewer features, and either way round."""
     F_a = noise(40, 12, seed=1)
-    order = np.random.default_rng(2).permutation(12)[:kept]
-    scale = torch.tensor([(-1) ** k * 10.0 ** (k % 5 - 2) for k in range(kept)])
-    F_b = (F_a[:, order] + size * noise(40, kept, seed=3)) * scale
-    found, back = match_features(F_a, F_b), match_features(F_b, F_a)
-    for first, second in ((found.first, found.second), (back.second, back.first)):
-        assert dict(zip(second, first, strict=True)) == dict(enumerate(order))
-    assert found.cosine.min() > (0.99 if size else 1 - 1e-6)
-    assert found.cosine.max() < 1 or not size
+    for kept, size in itertools.product((12, 7), (0.0, 0.02)):
+        order = np.random.default_rng(2).permutation(12)[:kept]
+        scale = torch.tensor([(-1) ** k * 10.0 ** (k % 5 - 2) for k in range(kept)])
+        F_b = (F_a[:, order] + size * noise(40, kept, seed=3)) * scale
+        found, back = match_features(F_a, F_b), match_features(F_b, F_a)
+        for first, second in ((found.first, found.second), (back.second, back.first)):
+            assert dict(zip(second, first, strict=True)) == dict(enumerate(order))
+        assert found.cosine.min() > (0.99 if size else 1 - 1e-6)
+        assert found.cosine.max() < 1 or not size
     # The control: features that are not related.
     assert match_features(noise(400, 12, seed=1), noise(400, 12, seed=2)).cosine.max() < 0.3
 
@@ -86,12 +86,9 @@ def test_the_assignment_is_the_best_in_sum_not_the_greedy_one():
     found = match_features(F_a, F_b)
     assert found.second.tolist() == [1, 0]
     assert found.cosine.tolist() == pytest.approx([float(similar[0, 1]), float(similar[1, 0])])
-
-
-def test_a_feature_of_zeros_is_like_none_and_other_widths_are_refused():
+    # A feature of zeros is like none; other widths are refused.
     F_a = noise(8, 3)
-    found = match_features(F_a, F_a * torch.tensor([1.0, 0.0, 1.0]))
-    assert found.cosine.tolist() == pytest.approx([1, 0, 1])
+    assert match_features(F_a, F_a * torch.tensor([1.0, 0.0, 1.0])).cosine.tolist() == pytest.approx([1, 0, 1])
     for shape in ((7, 3), (8,)):
         with pytest.raises(ValueError, match=r"one width d, got \(8, 3\) and \(" + str(shape[0])):
             match_features(F_a, noise(*shape))
@@ -102,47 +99,41 @@ def test_order_scale_and_sign_make_no_difference():
     found = compare_fits(FIRST, FIRST)
     same = {"cosine", "cosine_all", "returned", "rows_jaccard", "edit_cosine", "tokens_jaccard"}
     assert {name: found[name] for name in same} == pytest.approx(dict.fromkeys(same, 1.0))
-    assert found["rows_a"] == found["rows_b"] == 3
-    assert tuple(found) == MEASURES
+    assert found["rows_a"] == found["rows_b"] == 3 and tuple(found) == MEASURES
     products = [fit.factorization.G[:, :2] @ fit.factorization.F[:, :2].T for fit in (FIRST, TURNED)]
     torch.testing.assert_close(*products)
     assert compare_fits(FIRST, TURNED) == pytest.approx(found)
     assert concept_mates(FIRST, TURNED).mate.tolist() == [1, 0]
 
 
-def test_overlaps_by_hand():
+def test_overlaps_and_siblings_by_hand():
     """PARTLY keeps one of three rows, its displacement unchanged; the norms are √(1 + 1 + 4) and 1."""
     found = compare_fits(FIRST, PARTLY)
-    assert (found["rows_a"], found["rows_b"], found["rows_jaccard"]) == (3, 1, pytest.approx(1 / 3))
-    assert found["edit_cosine"] == pytest.approx(1 / math.sqrt(6))
-    assert found["tokens_jaccard"] == pytest.approx(1 / 3)
-    assert found["returned"] == 0.5
+    names = ["rows_a", "rows_b", "rows_jaccard", "edit_cosine", "tokens_jaccard", "returned"]
+    assert [found[name] for name in names] == pytest.approx([3, 1, 1 / 3, 1 / math.sqrt(6), 1 / 3, 0.5])
     mates = concept_mates(FIRST, PARTLY).set_index("feature")  # the other feature has no mate left, which is not zero
     assert mates.cosine[0] == pytest.approx(1) and math.isnan(mates.cosine[1]) and math.isnan(mates.mate[1])
     assert mates.returned.to_dict() == {0: True, 1: False}
     apart = compare_fits(PARTLY, ELSEWHERE)
     assert [apart[name] for name in ("cosine", "rows_jaccard", "edit_cosine", "tokens_jaccard")] == [0, 0, 0, 0]
     assert apart["returned"] == 1  # the only feature there is, selected but nothing alike: cosine 0 says so
-
-
-def test_the_sibling_is_the_nearest_other_feature_of_the_same_fit():
+    # The sibling is the nearest other feature of the same fit.
     near = torch.tensor([[1.0, 0.6, 0.0], [0.0, 0.8, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     fit = made(near, FIRST.factorization.G)
-    mates = concept_mates(fit, FIRST).set_index("feature")
-    assert mates.sibling[0] == pytest.approx(0.6) and mates.sibling[1] == pytest.approx(0.6)
+    assert concept_mates(fit, FIRST).set_index("feature").sibling[[0, 1]].tolist() == pytest.approx([0.6, 0.6])
     assert concept_mates(FIRST, fit).sibling.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("a", "b"), [(FIRST, NOTHING), (NOTHING, FIRST), (NOTHING, NOTHING)])
-def test_a_fit_that_selects_nothing(a, b):
-    found = compare_fits(a, b)
-    assert math.isnan(found["edit_cosine"])
-    assert (found["rows_a"], found["rows_b"]) == (3 if a is FIRST else 0, 3 if b is FIRST else 0)
-    assert math.isnan(found["cosine"]) == math.isnan(found["sibling"]) == (a is NOTHING)
-    overlaps = [found["rows_jaccard"], found["tokens_jaccard"]]
-    assert overlaps == [0, 0] if a is not b else all(map(math.isnan, overlaps))
-    assert found["returned"] == 0 if a is FIRST else math.isnan(found["returned"])
-    assert len(concept_mates(a, b)) == (2 if a is FIRST else 0)
+def test_a_fit_that_selects_nothing():
+    for a, b in ((FIRST, NOTHING), (NOTHING, FIRST), (NOTHING, NOTHING)):
+        found = compare_fits(a, b)
+        assert math.isnan(found["edit_cosine"])
+        assert (found["rows_a"], found["rows_b"]) == (3 if a is FIRST else 0, 3 if b is FIRST else 0)
+        assert math.isnan(found["cosine"]) == math.isnan(found["sibling"]) == (a is NOTHING)
+        overlaps = [found["rows_jaccard"], found["tokens_jaccard"]]
+        assert overlaps == [0, 0] if a is not b else all(map(math.isnan, overlaps))
+        assert found["returned"] == 0 if a is FIRST else math.isnan(found["returned"])
+        assert len(concept_mates(a, b)) == (2 if a is FIRST else 0)
 
 
 def test_the_selection_is_the_caller_s():
@@ -154,19 +145,16 @@ def test_the_selection_is_the_caller_s():
             compare_fits(FIRST, replace(TURNED, **other))
 
 
-def test_the_table_of_fits():
-    X = torch.full((5, 4), 0.5)
-    table = fit_table(FITS, X).set_index("fit")
+def test_the_table_of_fits_and_all_pairs_each_way():
+    """What a pair shares is the same both ways."""
+    table = fit_table(FITS, torch.full((5, 4), 0.5))
     assert table.unexplained.tolist() == pytest.approx([1 / 5] * 4)  # the best loss ÷ ‖X‖²
-    assert table.selected.to_dict() == {"a": 2, "b": 2, "c": 1, "d": 0}
-    assert table.rows.to_dict() == {"a": 3, "b": 3, "c": 1, "d": 0}
-    assert table.best_score["a"] == 2 and table.best_score["d"] == 0
-    assert table.top_tokens["c"] == "Rome" and set(table.precision) == {"float64"}
-    assert table["rank"].tolist() == [3, 3, 1, 3] and table.seed.tolist() == [1, 2, 3, 5]
-
-
-def test_all_pairs_each_way():
-    """What they share is the same both ways."""
+    columns = ["fit", "selected", "rows", "rank", "seed", "precision"]
+    assert table[columns].values.tolist() == [
+        ["a", 2, 3, 3, 1, "float64"], ["b", 2, 3, 3, 2, "float64"], ["c", 1, 1, 1, 3, "float64"],
+        ["d", 0, 0, 3, 5, "float64"],
+    ]  # fmt: skip
+    assert table.best_score[[0, 3]].tolist() == [2, 0] and table.top_tokens[2] == "Rome"
     table = pair_table(FITS | {"e": ELSEWHERE})
     assert list(table.columns) == list(pair_table({"a": FIRST}).columns) == ["fit", "other", *MEASURES]
     assert table[["fit", "other"]].agg(tuple, axis=1).tolist() == list(itertools.permutations("abcde", 2))
@@ -242,15 +230,15 @@ def test_precisions_agree_where_the_start_is_the_same(loaded, cache):
     assert compare_fits(single, double, features=everything)["edit_cosine"] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("llama", "float64"), ("llama", "float32"), ("gemma2", "float64")])
-def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(kind, precision, cache):
+def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(cache):
     """So it factorizes the same rows, scale included, from the same start."""
-    loaded = make_loaded(kind)
-    features = concept_features(loaded, make_concept(), seed=3, precision=precision, **SMALL)
-    again = refit(loaded, features)
-    (F_one, G_one, *one), (F_two, G_two, *two) = (astuple(fit.factorization) for fit in (features, again))
-    assert torch.equal(F_one, F_two) and torch.equal(G_one, G_two) and one == two
-    pd.testing.assert_frame_equal(again.scores, features.scores)
+    for kind, precision in (("llama", "float64"), ("llama", "float32"), ("gemma2", "float64")):
+        loaded = make_loaded(kind)
+        features = concept_features(loaded, make_concept(), seed=3, precision=precision, **SMALL)
+        again = refit(loaded, features)
+        (F_one, G_one, *one), (F_two, G_two, *two) = (astuple(fit.factorization) for fit in (features, again))
+        assert torch.equal(F_one, F_two) and torch.equal(G_one, G_two) and one == two
+        pd.testing.assert_frame_equal(again.scores, features.scores)
 
 
 def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypatch):
@@ -272,6 +260,7 @@ def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypat
 
 
 def texts(labels) -> list[str]:
+    labels[0].figure.canvas.draw()
     return [label.get_text() for label in labels]
 
 
@@ -279,13 +268,10 @@ def test_the_figures_name_every_fit_and_set():
     """Fits on both axes of the grid; rows beside their overlap; mates beside siblings; one colour a set."""
     pairs = pair_table(FITS)
     ax = feature_plots.pair_grid(pairs)
-    ax.figure.canvas.draw()
     assert texts(ax.get_xticklabels()) == texts(ax.get_yticklabels()) == list(FITS)
     assert texts(ax.texts)[:4] == ["–", "1.00", "1.00", "1.00"]
     assert texts(ax.texts)[-4:] == ["–"] * 4  # d selects nothing
-    figure = feature_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pairs)
-    figure.canvas.draw()
-    left, right = figure.axes[:2]
+    left, right = feature_plots.row_overlap(fit_table(FITS, torch.ones(5, 4)), pairs).axes[:2]
     assert texts(left.get_yticklabels()) == texts(right.get_xticklabels()) == list(FITS)
     assert [bar.get_width() for bar in left.patches] == [3, 3, 1, 0]
     assert texts(left.texts) == [" 3 (2 features)", " 3 (2 features)", " 1 (1 feature)", " 0 (nothing selected)"]
@@ -293,16 +279,13 @@ def test_the_figures_name_every_fit_and_set():
     kinds = {"a": "seed", "b": "seed", "c": "rank", "d": "rounding in float32"}
     varied = pairs[(pairs.fit != "d") | (pairs.other == "a")]
     ax = feature_plots.variation_points(varied.assign(varied=varied.fit.map(kinds)))
-    ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == ["another seed", "another rank", "rounding in float32"]
     assert len(ax.figure.legends[0].get_texts()) == 3 and "cosine" in ax.get_xlabel()
     assert texts(ax.texts) == ["nothing selected"]
     assert [len(dots.get_offsets()) for dots in ax.collections] == [5, 3]
     scores = {name: pd.concat([probed(-0.1, 0.2), probed(0.0, 0.1, set_="simdom")]) for name in ("a", "b")}
     ax = feature_plots.outcome_points(outcome_table(scores, reference="a"))
-    ax.figure.canvas.draw()
     assert texts(ax.get_yticklabels()) == ["a", "b"]
     legend = ["base model", "concept questions", "similar domain questions"]
-    assert sorted(texts(ax.figure.legends[0].get_texts())) == legend
-    assert len(ax.containers) == 2
+    assert sorted(texts(ax.figure.legends[0].get_texts())) == legend and len(ax.containers) == 2
     plt.close("all")
