@@ -1,5 +1,6 @@
 """The tables of the report against computations by hand, with one seed and with several; how values are written."""
 
+import itertools
 import math
 
 import numpy as np
@@ -66,15 +67,18 @@ def test_how_values_arms_and_figures_are_written():
     rows = pd.DataFrame({"kl": [1.0, math.nan], "kl_low": [0.5, 0.0], "kl_high": [2.0, 0.0]})
     assert interval_texts(rows, "kl", ".1f") == ["1.0 [0.5, 2.0]", "–"]
     low, high = error_bars(pd.DataFrame({"value": [1.0, 0.4], "ci_low": [0.5, 0.5], "ci_high": [3.0, 0.6]}))
-    assert low.tolist() == pytest.approx([0.5, 0.0]) and high.tolist() == pytest.approx([2.0, 0.2])  # never negative
+    assert [*low, *high] == pytest.approx([0.5, 0.0, 2.0, 0.2])  # never negative
     lines = markdown(pd.DataFrame({"a": ["0.10", "1e-4"], "b": [7, "–"]})).replace(" ", "").splitlines()
     assert [lines[0], *lines[2:]] == ["|a|b|", "|0.10|7|", "|1e-4|–|"]  # texts as they are
     arms = [*ARMS, ("mean_rows", False), (UNEDITED, False)]
     assert [Arm(*arm).name for arm in arms] == ["EMBER", "RMU", "EMBER + RMU", "mean rows", "unedited"]
-    frame = pd.DataFrame({"concept": ["Ancient Rome"], "method": ["rmu"], "ember": [True], "seed": [42]})
-    assert figure_name("loss", frame) == "loss__ancient-rome__rmu-with-ember__seed42"
-    assert figure_name("loss", frame.assign(ember=False)) == "loss__ancient-rome__rmu__seed42"
-    assert figure_name("loss", frame[["concept", "seed"]]) == "loss__ancient-rome__seed42"
+    runs = pd.DataFrame({"concept": ["Ancient Rome"], "method": ["rmu"], "ember": [True], "seed": [42]})
+    assert figure_name("loss", runs) == "loss__ancient-rome__rmu-with-ember__seed42"
+    assert figure_name("loss", runs.assign(ember=False)) == "loss__ancient-rome__rmu__seed42"
+    assert figure_name("loss", runs[["concept", "seed"]]) == "loss__ancient-rome__seed42"
+    runs = [("Rome", "ember", False, 2), ("Rome", "ember", False, 1), ("Greece", "ember", False, 1)]
+    items = pd.DataFrame([*runs, ("Greece", "rmu", False, 2)], columns=RUN_COLUMNS)
+    assert first_seeds(items, (2, 1)).to_dict() == {"Rome": 2, "Greece": 1}  # the first seed that found something
 
 
 def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_zero():
@@ -97,6 +101,7 @@ def test_judged_scores_are_in_the_tables_where_they_were_measured_and_nowhere_ze
 
 
 def test_the_main_table_has_a_row_for_each_arm_and_score_and_the_overview_one_an_arm():
+    """Several seeds of an arm are pooled; a cell that several chose is named once."""
     compared = {("Rome", *arm, 1): made(0.1 * k, noise(k)) for k, arm in enumerate(ARMS, 1)}
     table = main_table(compared, cells_of({run: f"cell of {run[1:3]}" for run in compared}))
     assert table.columns.tolist() == [*ARM_COLUMNS, "runs", "cell", "metric", "value", "ci_low", "ci_high"]
@@ -114,9 +119,6 @@ def test_the_main_table_has_a_row_for_each_arm_and_score_and_the_overview_one_an
     }  # fmt: skip
     assert overview.method.tolist() == ["EMBER", "RMU", "EMBER + RMU"]
 
-
-def test_the_main_table_pools_the_seeds_of_an_arm():
-    """A cell that several seeds chose is named once."""
     alone, after, greece = ("Rome", "rmu", False), ("Rome", "rmu", True, 2), ("Greece", "rmu", False, 1)
     compared = {
         (*alone, 1): made(0.2, efficacy_cont=0.9), (*alone, 2): made(0.4, efficacy_cont=0.7),
@@ -124,11 +126,12 @@ def test_the_main_table_pools_the_seeds_of_an_arm():
     }  # fmt: skip
     chosen = {(*alone, 3): "a", (*alone, 2): "b", (*alone, 1): "a", after: "c", greece: "d"}
     table = main_table(compared, cells_of(chosen, (*alone, 1, "z")))
-    for ember, concept, expected in (
-        (False, "Rome", (3, "a; b", 0.3)), (True, "Rome", (1, "c", 0.8)), (False, "Greece", (1, "d", 0.3)),
-        (False, ALL, (4, "", 0.3)), (True, ALL, (1, "", 0.8)),
-    ):  # fmt: skip
-        one = row(table, concept=concept, ember=ember, metric="final_cont")
+    pooled = table[table.metric == "final_cont"].set_index(["ember", "concept"])
+    for arm, expected in {
+        (False, "Rome"): (3, "a; b", 0.3), (True, "Rome"): (1, "c", 0.8), (False, "Greece"): (1, "d", 0.3),
+        (False, ALL): (4, "", 0.3), (True, ALL): (1, "", 0.8),
+    }.items():  # fmt: skip
+        one = pooled.loc[arm]
         assert (one.runs, one.cell, one.value) == (*expected[:2], pytest.approx(expected[2]))
     rome = table[(table.concept == "Rome") & ~table.ember]
     assert interval(row(rome, metric="final_cont")) == pytest.approx((0.3, 0.2, 0.4))
@@ -190,36 +193,34 @@ def items_of(seed: int, drop: float = 0.0, n: int = 12) -> pd.DataFrame:
     """Item scores of a base and an edited model, ``drop`` worse on the concept."""
     random, own = np.random.default_rng(0), np.random.default_rng(seed)
     rows = []
-    for set_ in ("concept", "simdom", "general"):
+    for set_, k in itertools.product(("concept", "simdom", "general"), range(n)):
         worse = drop if set_ == "concept" else 0.0
-        for k in range(n):
-            base = random.uniform(0.4, 0.9)
-            edited = base - worse + own.normal(0, 0.02)
-            rows += [(set_, str(k), "gold_prob", base, edited), (set_, str(k), "gold_logprob", -base, -edited)]
-            rows += [(set_, str(k), "correct", float(k % 4 > 0), float(k % 4 > (2 if worse else 0)))]
-    for set_ in ("neutral", "instruction"):
-        rows += [(set_, str(k), "loss", b := random.uniform(3, 4), b + own.uniform(0, 0.1)) for k in range(n)]
+        base = random.uniform(0.4, 0.9)
+        edited = base - worse + own.normal(0, 0.02)
+        rows += [(set_, str(k), "gold_prob", base, edited), (set_, str(k), "gold_logprob", -base, -edited)]
+        rows += [(set_, str(k), "correct", float(k % 4 > 0), float(k % 4 > (2 if worse else 0)))]
+    for set_, k in itertools.product(("neutral", "instruction"), range(n)):
+        rows += [(set_, str(k), "loss", b := random.uniform(3, 4), b + own.uniform(0, 0.1))]
     return pd.DataFrame(rows, columns=["set", "item", "metric", "base", "edited"])
 
 
 def run_items(*runs: tuple[str, bool, int, float]) -> pd.DataFrame:
     """The items of several runs on one concept: (method, ember, seed, drop)."""
-    frames = [
-        items_of(10 * k, drop).assign(concept="Rome", method=method, ember=ember, seed=seed)
-        for k, (method, ember, seed, drop) in enumerate(runs)
-    ]
-    return pd.concat(frames, ignore_index=True)
+    columns = ["concept", "method", "ember", "seed"]
+    parts = {("Rome", *run[:3]): items_of(10 * k, run[3]) for k, run in enumerate(runs)}
+    return pd.concat(parts, names=columns).reset_index(columns).reset_index(drop=True)
 
 
 RUNS = [("ember", False, 1, 0.3), ("rmu", False, 1, 0.2), ("rmu", True, 1, 0.25), ("rmu", False, 2, 0.1)]
 
 
-@pytest.fixture(scope="module")
-def compared() -> dict:
-    return comparisons(run_items(*RUNS))
+def records_of(compared: dict, cell: str = "x") -> pd.DataFrame:
+    frames = [c.summary.assign(**dict(zip(RUN_COLUMNS, run, strict=True)), cell=cell) for run, c in compared.items()]
+    return pd.concat(frames, ignore_index=True)
 
 
-def test_items_become_comparisons_with_their_own_base_model_scores_and_effects(compared):
+def test_items_become_comparisons_with_their_own_base_model_scores_and_effects():
+    compared = comparisons(run_items(*RUNS))
     # EMBER first, then each method alone before it runs after EMBER, whatever the order of the records.
     ordered = [("ember", False, 1), ("rmu", False, 1), ("rmu", False, 2), ("rmu", True, 1)]
     assert list(compared) == [("Rome", *arm) for arm in ordered]
@@ -237,23 +238,13 @@ def test_items_become_comparisons_with_their_own_base_model_scores_and_effects(c
     added = row(effect_table(compared), metric="efficacy_cont")
     assert added.runs == 1
     assert added.value == pytest.approx(efficacy["rmu", True, 1] - efficacy["rmu", False, 1])
-
-
-def test_two_arms_draw_the_same_items(compared):
-    """So that they can be subtracted: with the same edited scores, to exactly 0 in every draw."""
+    # Two arms draw the same items, so that they can be subtracted: with the same scores, to exactly 0 in every draw.
     twice = pd.concat([items_of(3, 0.2).assign(concept="Rome", method="rmu", ember=e, seed=1) for e in (False, True)])
     table = effect_table(comparisons(twice))
     assert (table[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
     alone, after = (compared["Rome", "rmu", ember, 1].draws["efficacy_cont"] for ember in (False, True))
     assert np.std(alone - after) < 0.6 * np.hypot(np.std(alone), np.std(after))
-
-
-def records_of(compared: dict, cell: str = "x") -> pd.DataFrame:
-    frames = [c.summary.assign(**dict(zip(RUN_COLUMNS, run, strict=True)), cell=cell) for run, c in compared.items()]
-    return pd.concat(frames, ignore_index=True)
-
-
-def test_changes_are_the_paired_ones(compared):
+    # Changes are the paired ones.
     table = change_table(records_of(compared))
     assert set(table.metric) == {"delta_accuracy", "delta_gold_prob", "delta_gold_logprob", "delta_loss", "selectivity"}
     assert len(table) == (3 * 3 + 2 + 1) * len(RUNS)
@@ -332,9 +323,3 @@ def test_a_verdict_needs_an_interval_without_zero():
     of_all = {"main": frame(concept=["Rome", ALL]), "trade": pd.concat([areas, areas.assign(concept=ALL)])}
     assert verdicts(of_all).concept.tolist() == [ALL]
     assert verdicts({"main": tables["main"]}).empty
-
-
-def test_single_runs_are_shown_with_the_first_seed_that_found_something():
-    runs = [("Rome", "ember", False, 2), ("Rome", "ember", False, 1), ("Greece", "ember", False, 1)]
-    items = pd.DataFrame([*runs, ("Greece", "rmu", False, 2)], columns=RUN_COLUMNS)
-    assert first_seeds(items, (2, 1)).to_dict() == {"Rome": 2, "Greece": 1}
