@@ -139,24 +139,17 @@ def test_the_main_table_has_a_row_for_each_arm_and_score_and_the_overview_one_an
     assert len(table) == 5 * len(SCORES)
 
 
-def test_the_effect_is_the_paired_difference():
+def test_the_effect_is_the_paired_difference_over_the_seeds_of_both_arms_each_concept_and_method_for_itself():
     """The draws of both arms scatter by 0.1, but together: their difference scatters by a tenth of that."""
     shared, own = noise(1), noise(2, spread=0.01)
-    compared = {
-        ("Rome", "ember", False, 1): made(0.9),
-        ("Rome", "rmu", False, 1): made(0.3, shared, coherence=0.5),
-        ("Rome", "rmu", True, 1): made(0.7, shared + own, coherence=0.4),
-    }
-    table = effect_table(compared)
+    arms = [made(0.9), made(0.3, shared, coherence=0.5), made(0.7, shared + own, coherence=0.4)]
+    table = effect_table({("Rome", *arm, 1): score for arm, score in zip(ARMS, arms, strict=True)})
     assert table.columns.tolist() == ["concept", "method", "runs", "metric", "value", "ci_low", "ci_high"]
     assert set(table.method) == {"rmu"} and table.metric.tolist() == SCORES
     one = row(table, metric="final_cont")
     assert interval(one) == pytest.approx((0.4, *(0.4 + np.percentile(own, [2.5, 97.5]))))
     assert one.ci_high - one.ci_low < 0.05
     assert row(table, metric="coherence").value == pytest.approx(-0.1)
-
-
-def test_the_effect_is_over_the_seeds_that_both_arms_have_each_concept_and_method_for_itself():
     values = {True: {3: 0.6, 2: 0.5, 1: 0.9}, False: {1: 0.3, 2: 0.4, 4: 9.0}}
     compared = {("Rome", "rmu", ember, seed): made(v) for ember in values for seed, v in values[ember].items()}
     one = row(effect_table(compared), metric="final_cont")
@@ -254,14 +247,15 @@ def test_items_become_comparisons_with_their_own_base_model_scores_and_effects()
 
 def test_the_grid_table_has_every_cell_in_its_order():
     """Neither by label nor by score, and with a score that no cell has: efficacy of a base model that is at chance."""
-    rows, cells = [], []
+    frames, cells = [], []
     for method, labels in (("rmu", ("layer=7 lr=1", "layer=3 lr=1")), ("ember", ("delta=2", "delta=10"))):
         for k, cell in enumerate(labels):
-            values = {metric: math.nan if metric == "efficacy" else 0.1 * k for metric in SCORES}
-            rows += [("Rome", method, False, 1, cell, "", metric, value) for metric, value in values.items()]
-            rows.append(("Rome", method, False, 1, cell, "concept", "accuracy", 0.7))
-            cells.append(cells_of({("Rome", method, False, 1): cell}).assign(chosen=k == 1))
-    records = pd.DataFrame(rows, columns=[*RUN_COLUMNS, "cell", "set", "metric", "value"])
+            run = ("Rome", method, False, 1)
+            accuracy = pd.DataFrame({"set": ["concept"], "metric": "accuracy", "value": 0.7})
+            summary = pd.concat([made(0.1 * k, efficacy=math.nan).summary, accuracy])
+            frames.append(records_of({run: Comparison(summary, {})}, cell))
+            cells.append(cells_of({run: cell}).assign(chosen=k == 1))
+    records = pd.concat(frames, ignore_index=True)
     table = grid_table(records, pd.concat(cells))
     assert table.columns.tolist() == [*RUN_COLUMNS, "cell", *SCORES, "behind", "standard_error", "tie", "chosen"]
     assert table.cell.tolist() == ["layer=7 lr=1", "layer=3 lr=1", "delta=2", "delta=10"]
