@@ -38,10 +38,10 @@ TABLE = pd.DataFrame(
 SMALL = {"rank": 6, "sparsity": 0.1, "max_iter": 30, "patience": 30}
 
 
-def made(F: torch.Tensor, G: torch.Tensor, seed: int = 1, **other) -> ConceptFeatures:
+def made(F: torch.Tensor, G: torch.Tensor, seed: int = 1) -> ConceptFeatures:
     settings = {"rank": F.shape[1], "sparsity": 0.01, "seed": seed, "precision": "float64"}
     fit = Factorization(F, G, (4.0, 1.0), True)
-    return replace(ConceptFeatures("Rome", "tiny", "abc", TABLE, fit, score_features(TABLE, G), settings), **other)
+    return ConceptFeatures("Rome", "tiny", "abc", TABLE, fit, score_features(TABLE, G), settings)
 
 
 def activations(*columns: dict[int, float]) -> torch.Tensor:
@@ -164,12 +164,11 @@ def test_the_table_of_fits_and_all_pairs_each_way():
 
 
 def test_pairs_that_differ_in_one_thing_are_told_by_it():
-    settings = {"rank": 3, "sparsity": 0.01, "seed": 1, "precision": "float64"}
     changes = {
         "reference": {}, "seed": {"seed": 2}, "rank": {"rank": 2}, "both": {"seed": 2, "rank": 2},
         "single": {"precision": "float32"}, "turned": {"precision": "float32", "reordered": 1},
     }  # fmt: skip
-    fits = {name: replace(FIRST, settings=settings | change) for name, change in changes.items()}
+    fits = {name: replace(FIRST, settings=FIRST.settings | change) for name, change in changes.items()}
     fits["both"] = replace(NOTHING, settings=fits["both"].settings)
     varied = varied_pairs(fit_table(fits, torch.ones(5, 4)), pair_table(fits))
     kinds = varied.set_index(["fit", "other"]).varied
@@ -185,7 +184,7 @@ def test_pairs_that_differ_in_one_thing_are_told_by_it():
 
 def probed(*changes: float, set_: str = "concept") -> pd.DataFrame:
     gold = [(set_, f"q{k}", "gold_prob", 0.5, 0.5 + change) for k, change in enumerate(changes)]
-    other = [(set_, f"q{k}", "correct", 1.0, 0.0) for k in range(len(changes))]
+    other = [(*row[:2], "correct", 1.0, 0.0) for row in gold]
     return pd.DataFrame(gold + other, columns=["set", "item", "metric", "base", "edited"])
 
 
@@ -207,13 +206,9 @@ def test_outcomes_and_their_paired_differences():
     assert empty.empty and list(empty.columns) == list(alone.columns)
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return make_loaded()
-
-
-def test_precisions_agree_where_the_start_is_the_same(loaded, cache):
+def test_precisions_agree_where_the_start_is_the_same(cache):
     """Few iterations from the same start: rounding has not grown yet. Another seed is the control."""
+    loaded = make_loaded()
     double = concept_features(loaded, make_concept(), cache=False, seed=1, **SMALL)
     single = refit(loaded, double, precision="float32")
     assert double.factorization.loss == pytest.approx(single.factorization.loss, rel=1e-5)
@@ -241,8 +236,9 @@ def test_a_refit_in_the_same_precision_is_the_same_to_the_bit(cache):
         pd.testing.assert_frame_equal(again.scores, features.scores)
 
 
-def test_refits_are_kept_by_precision_order_and_setting(loaded, cache, monkeypatch):
+def test_refits_are_kept_by_precision_order_and_setting(cache, monkeypatch):
     """Columns in another order are the same problem: in float64 the features come back, though rounded otherwise."""
+    loaded = make_loaded()
     features = [concept_features(loaded, make_concept(), seed=seed, **SMALL) for seed in (3, 2)]
     turned, other = (refit(loaded, one, reordered=1) for one in features)
     assert fit_label(turned) == "rank 6, sparsity 0.1, seed 3, float64, order 1"
