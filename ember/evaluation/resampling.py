@@ -1,7 +1,6 @@
 """The only bootstrap: which items are drawn, the interval of a statistic, and runs pooled with their items.
 
-Intervals are percentiles of the draws. The same ``seed`` draws the same items, so that statistics of the same items
-can be subtracted draw by draw.
+Intervals are percentiles of the draws. One ``seed`` draws the same items, so draws can be subtracted one by one.
 """
 
 import math
@@ -9,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
 
 def draws(n: int, *, n_resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -39,9 +37,10 @@ def statistic_draws(
 ) -> np.ndarray:
     """Draws [..., n_resamples] of a vectorized statistic of several independent groups of items.
 
-    ``statistic(*positions, axis)`` takes an array of positions of each group. Where it is undefined in some draw (a
-    base model at chance) it is NaN there.
+    ``statistic(*positions, axis)`` takes an array of positions of each group, and is NaN in draws without a value.
     """
+    from scipy import stats  # takes a second to import, and most notebooks open without
+
     everything = tuple(np.arange(size) for size in sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
@@ -86,5 +85,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion; NaN for nothing."""
     if not n:
         return math.nan, math.nan
+    from scipy import stats
+
     ends = stats.binomtest(round(successes), n).proportion_ci(0.95, method="wilson")
     return float(ends.low), float(ends.high)
