@@ -70,7 +70,7 @@ def assert_only(report: CheckReport, expected: dict[str, list[str]], *said: str)
     The findings say what ``said`` does, to begin with.
     """
     assert set(report.table.check[~report.table.ok]) == set(expected)
-    places = {str(check): list(rows["where"]) for check, rows in report.findings.groupby("check")}
+    places = report.findings.groupby("check")["where"].agg(list).to_dict()
     assert places == {check: places for check, places in expected.items() if places}
     assert report.table.ok.all() == (not expected)
     for check in places:
@@ -105,8 +105,8 @@ def test_items_tell_where_the_answers_occur():
     assert len(items) == 320 and items.in_sentences.sum() == 2 and items.in_paragraphs.sum() == 1
 
 
-def test_the_same_question_twice():
-    """In two splits it is a leak, too."""
+def test_the_same_question_or_a_paraphrase_twice():
+    """In two splits the same question is a leak, too."""
     for one, other in ((TRAIN, TEST + 3), (SIMDOM_TRAIN + 4, TEST + 3), (TRAIN, SIMDOM_TEST), (TEST, TEST + 9)):
         asked = SOUND.questions[one - 1]
         text = asked.question.upper()
@@ -116,10 +116,7 @@ def test_the_same_question_twice():
             expected[LEAK] = line_of("questions.jsonl", other)
             said = [f"{text} | questions.jsonl, line {one}: {asked.question}"]
         assert_only(report, expected, f"same as questions.jsonl, line {min(one, other)}: ", *said)
-
-
-def test_a_paraphrase_in_two_splits_is_named_and_fails_nothing_else():
-    """Within a set or from one to the other; in one split alone it is no leak. What is one: test_wording."""
+    # So is a paraphrase, and it fails nothing else; in one split alone it is no leak. What is one: test_wording.
     first, answer, second, other = PARAPHRASES[1]
     for data, check, file, test in (
         (SOUND, check_concept, "questions.jsonl", TEST),
@@ -150,10 +147,7 @@ def test_a_fit_sentence_states_a_test_fact():
             said = [f"answers {concept.questions[line - 1].id}: {asked['question']}" for line, asked in lines.items()]
         assert_only(check_concept(concept), expected, *said)
         assert set(mark_answers(concept).stated) == {"", "21", "22"}
-
-
-def test_other_texts_may_use_the_same_words():
-    """A paragraph may even state the fact: it is what relearning relearns."""
+    # Other texts may use the same words; a paragraph may even state the fact: it is what relearning relearns.
     asked, answer, stating = STATEMENTS[0]
     harmless = {
         23: "Midas was the last king of a rich old town.",  # the answer, another fact
