@@ -94,7 +94,7 @@ def test_the_assignment_is_the_best_in_sum_not_the_greedy_one():
             match_features(F_a, noise(*shape))
 
 
-def test_order_scale_and_sign_make_no_difference():
+def test_order_scale_and_sign_make_no_difference_and_overlaps_and_siblings_are_those_by_hand():
     """A fit agrees with itself; TURNED is the same factorization written another way."""
     found = compare_fits(FIRST, FIRST)
     same = {"cosine", "cosine_all", "returned", "rows_jaccard", "edit_cosine", "tokens_jaccard"}
@@ -104,10 +104,7 @@ def test_order_scale_and_sign_make_no_difference():
     torch.testing.assert_close(*products)
     assert compare_fits(FIRST, TURNED) == pytest.approx(found)
     assert concept_mates(FIRST, TURNED).mate.tolist() == [1, 0]
-
-
-def test_overlaps_and_siblings_by_hand():
-    """PARTLY keeps one of three rows, its displacement unchanged; the norms are √(1 + 1 + 4) and 1."""
+    # By hand: PARTLY keeps one of three rows, its displacement unchanged; the norms are √(1 + 1 + 4) and 1.
     found = compare_fits(FIRST, PARTLY)
     names = ["rows_a", "rows_b", "rows_jaccard", "edit_cosine", "tokens_jaccard", "returned"]
     assert [found[name] for name in names] == pytest.approx([3, 1, 1 / 3, 1 / math.sqrt(6), 1 / 3, 0.5])
@@ -124,7 +121,7 @@ def test_overlaps_and_siblings_by_hand():
     assert concept_mates(FIRST, fit).sibling.tolist() == [0, 0]
 
 
-def test_a_fit_that_selects_nothing():
+def test_a_fit_that_selects_nothing_or_what_the_caller_says():
     for a, b in ((FIRST, NOTHING), (NOTHING, FIRST), (NOTHING, NOTHING)):
         found = compare_fits(a, b)
         assert math.isnan(found["edit_cosine"])
@@ -134,9 +131,7 @@ def test_a_fit_that_selects_nothing():
         assert overlaps == [0, 0] if a is not b else all(map(math.isnan, overlaps))
         assert found["returned"] == 0 if a is FIRST else math.isnan(found["returned"])
         assert len(concept_mates(a, b)) == (2 if a is FIRST else 0)
-
-
-def test_the_selection_is_the_caller_s():
+    # The selection is the caller's.
     assert selected_features(NOTHING) == [] and selected_features(NOTHING, features=[1]) == [1]
     assert compare_fits(FIRST, TURNED, threshold=99)["rows_a"] == 0
     assert compare_fits(FIRST, FIRST, features=[1])["rows_a"] == 1
