@@ -165,9 +165,7 @@ def test_the_effect_is_the_paired_difference_over_the_seeds_of_both_arms_each_co
     for arms in (ARMS[:1], ARMS[:2], [ARMS[0], ARMS[2]], []):  # nothing to compare
         table = effect_table({("Rome", *arm, 1): made(0.5) for arm in arms})
         assert table.empty and "value" in table.columns
-
-
-def test_controls_are_set_against_ember_run_by_run():
+    # Controls are set against EMBER run by run.
     draws = noise(1)
     compared = {
         ("Rome", "ember", False, 1): made(0.4, draws), ("Rome", "zero_rows", False, 1): made(0.5, draws),
