@@ -128,8 +128,8 @@ def files_of(cache: Path) -> list[Path]:
     ({"required": 1}, "'required': expected a valid boolean, got 1"),
     ({"options": {"temperature": 1}}, "'options': must be a mapping without model.*'temperature': 1"),
     ({"modell": "m"}, "unknown setting in the judge 'modell'; known: .*model"),
-    *(({"base_url": url}, "'base_url': .* environment variable") for url in (f"http://user:{KEY}@x/v1", f"http://x/v1?key={KEY}")),
-    ({"key_variable": KEY}, "'key_variable': .* environment variable"),
+    *(({name: value}, f"'{name}': .* environment variable") for name, value in (
+        ("base_url", f"http://user:{KEY}@x/v1"), ("base_url", f"http://x/v1?key={KEY}"), ("key_variable", KEY))),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not_repeated(change, said):
     settings = {"base_url": "http://localhost/v1", "model": "m", **change}
@@ -382,7 +382,7 @@ def test_features_are_accepted_with_a_confidence_of_85_percent_by_their_most_act
     endpoint.answer = lambda prompt: "hm" if "<tokens>" in prompt else "never asked"
     judged = judge_features(judge_for(endpoint), "Tiny Rome", features, [1])
     assert judged.items.value.isna().all() and judged.items.metric.tolist() == ["about", "confidence", "accepted"]
-    assert all("<tokens>" in prompt for prompt in endpoint.prompts[before:])
+    assert endpoint.prompts[before:] and all("<tokens>" in prompt for prompt in endpoint.prompts[before:])
 
 
 # An evaluation with a judge
