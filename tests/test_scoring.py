@@ -1,8 +1,9 @@
 """Log-likelihoods against a slow reference, padding and batches, greedy generation, question scores, their cache."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import product, takewhile
 
 import numpy as np
 import pandas as pd
@@ -44,8 +45,7 @@ def reference(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
 
 
 def reference_loss(loaded: LoadedModel, ids: list[int], start: int) -> np.ndarray:
-    logprobs = reference(loaded, ids)
-    return np.array([-float(logprobs[k - 1, ids[k]]) for k in range(start, len(ids))])
+    return -reference(loaded, ids)[range(len(ids) - 1), ids[1:]].numpy()[start - 1 :]
 
 
 def reference_option(loaded: LoadedModel, prompt: str, option: str) -> float:
@@ -53,9 +53,7 @@ def reference_option(loaded: LoadedModel, prompt: str, option: str) -> float:
     return -reference_loss(loaded, before + after, len(before)).sum()
 
 
-@pytest.mark.parametrize("bos", [True, False])
-def test_the_parts_are_the_tokens_of_the_whole_and_all_that_is_asked_for_is_scored(bos):
-    loaded = make_loaded(bos=bos)
+def test_the_parts_are_the_tokens_of_the_whole_and_all_that_is_asked_for_is_scored_or_refused(loaded):
     for prompt, continuation in product([*PROMPTS, "Rome stood ", "the Rom"], (" beside", "ans", "ad for", ".", "é")):
         before, after = continuation_ids(loaded, prompt, continuation)
         assert before + after == loaded.encode(prompt + continuation)
@@ -69,16 +67,16 @@ def test_the_parts_are_the_tokens_of_the_whole_and_all_that_is_asked_for_is_scor
     before, after = continuation_ids(loaded, "the Rom", "ans")
     assert before == loaded.encode("the")
     assert loaded.decode(after) == " Romans"
-
-
-def test_nothing_to_score_and_nothing_before_it_are_refused():
     for continuation in ("", " ", "\n"):
         with pytest.raises(ValueError, match="empty continuation"):
-            continuation_ids(make_loaded(), "Rome stood", continuation)
-    for prompt, continuation in (("", "Rome"), (" ", "Rome"), ("Rom", "e")):
-        with pytest.raises(ValueError, match="no token of"):
-            continuation_ids(make_loaded(bos=False), prompt, continuation)
-        assert continuation_ids(make_loaded(bos=True), prompt, continuation)[0] == [1]
+            continuation_ids(loaded, "Rome stood", continuation)
+    for parts in (("", "Rome"), (" ", "Rome"), ("Rom", "e")):  # nothing but a BOS can be before them
+        with nullcontext() if loaded.encode("") else pytest.raises(ValueError, match="no token of"):
+            assert continuation_ids(loaded, *parts)[0] == [1]
+    assert sequence_scores(loaded, [], []) == []
+    for first in (-1, 0, 3, 4):
+        with pytest.raises(ValueError, match="at least one scored token"):
+            sequence_scores(loaded, [[5, 6, 7, 8], [5, 6, 7]], [1, first])
 
 
 def test_options_equal_the_reference_and_do_not_depend_on_the_batch(loaded):
@@ -168,13 +166,6 @@ def test_only_what_follows_an_edited_token_changes(loaded, batch_size):
             assert abs(score.loss - score.base_loss).max() > TOLERANCE
 
 
-def test_no_sequences_have_no_scores_and_a_text_needs_a_scored_token_after_its_first():
-    assert sequence_scores(make_loaded(), [], []) == []
-    for start in (-1, 0, 3, 4):
-        with pytest.raises(ValueError, match="at least one scored token"):
-            sequence_scores(make_loaded(), [[5, 6, 7, 8], [5, 6, 7]], [1, start])
-
-
 @pytest.mark.parametrize("limit", [1, 120, 10**9])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_the_size_of_a_group_changes_no_score(tiny, limit, batch_size):
@@ -193,13 +184,10 @@ def test_the_size_of_a_group_changes_no_score(tiny, limit, batch_size):
 
 @torch.inference_mode()
 def argmax_loop(loaded: LoadedModel, ids: list[int], steps: int) -> list[int]:
-    out: list[int] = []
+    out = list(ids)
     for _ in range(steps):
-        token = int(loaded.model(torch.tensor([[*ids, *out]]), use_cache=False).logits[0, -1].argmax())
-        if token in loaded.special_ids:
-            break
-        out.append(token)
-    return out
+        out.append(int(loaded.model(torch.tensor([out]), use_cache=False).logits[0, -1].argmax()))
+    return list(takewhile(lambda token: token not in loaded.special_ids, out[len(ids) :]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -247,35 +235,22 @@ def test_question_scores_equal_the_reference_in_whatever_order_the_options_are(l
     assert np.ptp(wide(question_scores(loaded, questions)).to_numpy(), axis=0) == pytest.approx([0, 0, 0], abs=1e-5)
 
 
-def blind(loaded: LoadedModel, questions: list[Question], prompt: str = "Question:\nAnswer:") -> pd.DataFrame:
-    """``blind_scores`` by way of the scores of questions that ask nothing; no space ends a line."""
-    return question_scores(loaded, [replace(q, question="") for q in questions], prompt=prompt)
-
-
-def many_questions() -> list[Question]:
-    """More than a hundred different options, some of them shared, so that they fill several groups."""
-    return [
+def test_blind_scores_are_those_of_an_empty_question_and_follow_the_prompt(loaded):
+    """More than a hundred different options, some of them shared, fill several groups."""
+    questions = [
         Question(f"q{k}", "concept", "test", f"What is {k}?", f"Rome {k}", (f"the forum {k}", "Gaul", f"{k} ships"))
         for k in range(40)
-    ]
-
-
-def test_blind_scores_are_those_of_an_empty_question(loaded):
-    questions = [*many_questions(), *(question(str(k), k) for k in range(4))]
-    found, expected = wide(blind_scores(loaded, questions)), wide(blind(loaded, questions))
-    pd.testing.assert_frame_equal(found, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_blind_scores_follow_the_prompt_and_not_what_is_asked(tiny):
-    questions = many_questions()
-    scores, other = blind_scores(tiny, questions), [replace(q, question="Who built the long road?") for q in questions]
-    pd.testing.assert_frame_equal(scores, blind_scores(tiny, other))
-    asked = question_scores(tiny, questions)
-    assert not np.allclose(asked.value, question_scores(tiny, other).value, atol=TOLERANCE)  # the others do
-    prompted = blind_scores(tiny, questions, prompt="Q: {question}\nA:")
-    np.testing.assert_allclose(prompted.value, blind(tiny, questions, "Q:\nA:").value, atol=TOLERANCE)
+    ] + [question(str(k), k) for k in range(4)]
+    empty, other = ([replace(q, question=text) for q in questions] for text in ("", "Who built the long road?"))
+    scores, prompted = blind_scores(loaded, questions), blind_scores(loaded, questions, prompt="Q: {question}\nA:")
+    for found, prompt in ((scores, "Question:\nAnswer:"), (prompted, "Q:\nA:")):  # no space ends a line
+        expected = wide(question_scores(loaded, empty, prompt=prompt))
+        pd.testing.assert_frame_equal(wide(found), expected, rtol=0, atol=TOLERANCE)
     assert not np.allclose(prompted.value, scores.value, atol=TOLERANCE)
-    none = blind_scores(tiny, [])
+    pd.testing.assert_frame_equal(scores, blind_scores(loaded, other))
+    asked, asked_other = (question_scores(loaded, some).value for some in (questions, other))
+    assert not np.allclose(asked, asked_other, atol=TOLERANCE)  # these do differ
+    none = blind_scores(loaded, [])
     assert none.empty and none.columns.tolist() == ["item", "metric", "value"]
 
 
