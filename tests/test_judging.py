@@ -15,13 +15,13 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.items import DEFAULTS, make_items
+from helpers.items import make_items
 from helpers.suites import blank, suite_of, talkative
 from helpers.tiny import make_concept, make_loaded
 
 from ember.errors import DamagedFileError, EmberError
 from ember.evaluation.evaluate import evaluate
-from ember.evaluation.metrics import compare, harmonic_mean
+from ember.evaluation.metrics import Comparison, compare, harmonic_mean
 from ember.features import concept_features
 from ember.judging import grading
 from ember.judging.client import Judge, open_judge
@@ -102,10 +102,9 @@ def judge_for(endpoint: Endpoint, **changes) -> Judge:
 
 
 def parsed(text: str) -> dict:
-    values = json.loads(text)
-    if "correct" not in values:
-        raise ValueError("no 'correct'")
-    return values
+    if "correct" in (values := json.loads(text)):
+        return values
+    raise ValueError("no 'correct'")
 
 
 def ask(judge: Judge, prompt: str = "a") -> Verdict:
@@ -142,14 +141,6 @@ def test_settings_that_cannot_be_are_refused_by_name_and_a_key_among_them_is_not
         assert KEY not in str(direct.value)
 
 
-def test_a_key_that_is_missing_or_cannot_be_one_is_an_error_without_it(monkeypatch):
-    for key in ("", "  ", "secret\nkey", "geheim€"):
-        monkeypatch.setenv(VARIABLE, key)
-        with pytest.raises(EmberError, match=VARIABLE) as caught:
-            Judge(JudgeConfig(base_url="http://localhost/v1", model="m", key_variable=VARIABLE))
-        assert not key.strip() or key not in str(caught.value)
-
-
 def test_a_request_is_a_chat_completion_at_temperature_0_with_the_key_if_there_is_one(endpoint):
     judge = judge_for(endpoint, options={"reasoning_effort": "none"})
     assert ask(judge, "Is it?") == Verdict(YES, '{"correct": true}', "", "served-1", cached=False)
@@ -168,12 +159,8 @@ def test_a_question_is_asked_once_by_all_processes_and_anew_where_the_reply_coul
     again = judge_for(endpoint, retries=0, max_calls=1).ask_all(["b", "a"], parsed)
     assert [v.values for v in [*first, *again]] == [YES] * 5
     assert all(v.cached for v in again) and not any(v.cached for v in first)
-    code = (
-        "import json, sys; from ember.judging.client import open_judge\n"
-        "judge = open_judge(json.loads(sys.argv[1]))\n"
-        "print(judge.ask_all(['a'], json.loads), judge.calls)"
-    )
-    command = [sys.executable, "-c", code, json.dumps(settings_for(endpoint))]
+    code = f"import json; from ember.judging.client import open_judge; judge = open_judge({settings_for(endpoint)})"
+    command = [sys.executable, "-c", f"{code}; print(judge.ask_all(['a'], json.loads), judge.calls)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert "cached=True" in done.stdout and done.stdout.strip().endswith("0")
     assert sorted(endpoint.prompts) == ["a", "b"]
@@ -209,7 +196,7 @@ def test_a_failure_that_passes_is_tried_again_and_one_that_lasts_ends_after_the_
     assert endpoint.prompts == ["a", "a", "b", "b", "b"]
 
 
-def test_waits_grow_and_the_endpoint_s_own_is_kept(endpoint):
+def test_waits_grow_the_endpoint_s_own_is_kept_and_a_refusal_or_too_long_a_wait_ends_at_once(endpoint):
     endpoint.script = [failure(500)] * 3
     ask(judge_for(endpoint, retries=3, backoff=0.1))
     waits = np.diff(endpoint.times)
@@ -222,9 +209,7 @@ def test_waits_grow_and_the_endpoint_s_own_is_kept(endpoint):
             assert np.diff(endpoint.times)[-1] >= least
     with pytest.raises(EmberError, match=r"127\.0\.0\.1:9/v1/chat/completions gave no answer in 3 attempts.* Connect"):
         ask(judge_for(endpoint, base_url="http://127.0.0.1:9/v1"))  # nobody listens
-
-
-def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpoint):
+    endpoint.requests.clear()
     refused = r"refuses the request for judge-1: {} bad key \[key\].*{}"
     advice = ((400, "options"), (401, VARIABLE), (403, "its terms"), (404, "base_url"), (301, ""))
     steps = [(failure(status, f"bad key {KEY}"), refused.format(status, told)) for status, told in advice]
@@ -232,7 +217,7 @@ def test_a_refusal_or_a_wait_beyond_the_limit_ends_at_once_with_what_to_do(endpo
     for count, (step, said) in enumerate([*steps, (failure(429, "daily quota", Retry_After="3600"), wait)], 1):
         endpoint.script = [step]
         with pytest.raises(EmberError, match=said):
-            ask(judge_for(endpoint))
+            ask(judge_for(endpoint), "b")
         assert len(endpoint.requests) == count
 
 
@@ -253,7 +238,7 @@ def test_nonsense_is_asked_again_with_what_was_wrong_and_then_missing_with_the_r
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
-def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
+def test_the_budget_in_calls_or_tokens_stops_before_the_call_that_could_exceed_it(endpoint, concurrency):
     with pytest.raises(EmberError, match="max_calls=3 is spent"):
         judge_for(endpoint, max_calls=3, concurrency=concurrency).ask_all(list("abcdefgh"), parsed)
     assert len(endpoint.requests) == 3
@@ -264,21 +249,21 @@ def test_the_budget_in_calls_stops_before_the_next(endpoint, concurrency):
     with pytest.raises(EmberError, match="max_calls=2"):
         ask(judge_for(endpoint, max_calls=2), "i")
     assert len(endpoint.requests) == 8 + 2
-
-
-def test_the_budget_in_tokens_stops_before_a_call_that_could_exceed_it(endpoint):
-    """Each call may take 10 + 20 // 2 tokens and takes 10; as many as it may where the endpoint does not state them."""
+    # Each call may take 10 + 20 // 2 tokens and takes 10; as many as it may where the endpoint does not state them.
+    endpoint.script = []
     judge = judge_for(endpoint, max_tokens=45, reply_tokens=10, concurrency=1)
     with pytest.raises(EmberError, match=r"max_tokens=45 \(30 tokens used, 20 more possible\)"):
         judge.ask_all([letter * 20 for letter in "abcdefgh"], parsed)
-    assert len(endpoint.requests) == 3 and judge.tokens == 30
+    assert len(endpoint.requests) == 10 + 3 and judge.tokens == 30
     for letter, usage in zip("ijkl", (None, {}, {"total_tokens": -1}, {"total_tokens": "many"}), strict=True):
         endpoint.script, judge = [reply('{"correct": true}', usage=usage)], judge_for(endpoint, reply_tokens=10)
         ask(judge, letter * 20)
         assert judge.tokens == 20, usage
 
 
-def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
+def test_the_key_is_nowhere_but_in_the_request_and_one_that_is_missing_or_cannot_be_is_an_error(
+    endpoint, cache, monkeypatch
+):
     """Not even where the endpoint repeats it."""
     endpoint.script = [reply(json.dumps({"correct": True, "echo": KEY})), failure(429, KEY), failure(401, KEY)]
     judge = judge_for(endpoint)
@@ -289,6 +274,11 @@ def test_the_key_is_nowhere_but_in_the_request(endpoint, cache):
     files = files_of(cache)
     assert files and all(KEY not in text for text in [*shown, *(path.read_text() for path in files)])
     assert endpoint.requests[0]["key"] == f"Bearer {KEY}"
+    for key in ("", "  ", "secret\nkey", "geheim€"):
+        monkeypatch.setenv(VARIABLE, key)
+        with pytest.raises(EmberError, match=VARIABLE) as caught:
+            judge_for(endpoint)
+        assert not key.strip() or key not in str(caught.value)
 
 
 def test_without_a_key_there_is_one_note_and_no_judge_and_a_required_one_must_answer(endpoint, monkeypatch):
@@ -311,9 +301,6 @@ def test_without_a_key_there_is_one_note_and_no_judge_and_a_required_one_must_an
     before = deciding(settings_for(endpoint))
     assert deciding(settings_for(endpoint, max_calls=7, retries=9)) == before != without
     assert deciding(settings_for(endpoint, model="other")) != before
-
-
-# What is judged
 
 
 def test_open_answers_are_right_wrong_or_missing_by_question_reference_and_answer(endpoint):
@@ -385,9 +372,6 @@ def test_features_are_accepted_with_a_confidence_of_85_percent_by_their_most_act
     assert endpoint.prompts[before:] and all("<tokens>" in prompt for prompt in endpoint.prompts[before:])
 
 
-# An evaluation with a judge
-
-
 def verdict_on(prompt: str) -> str:
     """By the answer's length, so that other answers get other verdicts."""
     parity = len(prompt.split("<answer>")[-1]) % 2
@@ -398,7 +382,11 @@ def verdict_on(prompt: str) -> str:
 ASKING = {"open_answers": 2, "judge": True, "generations": 2, "questions": 3, "instructions": 2, "letters": True}
 
 
-def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny):
+def test_an_evaluation_with_a_judge_is_of_the_edited_model_and_sizes_of_nothing_get_nothing(endpoint, tiny):
+    empty = judged_scores(tiny, suite_of(), "test", judge_for(endpoint))
+    assert empty.items.empty and empty.verdicts.empty and not endpoint.requests
+    with pytest.raises(ValueError, match="split must be one of"):
+        judged_scores(tiny, suite_of(), "dev", judge_for(endpoint))
     endpoint.answer = verdict_on
     tiny, suite, judge = talkative(tiny), suite_of(**ASKING), judge_for(endpoint)
     edit = blank(tiny, " Romans", " the")
@@ -420,46 +408,33 @@ def test_an_evaluation_with_a_judge_is_of_the_edited_model(endpoint, tiny):
         judged_scores(tiny, suite, "test", judge, edit, responses=plain.samples.assign(item="other"))
 
 
-def test_chat_prompts_of_open_answers_have_one_bos_and_sizes_of_nothing_get_nothing(endpoint, monkeypatch):
-    loaded, seen = make_loaded(bos=True), []
-    empty = judged_scores(loaded, suite_of(), "test", judge_for(endpoint))
-    assert empty.items.empty and empty.verdicts.empty and not endpoint.requests
-    with pytest.raises(ValueError, match="split must be one of"):
-        judged_scores(loaded, suite_of(), "dev", judge_for(endpoint))
-    generate = lambda loaded, prompts, **_: seen.extend(prompts) or [[5]] * len(prompts)  # noqa: E731
+def test_chat_prompts_of_open_answers_have_one_bos(endpoint, monkeypatch):
+    generate = Mock(side_effect=lambda loaded, prompts, **_: [[5]] * len(prompts))
     monkeypatch.setattr("ember.judging.grading.generate_greedy", generate)
-    judged_scores(loaded, suite_of(**ASKING), "test", judge_for(endpoint, rereads=0))
+    judged_scores(make_loaded(bos=True), suite_of(**ASKING), "test", judge_for(endpoint, rereads=0))
+    seen = [ids for call in generate.call_args_list for ids in call.args[1]]
     assert len(seen) == 6 and all(ids.count(1) == 1 and ids[0] == 1 for ids in seen)
 
 
-# What a comparison makes of verdicts: rows of scores before and after
-
-
+# Scores before and after, of which a comparison makes the paper's.
 JUDGED = {
-    "concept_open/open_correct": ([1, 1, 1, 1], [1, 0, 0, 0]),
-    "simdom_open/open_correct": ([1, 1, 0, 0], [1, 1, 1, 0]),
-    "generation/judge_instruction": ([2, 2, 2, 2], [1, 1, 1, 1]),
-    "generation/judge_fluency": ([1, 1, 1, 1], [2, 2, 2, 2]),
-}
+    "concept_open/open_correct": (1, [1, 0, 0, 0]), "simdom_open/open_correct": ([1, 1, 0, 0], [1, 1, 1, 0]),
+    "generation/judge_instruction": (2, 1), "generation/judge_fluency": (1, 2),
+}  # fmt: skip
 LETTERS = {
-    f"{name}/letter_correct": ([1] * 3 + [0], after)
-    for name, after in (("concept", [1, 1, 0, 0]), ("simdom", [1, 1, 1, 0]), ("general", [1, 1, 1, 1]))
+    f"{name}/letter_correct": ([1, 1, 1, 0], after)
+    for name, after in (("concept", [1, 1, 0, 0]), ("simdom", [1, 1, 1, 0]), ("general", 1))
 }
 
 
-def compared(extra: dict):
-    """A comparison of items with these scores more."""
-    plain, sides = make_items(sizes=dict.fromkeys(DEFAULTS, 4)), []
-    for side in (0, 1):
-        keys = [(*key.split("/"), values[side]) for key, values in extra.items()]
-        rows = [(set_, f"{set_}-{i}", metric, float(v)) for set_, metric, values in keys for i, v in enumerate(values)]
-        sides.append(pd.concat([plain, pd.DataFrame(rows, columns=plain.columns)], ignore_index=True))
-    return compare(*sides, n_resamples=20)
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_judged_and_lettered_scores_are_the_paper_s_formulas_and_missing_verdicts_are_nan_and_never_0():
 
+    def compared(extra: dict) -> Comparison:
+        sides = (make_items({key: both[side] for key, both in extra.items()}) for side in (0, 1))
+        return compare(*sides, n_resamples=20)
 
-def test_judged_and_lettered_scores_are_the_paper_s_formulas():
-    found = compared(JUDGED | LETTERS)
-    coherence = harmonic_mean(0.5, 1.0)
+    plain, found, coherence = compared({}), compared(JUDGED | LETTERS), harmonic_mean(0.5, 1.0)
     wanted = {
         "efficacy_letter": 0.5, "specificity_letter": 1,  # (0.5 - 0.25) / (0.75 - 0.25) is left
         "efficacy_open": 0.75,  # min(1, 0.25 / 1) is left
@@ -470,21 +445,16 @@ def test_judged_and_lettered_scores_are_the_paper_s_formulas():
     }  # fmt: skip
     assert [found.value(name) for name in wanted] == pytest.approx([float(value) for value in wanted.values()])
     assert found.value("delta_letter_correct", "concept") == pytest.approx(-0.25)
-    plain = compared({}).summary
-    shared = found.summary.merge(plain, on=["set", "metric"], suffixes=("", "_plain"))
-    assert len(shared) == len(plain) and (shared.value == shared.value_plain).all()
-
-
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
-def test_what_no_judge_has_seen_is_not_there_and_missing_verdicts_are_nan_and_never_0():
-    metrics = set(compared({}).summary.metric)
+    shared = found.summary.merge(plain.summary, on=["set", "metric"], suffixes=("", "_plain"))
+    assert len(shared) == len(plain.summary) and (shared.value == shared.value_plain).all()
+    # What no judge has seen is not there.
+    metrics = set(plain.summary.metric)
     assert not any(tag in name for name in metrics for tag in ("judge", "open", "letter"))
     extra = {"efficacy_letter", "specificity_letter", "harmonic_letter", "letter_correct", "delta_letter_correct"}
     assert set(compared(LETTERS).summary.metric) - metrics == extra  # the final score needs judged coherence
-    found = compared({key: (base, [np.nan] * 4) for key, (base, _) in JUDGED.items()})
+    found = compared({key: (base, np.nan) for key, (base, _) in JUDGED.items()})
     names = ("efficacy_open", "specificity_open", "harmonic_open", "coherence_judged", "final_judged", "final_open")
     assert all(np.isnan(found.value(name)) for name in names)
-    assert np.isnan(found.value("open_correct", "concept_open"))
-    assert found.value("final") == compared({}).value("final")
-    one = {**JUDGED, "concept_open/open_correct": ([1, 1, 1, 1], [1, np.nan, 0, 0])}
-    assert compared(one).value("efficacy_open") == pytest.approx(2 / 3)
+    assert np.isnan(found.value("open_correct", "concept_open")) and found.value("final") == plain.value("final")
+    one = compared(JUDGED | {"concept_open/open_correct": (1, [1, np.nan, 0, 0])})
+    assert one.value("efficacy_open") == pytest.approx(2 / 3)

@@ -14,13 +14,15 @@ DEFAULTS = {
 
 
 def make_items(changes: dict[str, object] | None = None, sizes: dict[str, int] | None = None) -> pd.DataFrame:
-    """Item scores as ``evaluate`` yields them, 8 items a set; ``changes`` maps "set/metric" to value(s)."""
-    rows = []
-    for set_, metrics in DEFAULTS.items():
+    """Item scores as ``evaluate`` yields them, 8 items a set; ``changes`` maps "set/metric" to value(s), repeated."""
+    rows, defaults = (
+        [],
+        {f"{s}/{metric}": value for s, metrics in DEFAULTS.items() for metric, value in metrics.items()},
+    )
+    for key, values in (defaults | (changes or {})).items():
+        set_, metric = key.split("/")
         n = (sizes or {}).get(set_, 8)
-        for metric, default in metrics.items():
-            values = (changes or {}).get(f"{set_}/{metric}", np.resize(default, n))
-            rows += [(set_, f"{set_}-{i}", metric, float(v)) for i, v in enumerate(np.broadcast_to(values, n))]
+        rows += [(set_, f"{set_}-{i}", metric, float(v)) for i, v in enumerate(np.resize(values, n))]
     return pd.DataFrame(rows, columns=["set", "item", "metric", "value"])
 
 
