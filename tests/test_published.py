@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import make_concept, make_loaded
+from helpers.tiny import make_concept
 from torch import nn
 
 from ember.errors import DataError
@@ -27,21 +27,18 @@ from ember.store.pickles import unpickle
 from ember.tokens import token_table
 
 
-class Factorizer(nn.Module):
-    """Like the published class: factors as parameters, a transposed view, plain settings."""
+@pytest.fixture
+def theirs(monkeypatch):
+    """A factorizer like theirs, under its published name: factors as parameters, a transposed view, plain settings."""
+    module = types.ModuleType("factorization.seminmf")
 
     def __init__(self, F: torch.Tensor, G: torch.Tensor) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.F_, self.G_ = nn.Parameter(F), nn.Parameter(G)
         self.rank, self.fitting_device, self.dtype = F.shape[1], torch.device("cuda", 1), torch.float16
         self.W, self.H = self.G_.detach().clone(), self.F_.T
 
-
-@pytest.fixture
-def theirs(monkeypatch):
-    """The factorizer under the name that the published files give it."""
-    module = types.ModuleType("factorization.seminmf")
-    module.NMFSemiNMF = type("NMFSemiNMF", (Factorizer,), {"__module__": module.__name__})
+    module.NMFSemiNMF = type("NMFSemiNMF", (nn.Module,), {"__module__": module.__name__, "__init__": __init__})
     monkeypatch.setitem(sys.modules, "factorization", types.ModuleType("factorization"))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module.NMFSemiNMF
@@ -82,13 +79,10 @@ def assert_contents(found: dict, wanted: dict) -> None:
         assert found[name].dtype == value.dtype and torch.equal(found[name], value.detach()), name
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_pickles_give_the_same_arrays(tmp_path, protocol):
-    assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)), contents())
-
-
-def test_archives_of_torch_save_give_the_same_tensors(tmp_path):
+def test_plain_pickles_and_archives_of_torch_save_give_the_same_tensors(tmp_path):
     """Each in memory of its own. Files from before the archives are refused."""
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert_contents(unpickle(written(tmp_path, contents(), protocol=protocol)), contents())
     torch.save(contents(numpy=False), tmp_path / "file.pt")
     found = unpickle(tmp_path / "file.pt")
     assert_contents(found, contents(numpy=False))
@@ -201,60 +195,47 @@ def test_a_registered_extension_is_not_reached(tmp_path):
         copyreg.clear_extension_cache()
 
 
-def test_truncated_or_followed_by_something(tmp_path):
-    whole = pickle.dumps(contents())
+def test_truncated_followed_by_something_or_an_array_of_another_size_than_its_bytes(tmp_path):
+    whole, array = pickle.dumps(contents()), pickle.dumps(np.zeros((2, 3)), protocol=3)
     for content in (*(whole[:cut] for cut in (0, 1, 60, -1)), whole + b"K\x01."):
         refusal(written(tmp_path, content))
     assert "No such file" in refusal(tmp_path / "none.pkl")
+    assert array.count(b"K\x02K\x03\x86") == 1
+    for shape in (b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86",
+                  b"K\x02N\x86", b"K\x02K\x02\x86"):  # fmt: skip
+        refusal(written(tmp_path, array.replace(b"K\x02K\x03\x86", shape)))
 
 
-@pytest.mark.parametrize(
-    ("body", "found"),
-    [
+def test_a_record_cannot_be_given_behaviour(tmp_path):
+    """State reaches the object, not its class, and nothing that Python would call."""
+    for body, found in (
         (THING + b")\x81N}" + STATE + b"\x86b", {"1.__class__": "x"}),
         (THING + b")\x81}" + STATE + b"b", {"__class__": "x"}),
         (ORDERED + b")R}" + STATE + b"b", {}), (ORDERED + b"}" + STATE + b"\x85R", {}),  # nothing is copied
-        (THING + b")\x81Na", None), (THING + b"}" + STATE + b"b", None), (ORDERED + b"}" + STATE + b"b", None),
-    ],
-)  # fmt: skip
-def test_a_record_cannot_be_given_behaviour(tmp_path, body, found):
-    """State reaches the object, not its class, and nothing that Python would call."""
-    path = written(tmp_path, b"\x80\x04" + body + b".")
-    if found is None:
-        refusal(path, classes=["a.Thing"])
-    else:
-        assert unpickle(path, classes=["a.Thing"]) == found
+    ):  # fmt: skip
+        assert unpickle(written(tmp_path, b"\x80\x04" + body + b"."), classes=["a.Thing"]) == found
+    for body in (THING + b")\x81Na", THING + b"}" + STATE + b"b", ORDERED + b"}" + STATE + b"b"):
+        refusal(written(tmp_path, b"\x80\x04" + body + b"."), classes=["a.Thing"])
 
 
-def test_an_array_of_another_size_than_its_bytes(tmp_path):
-    content = pickle.dumps(np.zeros((2, 3)), protocol=3)
-    assert content.count(b"K\x02K\x03\x86") == 1
-    for shape in (b"K\x02K\x04\x86", b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86", b"J\xff\xff\xff\xffK\x06\x86",
-                  b"K\x02N\x86", b"K\x02K\x02\x86"):  # fmt: skip
-        refusal(written(tmp_path, content.replace(b"K\x02K\x03\x86", shape)))
+def test_a_tensor_that_reaches_beyond_its_storage(tmp_path):
+    """A plain pickle holds a tensor as the bytes of a storage, offset, size and stride."""
+    six, too_long = (torch.arange(6.0)._typed_storage() for _ in range(2))
 
+    def file_of(storage, *view) -> Path:
+        torch.save(storage, saved := io.BytesIO(), _use_new_zipfile_serialization=False)
+        content = saved.getvalue().replace(b"K\x06", b"K\x60") if storage is too_long else saved.getvalue()
+        call = Calls(torch.storage._load_from_bytes, content)
+        return written(tmp_path, Calls(torch._utils._rebuild_tensor_v2, call, *view, False, None))
 
-def rebuilt(storage, *view) -> Calls:
-    """A tensor as a plain pickle holds it: the bytes of a storage, offset, size and stride."""
-    saved = io.BytesIO()
-    torch.save(storage, saved, _use_new_zipfile_serialization=False)
-    content = saved.getvalue().replace(b"K\x06", b"K\x60") if storage is TOO_LONG else saved.getvalue()
-    return Calls(torch._utils._rebuild_tensor_v2, Calls(torch.storage._load_from_bytes, content), *view, False, None)
-
-
-SIX, TOO_LONG = (torch.arange(6.0)._typed_storage() for _ in range(2))
-
-
-@pytest.mark.parametrize(("storage", "offset", "size", "stride", "said"), [
-    (SIX, 0, (2, 4), (4, 1), "out of bounds"), (SIX, 1, (2, 3), (3, 1), "out of bounds"),
-    (SIX, 0, (2, 3), (4, 1), "out of bounds"), (SIX, 0, (2, 3), (3,), "mismatch"),
-    (SIX, 0, (2_000_000_000, 2), (0, 0), "as large"), (TOO_LONG, 0, (6,), (1,), "byte size"),
-    (torch.ones(6), 0, (6,), (1,), "_untyped_storage"),
-])  # fmt: skip
-def test_a_tensor_that_reaches_beyond_its_storage(tmp_path, storage, offset, size, stride, said):
-    assert said in refusal(written(tmp_path, rebuilt(storage, offset, size, stride)))
-    honest = unpickle(written(tmp_path, rebuilt(SIX, 1, (2, 2), (3, 1))))["value"]
-    assert honest.tolist() == [[1, 2], [4, 5]]
+    for storage, offset, size, stride, said in (
+        (six, 0, (2, 4), (4, 1), "out of bounds"), (six, 1, (2, 3), (3, 1), "out of bounds"),
+        (six, 0, (2, 3), (4, 1), "out of bounds"), (six, 0, (2, 3), (3,), "mismatch"),
+        (six, 0, (2_000_000_000, 2), (0, 0), "as large"), (too_long, 0, (6,), (1,), "byte size"),
+        (torch.ones(6), 0, (6,), (1,), "_untyped_storage"),
+    ):  # fmt: skip
+        assert said in refusal(file_of(storage, offset, size, stride))
+    assert unpickle(file_of(six, 1, (2, 2), (3, 1)))["value"].tolist() == [[1, 2], [4, 5]]
 
 
 def rewritten(path: Path, pickled=(b"", b""), **entries: bytes | None) -> Path:
@@ -304,16 +285,11 @@ def test_many_arrays_of_the_same_bytes_and_nesting_take_no_memory_beyond_the_fil
     assert "deep" in refusal(written(tmp_path, b"\x80\x04" + b"]" * 5000 + b"a" * 4999 + b"."))
 
 
-@pytest.fixture(params=["llama", "gemma2"])
-def loaded(request):
-    return make_loaded(request.param)
-
-
 @pytest.fixture
-def fit(loaded):
+def fit(tiny):
     """F, G, and the ids of G's rows, fitted to the scaled rows as the published files are."""
-    ids = token_table(loaded, make_concept().sentences, make_concept().neutral).token_id.tolist()
-    X = loaded.embedding.detach()[ids] * loaded.embedding_scale
+    ids = token_table(tiny, make_concept().sentences, make_concept().neutral).token_id.tolist()
+    X = tiny.embedding.detach()[ids] * tiny.embedding_scale
     found = sparse_mf(X, 8, sparsity=0.1, max_iter=30, seed=0)
     return found.F, found.G, ids
 
@@ -322,44 +298,42 @@ def table(F, G, ids) -> dict:
     return {"nmf": {"_parameters": {"F_": F, "G_": G}}, "vprime_token_ids": ids}
 
 
-def taken(path: Path, loaded, **options) -> ConceptFeatures:
-    return import_published(path, loaded, make_concept(), **options)
-
-
-def not_taken(path: Path, loaded, **options) -> str:
+def not_taken(path: Path, tiny, **options) -> str:
     with pytest.raises(DataError) as caught:
-        taken(path, loaded, **options)
+        import_published(path, tiny, make_concept(), **options)
     return str(caught.value)
 
 
-def test_the_published_layout_becomes_features_of_ours(tmp_path, loaded, fit, theirs):
+def test_the_published_layout_becomes_features_of_ours(tmp_path, tiny, fit, theirs):
     """What the file gives is what fitting here would have given: factors, table and scores."""
     F, G, ids = fit
     path = written(tmp_path, {"nmf": theirs(F, G), "vprime_token_ids": ids})
-    found = taken(path, loaded)
+    found = import_published(path, tiny, make_concept())
     assert torch.equal(found.factorization.F, F) and torch.equal(found.factorization.G, G)
     settings = {"rank": 8, "sparsity": 0.1, "max_iter": 30, "seed": 0, "precision": "float32"}
-    own = concept_features(loaded, make_concept(), cache=False, **settings)
+    own = concept_features(tiny, make_concept(), cache=False, **settings)
     assert found.table.equals(own.table[found.table.columns]) and found.scores.equals(own.scores)
     assert found.factorization.loss == pytest.approx(own.factorization.loss, rel=1e-4)
     about = found.settings["imported"]
     assert about["fields"] == {"F": "nmf._parameters.F_", "G": "nmf._parameters.G_", "tokens": "vprime_token_ids"}
     assert 0 < about["explained"] < 1 and about["unseen"] == [] and len(about["sha256"]) == 64
-    assert (found.model, found.weights_hash, found.concept) == (loaded.name, loaded.weights_hash, "Tiny Rome")
+    assert (found.model, found.weights_hash, found.concept) == (tiny.name, tiny.weights_hash, "Tiny Rome")
     again = ConceptFeatures.load(found.save(tmp_path / "features"))
     assert again.settings == found.settings and torch.equal(again.factorization.F, F)
     config = EmberConfig(rank=8, features=tuple(found.scores[found.scores.rows > 0].feature[:2]))
-    edits = [edit_from_features(loaded, features, config) for features in (found, again)]
+    edits = [edit_from_features(tiny, features, config) for features in (found, again)]
     assert len(edits[0].changed()) > 0 and edits[0].changed().equals(edits[1].changed())
 
 
-def test_rows_are_matched_by_id_not_by_place_and_the_caller_may_name_the_fields(tmp_path, loaded, fit):
+def test_rows_are_matched_by_id_not_by_place_and_the_caller_may_name_the_fields(tmp_path, tiny, fit):
     """Also of NumPy arrays."""
     F, G, ids = fit
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     shuffled = [ids[k] for k in order]
-    whole = taken(written(tmp_path, table(F, G, ids)), loaded)
-    mixed = taken(written(tmp_path, table(F.numpy(), G[order].numpy(), np.array(shuffled))), loaded)
+    whole = import_published(written(tmp_path, table(F, G, ids)), tiny, make_concept())
+    mixed = import_published(
+        written(tmp_path, table(F.numpy(), G[order].numpy(), np.array(shuffled))), tiny, make_concept()
+    )
     assert mixed.table.token_id.tolist() == shuffled
     some = whole.scores[whole.scores.rows > 0].feature.tolist()[:3]
     one, other = whole.contributions(some), mixed.contributions(some)
@@ -367,12 +341,12 @@ def test_rows_are_matched_by_id_not_by_place_and_the_caller_may_name_the_fields(
     assert all(torch.allclose(one[i], other[i]) for i in one)
     path = written(tmp_path, {"best": {"left": F, "right": G}, "which": ids})
     fields = {"F": "best.left", "G": "best.right", "tokens": "which"}
-    assert torch.equal(taken(path, loaded, fields=fields).factorization.F, F)
-    said = not_taken(path, loaded)
+    assert torch.equal(import_published(path, tiny, make_concept(), fields=fields).factorization.F, F)
+    said = not_taken(path, tiny)
     assert "'best.right'" in said and f"[{len(ids)}, 8] float32" in said and "'which'" in said
-    assert "'nope'" in not_taken(path, loaded, fields=fields | {"F": "nope"})
-    assert "'x'" in not_taken(path, loaded, fields={"x": "best.left"})
-    assert "; 5 more" in not_taken(written(tmp_path, {f"k{k}": k for k in range(35)}), loaded)
+    assert "'nope'" in not_taken(path, tiny, fields=fields | {"F": "nope"})
+    assert "'x'" in not_taken(path, tiny, fields={"x": "best.left"})
+    assert "; 5 more" in not_taken(written(tmp_path, {f"k{k}": k for k in range(35)}), tiny)
 
 
 MISFITS = [
@@ -397,25 +371,25 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("change", "words"), MISFITS)
-def test_what_does_not_fit_the_model_s_rows(tmp_path, loaded, fit, change, words):
+def test_what_does_not_fit_the_model_s_rows(tmp_path, tiny, fit, change, words):
     """The control is ``test_rows_are_matched_by_id…``, where the same factors are taken."""
-    assert re.search(words, not_taken(written(tmp_path, table(*change(*fit))), loaded))
+    assert re.search(words, not_taken(written(tmp_path, table(*change(*fit))), tiny))
 
 
-def test_tokens_of_other_texts_and_factors_of_unscaled_rows(tmp_path, loaded, fit):
+def test_tokens_of_other_texts_and_factors_of_unscaled_rows(tmp_path, tiny, fit):
     """A few count as neutral, which no edit touches; many mean that the texts are others."""
     F, G, ids = fit
-    others = [i for i in range(3, loaded.tokenizer.vocab_size) if i not in ids]
+    others = [i for i in range(3, tiny.tokenizer.vocab_size) if i not in ids]
 
     def with_others(count: int) -> Path:
         rows = torch.cat([G[count:], torch.zeros(count, 8)])
         return written(tmp_path, table(F, rows, [*ids[count:], *others[:count]]))
 
-    found = taken(with_others(1), loaded)
+    found = import_published(with_others(1), tiny, make_concept())
     assert found.settings["imported"]["unseen"] == others[:1]
     assert found.table.role.iloc[-1] == "neutral" and not found.table.isna().all(axis=1).any()
-    assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(with_others(len(ids) // 20 + 1), loaded)
-    if loaded.embedding_scale != 1:  # Gemma's
-        unscaled = sparse_mf(loaded.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
-        said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), loaded)
-        assert "not scaled" in said and f"{loaded.embedding_scale:.4g}" in said
+    assert "occur nowhere in the texts of 'Tiny Rome'" in not_taken(with_others(len(ids) // 20 + 1), tiny)
+    if tiny.embedding_scale != 1:  # Gemma's
+        unscaled = sparse_mf(tiny.embedding.detach()[ids], 8, sparsity=0.1, max_iter=30, seed=0)
+        said = not_taken(written(tmp_path, table(unscaled.F, unscaled.G, ids)), tiny)
+        assert "not scaled" in said and f"{tiny.embedding_scale:.4g}" in said
