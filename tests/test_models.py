@@ -163,7 +163,7 @@ def test_embedding_scale_is_that_of_the_forward_pass(kind, dtype, scale):
     assert torch.equal(hidden, loaded.embedding[IDS[0]] * loaded.embedding_scale)
 
 
-def test_hash_changes_with_one_bit_of_any_parameter_and_with_the_dtype(tiny):
+def test_hash_changes_with_one_bit_of_any_parameter_with_the_dtype_and_with_training(tiny):
     for name, parameter in tiny.model.named_parameters():
         bits = parameter.detach().view(torch.int32).view(-1)
         for position in (0, -1):
@@ -173,9 +173,7 @@ def test_hash_changes_with_one_bit_of_any_parameter_and_with_the_dtype(tiny):
     assert weights_hash(tiny.model) == tiny.weights_hash
     model = make_model("llama", dtype=torch.bfloat16)  # its values are the same in float32
     assert weights_hash(model) != weights_hash(model.float())
-
-
-def test_a_model_in_training_has_a_hash_of_its_own_for_what_it_is_trained_by(tiny):
+    # A model in training has a hash of its own for what it is trained by.
     seen, before = [], dict(tiny.parameter_hashes)
     for what in (("all", 1), ("all", 2), ("all", 1)):
         with suppress(KeyboardInterrupt), tiny.in_training(*what):
