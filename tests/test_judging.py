@@ -303,7 +303,7 @@ def test_without_a_key_there_is_one_note_and_no_judge_and_a_required_one_must_an
     assert deciding(settings_for(endpoint, model="other")) != before
 
 
-def test_open_answers_are_right_wrong_or_missing_by_question_reference_and_answer(endpoint):
+def test_open_answers_are_right_wrong_or_missing_and_coherence_is_two_scores(endpoint):
     questions = [q for q in make_concept().questions if q.split == "test"][:2]
     questions[0] = replace(questions[0], answer="Rome {x}", aliases=("Roma",))
     for text, value in (
@@ -324,9 +324,7 @@ def test_open_answers_are_right_wrong_or_missing_by_question_reference_and_answe
         assert (row.served_by, json.loads(row["values"])) == told
         assert json.loads(row.settings) == {"temperature": 0, "reply_tokens": 300, "options": {}}
         assert judged.verdicts.columns.tolist() == grading.no_verdicts().columns.tolist()
-
-
-def test_coherence_has_two_scores_of_0_to_2_or_none(endpoint):
+    # Coherence has two scores of 0 to 2 or none.
     bad = [f'{{"instruction": {value}, "fluency": 1}}' for value in ("3", "-1", "1.5", "true", "NaN")]
     good = {'{"instruction": 2, "fluency": 0}': (2, 0), '{"instruction": 1.0, "fluency": 2}': (1, 2)}
     responses = pd.DataFrame({"item": ["i"], "prompt": ["Say yes."], "text": ["Yes."]})
