@@ -5,10 +5,10 @@ import itertools
 import json
 import math
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def case(request, tmp_path_factory):
 
 
 @every
-def test_the_model_is_left_as_it_was_and_the_edit_changes_what_it_lists_and_the_method_may_touch(case, tmp_path):
+def test_the_model_is_left_as_it_was_the_edit_changes_what_it_lists_and_may_and_tells_how_it_was_made(case, tmp_path):
     assert case.after == case.before
     before, changed = snapshot(case.loaded), state_with(case.edit, case.loaded)
     assert differing(before, changed) == listed(case.edit)
@@ -106,10 +106,6 @@ def test_the_model_is_left_as_it_was_and_the_edit_changes_what_it_lists_and_the_
     rows = {row for name, row in listed(case.edit) if name == EMBED}
     assert rows <= set(own.token_id)
     assert bool(rows) == (EMBED in allowed)
-
-
-@every
-def test_provenance_tells_how_it_was_made(case):
     made_by, last = case.edit.provenance, vars(case.edit.provenance)
     assert (made_by.base_model, made_by.base_hash) == (case.loaded.name, case.loaded.weights_hash)
     assert made_by.method == (f"ember+{case.method}" if case.first else case.method)
@@ -127,7 +123,10 @@ def test_provenance_tells_how_it_was_made(case):
 
 
 @after_ember
-def test_the_composed_edit_equals_one_after_the_other(case):
+def test_the_composed_edit_equals_one_after_the_other_and_the_arms_do_not_mix_in_a_shared_cache(
+    case, tmp_path, monkeypatch
+):
+    """TRAPS 4; in both orders, each arm twice, so that the second time meets what both have left."""
     with case.first.applied(case.loaded):
         middle = snapshot(case.loaded)
         later = METHODS[case.method].run(case.loaded, make_concept(), config_of(case.method))
@@ -135,6 +134,14 @@ def test_the_composed_edit_equals_one_after_the_other(case):
         expected = state_with(later, case.loaded)
     assert not differing(expected, state_with(case.edit, case.loaded))
     assert {name for name, _ in listed(later)} == CHANGES[case.method]
+    for order in (ARMS, ARMS[::-1]):
+        monkeypatch.setenv("EMBER_CACHE", str(tmp_path / order[0]))
+        found = {arm: made(case.kind, case.method, arm) for arm in order}
+        assert_same_edit(found[case.arm], case.edit)
+        for arm in order:
+            assert_same_edit(made(case.kind, case.method, arm), found[arm])
+        touched = (state_with(edit, make_loaded(case.kind)) for edit in found.values())
+        assert CHANGES[case.method] & {name for name, _ in differing(*touched)}
 
 
 @every
@@ -146,18 +153,6 @@ def test_the_seed_decides_where_chance_has_a_part_and_no_question_or_paragraph_d
     assert other.provenance != case.edit.provenance
     bare = replace(make_concept(), paragraphs=("Caesar.",), questions=(), other_sense=(), simdom="")
     assert made(case.kind, case.method, case.arm, concept=bare).identity == case.edit.identity
-
-
-@after_ember
-@pytest.mark.parametrize("order", [ARMS, ARMS[::-1]], ids=" then ".join)
-def test_the_arms_do_not_mix_in_a_shared_cache(case, cache, order):
-    """TRAPS 4; each arm twice, so that the second time meets what both have left."""
-    found = {arm: made(case.kind, case.method, arm) for arm in order}
-    assert_same_edit(found[case.arm], case.edit)
-    for arm in order:
-        assert_same_edit(made(case.kind, case.method, arm), found[arm])
-    touched = (state_with(edit, make_loaded(case.kind)) for edit in found.values())
-    assert CHANGES[case.method] & {name for name, _ in differing(*touched)}
 
 
 @pytest.mark.parametrize("method", ["crisp", "pisces"])
@@ -172,16 +167,10 @@ def test_autoencoders_are_not_trained_on_an_edited_model(tiny, cache, method):
     assert entries and set((cache / "sae").iterdir()) == entries
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_edits_of_embeddings_do_without_known_layers(tiny, cache, method):
-    tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")
-    before, unknown = facts(tiny), "only edits of embeddings are known for this architecture"
-    with nullcontext() if EMBED in CHANGES[method] else pytest.raises(EmberError, match=unknown):
-        assert listed(erase(tiny, make_concept(), method, config_of(method)))
-    assert facts(tiny) == before
-
-
 REFUSED = {
+    "only edits of embeddings are known for this architecture": {
+        name: {} for name in METHODS if EMBED not in CHANGES[name]
+    },
     r"diverged at step [1-9].*lower the learning rate": {name: {"lr": 1e30, "steps": 5} for name in ("rmu", "crisp")},
     r"must be 0\.\.1, got": {"rmu": {"layer": 2}, "crisp": {"layers": (1, 2)}, "pisces": {"layers": (2,)}},
     "no S.* feature is much more active on 'Tiny Rome'": {
@@ -193,8 +182,10 @@ REFUSED = {
 @pytest.mark.parametrize(("message", "method"), [(message, name) for message in REFUSED for name in REFUSED[message]])
 def test_an_edit_that_fails_leaves_the_model_as_it_was(tiny, cache, message, method):
     before, concept = facts(tiny), replace(make_concept(), sentences=NEUTRAL)
+    known, changes = tiny.architecture, REFUSED[message][method]
+    tiny.architecture = known if changes else replace(known, layers="", mlp_up="", mlp_down="")
     with pytest.raises((EmberError, ValueError), match=message):
-        erase(tiny, concept, method, config_of(method, **REFUSED[message][method]))
+        erase(tiny, concept, method, config_of(method, **changes))
     assert facts(tiny) == before
 
 
@@ -238,15 +229,14 @@ def change_by(loaded: LoadedModel, method: str, **changes) -> tuple[list[int], t
 
 def target_of(loaded: LoadedModel, side: str = "input") -> RowTarget:
     """What a control edit sets out from."""
-    seen, config = [], config_of("leace", side=side)
-    edit_from_features(
-        loaded, fit(loaded, make_concept(), config), config, displacement=lambda t: seen.append(t) or t.old
-    )
-    return seen[0]
+    seen, config = Mock(side_effect=lambda target: target.old), config_of("leace", side=side)
+    edit_from_features(loaded, fit(loaded, make_concept(), config), config, displacement=seen)
+    return seen.call_args.args[0]
 
 
 def test_where_and_how_far_the_controls_move_rows(tiny, cache):
     """To the mean of all, to zero, as far as EMBER but elsewhere; or other rows of the same texts."""
+    tiny.architecture = replace(tiny.architecture, layers="", mlp_up="", mlp_down="")  # edits of embeddings need none
     E, (rows, own) = tiny.embedding.detach(), change_by(tiny, "ember")
     for name in CONTROLS:  # each shares rows or displacements with EMBER, and goes delta times as far
         (moved, whole), (same, half) = (change_by(tiny, name, delta=delta) for delta in (1.0, 0.5))
