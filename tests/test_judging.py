@@ -261,9 +261,7 @@ def test_the_budget_in_calls_or_tokens_stops_before_the_call_that_could_exceed_i
         assert judge.tokens == 20, usage
 
 
-def test_the_key_is_nowhere_but_in_the_request_and_one_that_is_missing_or_cannot_be_is_an_error(
-    endpoint, cache, monkeypatch
-):
+def test_the_key_is_nowhere_but_in_the_request_and_one_that_cannot_be_is_an_error(endpoint, cache, monkeypatch):
     """Not even where the endpoint repeats it."""
     endpoint.script = [reply(json.dumps({"correct": True, "echo": KEY})), failure(429, KEY), failure(401, KEY)]
     judge = judge_for(endpoint)
