@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers.saved import save
-from helpers.tiny import make_model
+from helpers.tiny import make_model, save
 
 from ember.errors import EmberError, UnknownNameError
 from ember.models.loading import load_model

@@ -25,8 +25,7 @@ from helpers.edits import (
     snapshot,
     state_with,
 )  # fmt: skip
-from helpers.saved import save
-from helpers.tiny import SENTENCES, make_concept, make_loaded, make_model
+from helpers.tiny import SENTENCES, make_concept, make_loaded, make_model, save
 from safetensors.torch import load_file, save_file
 
 import ember.editing

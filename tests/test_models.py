@@ -13,8 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.saved import save
-from helpers.tiny import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model
+from helpers.tiny import CHAT_TEMPLATE, NEUTRAL, SENTENCES, make_loaded, make_model, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

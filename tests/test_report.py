@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from ember.data.arms import UNEDITED, Arm
+from ember.errors import EmberError
 from ember.evaluation.metrics import Comparison, compare
-from ember.reporting.format import error_bars, interval_text, interval_texts, markdown
+from ember.reporting.format import error_bars, fill_blocks, interval_text, interval_texts, markdown
 from ember.reporting.report import figure_name, first_seeds
 from ember.reporting.tables import (
     ALL,
@@ -315,3 +316,18 @@ def test_a_verdict_needs_an_interval_without_zero():
     of_all = {"main": frame(concept=["Rome", ALL]), "trade": pd.concat([areas, areas.assign(concept=ALL)])}
     assert verdicts(of_all).concept.tolist() == [ALL]
     assert verdicts({"main": tables["main"]}).empty
+
+
+def test_blocks_of_a_page_are_filled_in_place_and_a_missing_one_is_an_error():
+    text = "a <!-- n -->old<!-- /n --> b\n<!-- t -->\nold\nolder\n<!-- /t -->\nc <!-- n -->x<!-- /n -->"
+    text += " <!-- o -->1<!-- /o -->"
+    blocks = {"n": "7", "t": r"| \d | \1 |" + "\n| - |"}
+    filled = fill_blocks(text, blocks)
+    assert filled == (
+        "a <!-- n -->7<!-- /n --> b\n<!-- t -->\n| \\d | \\1 |\n| - |\n<!-- /t -->\nc <!-- n -->7<!-- /n --> "
+        "<!-- o -->1<!-- /o -->"  # not named: stays
+    )
+    assert fill_blocks(filled, blocks) == filled
+    for missing in ("", "<!-- a -->1", "<!-- /a --><!-- a -->"):
+        with pytest.raises(EmberError, match="'a'"):
+            fill_blocks(missing, {"a": "1"})

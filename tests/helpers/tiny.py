@@ -1,5 +1,7 @@
 """Tiny random models of two architectures with a real tokenizer, and a concept that is small enough for them."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -94,3 +96,10 @@ def states(loaded: LoadedModel, texts, site: Site, edit: Edit | None = None) -> 
     """Activations [n, d] at a site of all tokens but the first ones, with or without an edit."""
     with applying(loaded, edit):
         return collect(loaded, texts, [site])[0][site]
+
+
+def save(folder: Path, model, *, bos: bool = False) -> str:
+    """Put a tiny model and its tokenizer on disk."""
+    model.save_pretrained(folder)
+    make_tokenizer(bos=bos).save_pretrained(folder)
+    return str(folder)
