@@ -8,15 +8,15 @@ PROFILE ?= laptop
 BIN := .venv/bin
 READY := .venv/.ready
 # Two processes, one thread each: small tensors gain nothing from a second thread.
-PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+PYTEST := TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: setup reproduce test check bench lint types lab nbval notebooks readme data lock clean
+.PHONY: setup reproduce test check bench lint types model lab nbval notebooks readme data lock clean
 
 reproduce: $(READY)
 	$(BIN)/python -m ember reproduce --profile $(PROFILE)
 
-test: lint types
-	$(BIN)/python -m ember fetch-model
+test: $(READY)
+	$(MAKE) --jobs=2 --output-sync lint types model
 	$(PYTEST) tests
 
 check: lint types
@@ -40,6 +40,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+model: $(READY)
+	$(BIN)/python -m ember fetch-model
 
 # One notebook, or all, as they stand, with the smoke profile in place of the laptop's and results in a scratch folder:
 # the checked cells must print what is committed. `make test` looks at the same cells of the smoke run.
