@@ -66,6 +66,7 @@ def test_a_failure_is_one_line_and_leaves_no_record(fetched, monkeypatch, tmp_pa
     assert fails == "load_saes" or "https://huggingface.co/google/gemma-2-2b-it" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_fetched_hub_model_loads_offline(tmp_path):
     """As a compute node sees it: the Hub's cache as a snapshot download leaves it, and no connection."""
     loaded = make_loaded()

@@ -1,7 +1,4 @@
-"""Notebooks 01 to 05 on tiny models of the paper's architectures in the paper's bfloat16, as a batch runs them.
-
-The smoke profile runs them all in float32.
-"""
+"""Notebooks 01 to 05 on tiny models of the paper's architectures in bfloat16 (the smoke profile: float32)."""
 
 import json
 import os
@@ -21,6 +18,7 @@ from ember.batch.profiles import load_profile
 from ember.editing import Edit
 from ember.store.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
 RUNS = ("01", "02", "03 ember", "03 ember+rmu", "04 ember", "05 ember")
 RUN_ALL = """
 import json, sys
