@@ -19,7 +19,8 @@ test: $(READY)
 	$(MAKE) --jobs=2 --output-sync lint types model
 	$(PYTEST) tests
 
-check: lint types
+check: $(READY)
+	$(MAKE) --jobs=2 --output-sync lint types
 	$(PYTEST) -m "not embedded and not slow" tests
 
 setup: $(READY)

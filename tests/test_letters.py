@@ -55,6 +55,7 @@ def test_the_prompt_has_every_option_once_under_its_letter():
         assert sorted(line[3:] for line in lines[2:6]) == sorted([question.answer, *question.distractors])
 
 
+@pytest.mark.slow
 def test_the_order_is_the_question_s_own_in_every_process():
     code = (
         "from helpers.tiny import make_concept; from ember.evaluation.letters import letter_prompt\n"
