@@ -1,6 +1,6 @@
 # make reproduce   set up everything and run the laptop profile (PROFILE=smoke, full, … for another)
 # make test        set up everything and run all tests, the notebooks with the smoke profile's loops among them
-# make check       lint, types, and the tests that need no model: while you work
+# make check       lint, types, and the quick tests, which need no model: while you work
 # make lab         open the notebooks in JupyterLab
 # make bench       time the fast paths beside plain versions of the same work, in 20 minutes (ONLY="scoring …": those rows)
 PYTHON ?= python3
@@ -16,11 +16,11 @@ reproduce: $(READY)
 	$(BIN)/python -m ember reproduce --profile $(PROFILE)
 
 test: $(READY)
-	$(MAKE) --jobs=2 --output-sync lint types model
+	$(MAKE) --jobs=2 lint types model
 	$(PYTEST) tests
 
 check: $(READY)
-	$(MAKE) --jobs=2 --output-sync lint types
+	$(MAKE) --jobs=2 lint types
 	$(PYTEST) -m "not embedded and not slow" tests
 
 setup: $(READY)
