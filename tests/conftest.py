@@ -60,8 +60,10 @@ def run(monkeypatch, capsys, cache, tmp_path):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use the embedded model are marked so; the longest file goes first, as it runs beside all others."""
+    """Marks what uses the embedded model, and slow files; the longest goes first, as it runs beside all others."""
     for item in items:
         if "embedded" in getattr(item, "fixturenames", ()):
             item.add_marker("embedded")
+        if item.path.stem in ("test_cluster", "test_notebooks", "test_relearning", "test_tiny_models"):
+            item.add_marker("slow")
     items.sort(key=lambda item: "test_smoke" not in item.nodeid)

@@ -212,7 +212,6 @@ def test_a_run_that_finds_nothing_to_edit_says_so_and_one_that_needs_it_does_not
         assert not frame.exists() if found else frame.read_bytes() == b""
 
 
-@pytest.mark.slow
 def test_eight_at_once(folder, tmp_path):
     """Kernels race for the folders that Jupyter and IPython share."""
     given(folder, "print('value', value)")

@@ -18,7 +18,6 @@ from ember.batch.profiles import load_profile
 from ember.editing import Edit
 from ember.store.paths import REPOSITORY
 
-pytestmark = pytest.mark.slow
 RUNS = ("01", "02", "03 ember", "03 ember+rmu", "04 ember", "05 ember")
 RUN_ALL = """
 import json, sys
